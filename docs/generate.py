@@ -1,0 +1,103 @@
+"""Write docs/cli.md and docs/recipe.md from the code; with --check only tell whether they are up to date."""
+
+import sys
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import click
+import typer.main
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from quantkit.cli import app
+from quantkit.recipe import Recipe
+
+HERE = Path(__file__).parent
+
+
+def command_line() -> str:
+    """Every command's help, as it is shown."""
+    parts = ["# Command line\n", "Generated from the code by `make docs`.\n"]
+    for path, command in _commands("quantkit", typer.main.get_command(app)):
+        context = click.Context(command, info_name=path, terminal_width=100, max_content_width=100)
+        parts.append(f"## {path}\n\n```\n{command.get_help(context)}\n```\n")
+    parts.append(
+        "## Exit codes\n\n| code | meaning |\n|---|---|\n| 0 | done |\n"
+        "| 1 | the run failed: disk full, lock held, files that are not as recorded |\n"
+        "| 2 | recipe, command line, checkpoint or plan refused |\n"
+        "| 3 | a validation gate failed |\n"
+        "| 4 | something needed is not installed or not reachable |\n"
+    )
+    return "\n".join(parts)
+
+
+def _commands(path: str, command: click.Command) -> list[tuple[str, click.Command]]:
+    found = [(path, command)]
+    for name, inner in sorted(getattr(command, "commands", {}).items()):
+        found += _commands(f"{path} {name}", inner)
+    return found
+
+
+def recipe_keys() -> str:
+    """Every key of a recipe with its type, default and meaning."""
+    parts = [
+        "# Recipe keys\n",
+        "Generated from the code by `make docs`. A recipe is TOML; `extends` names a file beside it whose tables it "
+        "continues. Unknown keys are errors.\n",
+    ]
+    return "\n".join(parts + _section("(top level)", Recipe))
+
+
+def _section(title: str, model: type[BaseModel]) -> list[str]:
+    rows, inner = [], []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            inner.append((name, field.annotation))
+            continue
+        default = "required" if field.default is PydanticUndefined else f"`{_shown(field.default)}`"
+        rows.append(f"| `{name}` | {_kind(field.annotation)} | {default} | {field.description or ''} |")
+    heading = [f"## {title}\n", f"{model.__doc__}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
+    below = [_section(name if title.startswith("(") else f"{title}.{name}", found) for name, found in inner]
+    return heading + [line for section in below for line in section]
+
+
+def _kind(annotation: Any) -> str:
+    if annotation is type(None):
+        return "none"
+    if get_origin(annotation) is None:
+        return str(getattr(annotation, "__name__", annotation))
+    if "Literal" in str(annotation):
+        return ", ".join(f"`{_shown(value)}`" for value in get_args(annotation))
+    kinds = [_kind(part) for part in get_args(annotation) if part not in (..., type(None))]
+    name = getattr(get_origin(annotation), "__name__", "")
+    if name == "dict":
+        return f"table of {kinds[1]}"
+    return f"list of {kinds[0]}" if name == "tuple" else " or ".join(kinds)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_shown(part) for part in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{_shown(key)} = {_shown(part)}" for key, part in value.items()) + " }" if value else "{}"
+    if value is None:
+        return "none"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def main() -> int:
+    """Write both pages, or return 1 and name those that are stale."""
+    pages = {"cli.md": command_line(), "recipe.md": recipe_keys()}
+    if "--check" in sys.argv[1:]:
+        stale = [name for name, text in pages.items() if not (HERE / name).exists() or (HERE / name).read_text() != text]
+        print("\n".join(f"docs/{name} is stale: run `make docs`" for name in stale) or "docs are up to date")
+        return 1 if stale else 0
+    for name, text in pages.items():
+        (HERE / name).write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

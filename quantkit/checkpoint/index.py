@@ -1,0 +1,230 @@
+"""A folder of safetensors shards seen as named tensors; nothing is read before it is asked for."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from quantkit.checkpoint.families import Family, family_of, item_names, item_of
+from quantkit.errors import RefusedError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "U32": torch.uint32,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: `file` is a name within the folder, `dtype` safetensors' own spelling."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_elements * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class TensorFolder:
+    """The tensors of a folder by name, read on demand."""
+
+    folder: Path
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weight files, in order."""
+        return sorted({info.file for info in self.tensors.values()})
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The named tensors on the CPU, in the dtype they are stored in; files are closed before returning."""
+        by_file: dict[str, list[str]] = {}
+        for name in names:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        found = {}
+        for file, wanted in by_file.items():
+            with safe_open(self.folder / file, framework="pt") as shard:
+                for name in wanted:
+                    found[name] = shard.get_tensor(name)
+        return found
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A dense source model.
+
+    Attributes:
+        tensors: the weights.
+        config: config.json as it stands.
+        family: its row of the table.
+    """
+
+    tensors: TensorFolder
+    config: dict
+    family: Family
+
+    @property
+    def folder(self) -> Path:
+        return self.tensors.folder
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def items(self) -> list[str]:
+        return item_names(self.num_layers)
+
+    def names(self, item: str) -> list[str]:
+        """Checkpoint names of an item's tensors; `layers.3` names those of the fourth decoder layer."""
+        return [name for name in self.tensors.tensors if item_of(name) == item]
+
+    def read(self, item: str) -> dict[str, Tensor]:
+        """An item's dense tensors by checkpoint name, on the CPU, in stored dtype.
+
+        Raises:
+            RefusedError: a weight is not finite.
+        """
+        tensors = self.tensors.read(self.names(item))
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise RefusedError(
+                    f"{name} holds {bad} value(s) that are NaN or infinite",
+                    where=str(self.folder / self.tensors.tensors[name].file),
+                    fix="download the checkpoint again, or ask its authors; quantizing it would spread the NaN",
+                )
+        return tensors
+
+    def linear_shapes(self) -> Iterator[tuple[str, int, int]]:
+        """(full module name, out features, in features) of every linear that can be quantized."""
+        for index in range(self.num_layers):
+            for linear in self.family.linears:
+                module = f"model.layers.{index}.{linear}"
+                rows, columns = self.tensors.tensors[f"{module}.weight"].shape
+                yield module, rows, columns
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a checkpoint's file.
+
+    Raises:
+        RefusedError: the file is missing, not JSON, or not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RefusedError(
+            f"{path.name} is missing", where=str(path.parent), fix="point to a complete checkpoint folder"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RefusedError(f"{path.name} is not JSON: {error}", where=str(path), fix="download it again") from None
+    if not isinstance(content, dict):
+        raise RefusedError(f"{path.name} is not a JSON object", where=str(path), fix="download it again")
+    return content
+
+
+def open_tensors(folder: Path) -> TensorFolder:
+    """The tensors of a safetensors folder, sharded or single; only headers are read.
+
+    Raises:
+        RefusedError: no weights, pickles only, a missing or truncated shard, an index that names an absent tensor.
+    """
+    if not folder.is_dir():
+        raise RefusedError(f"no such folder: {folder}", fix="give a folder with config.json and *.safetensors")
+    index_path = folder / INDEX_NAME
+    if not index_path.exists() and not (folder / SINGLE_NAME).exists():
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise RefusedError(
+                f"the checkpoint holds only pickles ({pickles[0]}), which can run code when opened",
+                where=str(folder),
+                fix="convert it to safetensors first (transformers: save_pretrained(..., safe_serialization=True))",
+            )
+        raise RefusedError(
+            f"neither {SINGLE_NAME} nor {INDEX_NAME} is there",
+            where=str(folder),
+            fix="give a complete checkpoint",
+        )
+    if not index_path.exists():
+        return TensorFolder(folder, _headers(folder, SINGLE_NAME))
+    weight_map = read_json(index_path).get("weight_map", {})
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        if not (folder / file).exists():
+            raise RefusedError(
+                f"shard {file} is missing", where=str(folder), fix=f"download it again; {INDEX_NAME} names it"
+            )
+        tensors |= _headers(folder, file)
+    absent = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file)
+    if absent:
+        raise RefusedError(
+            f"{INDEX_NAME} names {absent[0]} in {weight_map[absent[0]]}, but it is not there",
+            where=str(index_path),
+            fix="download the checkpoint again: index and shards are of different versions",
+        )
+    return TensorFolder(folder, {name: tensors[name] for name in sorted(weight_map)})
+
+
+def _headers(folder: Path, file: str) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(folder / file, framework="pt") as shard:
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
+            return {
+                name: TensorInfo(name, part.get_dtype(), tuple(part.get_shape()), file) for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise RefusedError(
+            f"shard {file} cannot be read: {error}",
+            where=str(folder),
+            fix="it is truncated or damaged; download it again",
+        ) from None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A dense checkpoint, with every tensor its config calls for present in the right place.
+
+    Raises:
+        RefusedError: see `open_tensors`, `family_of`; also a quantized source, or a missing tensor.
+    """
+    config = read_json(folder / "config.json")
+    where = str(folder / "config.json")
+    if "quantization_config" in config or "quantization" in config:
+        raise RefusedError("the source model is quantized already", where=where, fix="start from the bf16 checkpoint")
+    family = family_of(config, where=where)
+    checkpoint = Checkpoint(open_tensors(folder), config, family)
+    expected = ["model.embed_tokens.weight", "model.norm.weight"]
+    expected += [
+        f"model.layers.{index}.{linear}.weight" for index in range(checkpoint.num_layers) for linear in family.linears
+    ]
+    if not config.get("tie_word_embeddings", False):
+        expected.append("lm_head.weight")
+    missing = [name for name in expected if name not in checkpoint.tensors.tensors]
+    if missing:
+        raise RefusedError(
+            f"{missing[0]} is missing ({len(missing)} of {len(expected)} expected tensors are)",
+            where=str(folder),
+            fix="the weights do not belong to this config.json; download the checkpoint again",
+        )
+    return checkpoint

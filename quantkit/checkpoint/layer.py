@@ -1,0 +1,182 @@
+"""The model's own code (transformers), run one item at a time on weights that come and go.
+
+The skeleton is built on the meta device, so it costs no memory; an item's weights are put in place for as long
+as it runs. Quantization never needs the whole model.
+
+Shape legend: B windows, T tokens, D hidden size, F the input width of a linear, V vocabulary.
+"""
+
+import copy
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from quantkit.checkpoint.families import Family, Stage
+from quantkit.errors import RefusedError
+
+Walk = Generator[tuple[Stage, Tensor], None, Tensor]
+
+
+@dataclass
+class DecoderLayer:
+    """One decoder layer, holding its weights.
+
+    Attributes:
+        index: which layer.
+        module: transformers' decoder layer; the linears that close attention and MLP are taken out of the
+            submodules' forward and applied here, so that their inputs can be seen.
+        family: the architecture's row.
+    """
+
+    index: int
+    module: nn.Module
+    family: Family
+
+    def __post_init__(self) -> None:
+        self.linears: dict[str, nn.Linear] = {
+            name: self.module.get_submodule(name)  # type: ignore[misc]
+            for name in self.family.linears
+        }
+        self.module.self_attn.o_proj = nn.Identity()  # type: ignore[union-attr]
+        self.module.mlp.down_proj = nn.Identity()  # type: ignore[union-attr]
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all weights as they are held."""
+        held = [*self.module.parameters(), *(linear.weight for linear in self.linears.values())]
+        return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in held}.values())
+
+    def linear_name(self, linear: str) -> str:
+        """Full module name of one of the family's linears in this layer."""
+        return f"model.layers.{self.index}.{linear}"
+
+    def walk(self, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Walk:
+        """Go through the layer, stopping in front of every stage with the input its linears will read.
+
+        The caller may change the stage's weights before it asks for the next stop: what follows uses them. So a
+        layer is solved in true sequential order at the price of a single forward pass.
+
+        Args:
+            hidden_BTD: the layer's input [B, T, D]; not modified.
+            rope: cosines and sines from `Decoder.rope`.
+
+        Returns:
+            (as the generator's value) the layer's output [B, T, D].
+        """
+        qkv, o, gate_up, down = self.family.stages
+        layer = self.module
+        normed = layer.input_layernorm(hidden_BTD)  # type: ignore[operator]
+        yield qkv, normed
+        attended, _ = layer.self_attn(  # type: ignore[operator]
+            hidden_states=normed, position_embeddings=rope, attention_mask=None
+        )
+        del normed
+        yield o, attended
+        hidden_BTD = hidden_BTD + self.linears["self_attn.o_proj"](attended)
+        del attended
+        normed = layer.post_attention_layernorm(hidden_BTD)  # type: ignore[operator]
+        yield gate_up, normed
+        gated = layer.mlp(normed)  # type: ignore[operator]
+        del normed
+        yield down, gated
+        return hidden_BTD + self.linears["mlp.down_proj"](gated)
+
+    def forward(self, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The layer's output [B, T, D] without stops."""
+        walk = self.walk(hidden_BTD, rope)
+        while True:
+            try:
+                next(walk)
+            except StopIteration as end:
+                output: Tensor = end.value
+                return output
+
+
+class Decoder:
+    """A causal language model's skeleton, fed with one item's weights at a time.
+
+    Args:
+        config: config.json of the model.
+        family: its row of the table.
+        device: where weights and activations are put.
+        dtype: what everything is computed in (float32 or bfloat16).
+    """
+
+    def __init__(self, config: dict, family: Family, *, device: torch.device, dtype: torch.dtype) -> None:
+        import transformers
+
+        self.family, self.device, self.dtype = family, device, dtype
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
+        try:
+            self.config = transformers.AutoConfig.for_model(**plain)
+            with torch.device("meta"):
+                self._model = transformers.AutoModelForCausalLM.from_config(
+                    self.config, attn_implementation="sdpa", dtype=dtype
+                ).eval()
+        except (TypeError, ValueError, KeyError) as error:
+            raise RefusedError(
+                f"config.json does not describe a {family.architecture}: {error}",
+                where="config.json",
+                fix="take config.json from the model's own repository",
+            ) from None
+        rotary = type(self._model.model.rotary_emb)
+        self._rotary = rotary(config=self.config).to(device)
+
+    @property
+    def window_limit(self) -> int:
+        """Most tokens a window may hold: the context, or the sliding window where the model has a smaller one."""
+        context = int(self.config.max_position_embeddings)
+        sliding = getattr(self.config, "sliding_window", None)
+        return min(context, int(sliding)) if sliding else context
+
+    def rope(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for positions 0 .. num_tokens-1, each [1, T, head_dim] in the compute dtype."""
+        positions = torch.arange(num_tokens, device=self.device).unsqueeze(0)
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        cos, sin = self._rotary(like, positions)
+        return cos, sin
+
+    def embed(self, tensors: dict[str, Tensor], tokens_BT: Tensor) -> Tensor:
+        """Hidden states [B, T, D] of int64 token ids [B, T] on the decoder's device."""
+        table = self._place(tensors["model.embed_tokens.weight"])
+        return nn.functional.embedding(tokens_BT.to(self.device), table)
+
+    def layer(self, index: int, tensors: dict[str, Tensor]) -> DecoderLayer:
+        """A decoder layer with `tensors` (by checkpoint name) as its weights, cast to the compute dtype."""
+        prefix = f"model.layers.{index}."
+        module = copy.deepcopy(self._model.model.layers[index])
+        state = {name.removeprefix(prefix): self._place(tensor) for name, tensor in tensors.items()}
+        problems = module.load_state_dict(state, strict=False, assign=True)
+        if problems.missing_keys or problems.unexpected_keys:
+            odd = (problems.missing_keys + problems.unexpected_keys)[0]
+            raise RefusedError(
+                f"layer {index} does not fit a {self.family.architecture}: {prefix}{odd}",
+                where=f"layers.{index}",
+                fix="the weights and config.json are of different models; download both again",
+            )
+        return DecoderLayer(index, module.requires_grad_(False), self.family)
+
+    def normed(self, tensors: dict[str, Tensor], hidden_BTD: Tensor) -> Tensor:
+        """Hidden states after the final norm, [B, T, D]."""
+        norm = copy.deepcopy(self._model.model.norm)
+        norm.load_state_dict({"weight": self._place(tensors["model.norm.weight"])}, assign=True)
+        normed: Tensor = norm.requires_grad_(False)(hidden_BTD)
+        return normed
+
+    def head(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The output matrix [V, D]; a tied model's items carry the embedding under its own name."""
+        key = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
+        return self._place(tensors[key])
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(device=self.device, dtype=self.dtype)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free for new tensors on a device right now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,92 @@
+"""The model's tokenizer and chat template, checked against the weights."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import RefusedError
+
+FILES = ("tokenizer.json", "tokenizer.model")
+
+
+class Tokenizer:
+    """Text to token ids, with the special tokens a document needs put in by hand and in one place.
+
+    Args:
+        inner: transformers' tokenizer.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.eos: int | None = inner.eos_token_id
+        # what lm-evaluation-harness conditions the first token on: BOS, or EOS for models without one
+        start = inner.bos_token_id if inner.bos_token_id is not None else inner.eos_token_id
+        if start is None:
+            raise RefusedError(
+                "the tokenizer names neither a BOS nor an EOS token",
+                where="tokenizer_config.json",
+                fix="take the tokenizer files from the model's own repository",
+            )
+        self.start: int = start
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, without special tokens."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False)
+        return ids
+
+    def render(self, messages: Sequence[tuple[str, str]], *, answer: bool = False) -> str:
+        """A conversation as the model's template writes it, without the leading start token.
+
+        Args:
+            messages: (role, content) turns.
+            answer: end where the assistant is to speak.
+
+        Raises:
+            RefusedError: the model has no chat template, or the template refuses the roles.
+        """
+        turns = [{"role": role, "content": content} for role, content in messages]
+        try:
+            text: str = self._inner.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer)
+        except Exception as error:  # noqa: BLE001 (a template is foreign code; whatever it raises is its answer)
+            raise RefusedError(
+                f"the chat template cannot render the conversation: {error}",
+                where="chat template",
+                fix="give text without chat turns, or a tokenizer with a chat template",
+            ) from None
+        return text.removeprefix(self._inner.bos_token or "")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens left out."""
+        text: str = self._inner.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder.
+
+    Raises:
+        RefusedError: it is missing, cannot be loaded, or has ids that the embedding has no row for.
+    """
+    if not any((folder / name).exists() for name in FILES):
+        raise RefusedError(
+            "the tokenizer is missing",
+            where=str(folder),
+            fix=f"put {' or '.join(FILES)} from the model's repository beside the weights",
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RefusedError(
+            f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
+            where=str(folder),
+            fix="take the tokenizer files from the model's own repository",
+        ) from None
+    if len(inner) > vocab_size:
+        raise RefusedError(
+            f"the tokenizer has {len(inner)} tokens, the embedding {vocab_size} rows",
+            where=str(folder),
+            fix="tokenizer and weights are of different models; download both again",
+        )
+    return Tokenizer(inner)

@@ -1,0 +1,310 @@
+"""The command line: the only place that prints or exits.
+
+Results go to stdout (a table, or one JSON document with --json), progress and messages to stderr. Stages are imported
+inside the commands, so that `quantkit --help` starts without torch.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    from quantkit.recipe import Recipe
+
+app = typer.Typer(
+    name="quantkit",
+    help="From a bf16 checkpoint to validated, quantized releases, by recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="Find, own and check recipes.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+
+Name = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe of the default model, <model>/<name>, or a path.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.")]
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="DIR_OR_ID", help="Source model instead of the recipe's.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="Artifact folder [default: artifacts/<model>-<FORMAT>].")
+]
+Device = Annotated[str, typer.Option("--device", metavar="auto|cuda|cpu", help="Where to compute.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    from quantkit.conflicts import warn_of_conflicts
+
+    warn_of_conflicts(_say)
+
+
+@app.command()
+def build(
+    recipe: Name,
+    model: Model = None,
+    out: Out = None,
+    device: Device = "auto",
+    changes: Set = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run left.")] = False,
+    no_validate: Annotated[bool, typer.Option("--no-validate", help="Do not judge the artifact.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build an artifact by recipe, then judge it on Polish text."""
+    from quantkit.display import Display
+    from quantkit.machine import choose_device
+    from quantkit.pipeline import build as run
+    from quantkit.pipeline import default_out
+
+    chosen, stem = _recipe(recipe, changes, model)
+    with Display() as display:
+        done = run(
+            chosen,
+            out=out or default_out(chosen, stem),
+            device=choose_device(device),
+            fresh=fresh,
+            validated=not no_validate,
+            progress=display.progress,
+        )
+    if done.reused:
+        _say(f"{done.out} was complete already")
+    if done.unpinned:
+        _say(f'the recipe names no revision; this build used:\n  [model]\n  revision = "{done.unpinned}"')
+    _result(done.record, as_json, table=done.record["validation"], title=str(done.out))
+    _gate(done.record["validation"], done.out)
+
+
+@app.command()
+def validate(
+    artifact: Folder,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="REFERENCE", help="Reference model [default: the record's source].")
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", metavar="NAME_OR_JSONL", help="Text to judge by; repeatable.")
+    ] = None,
+    runtime: Annotated[
+        str, typer.Option("--runtime", metavar="reference|native|both|ENGINE", help="Who runs the artifact.")
+    ] = "reference",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge an artifact of any known format against its reference."""
+    from quantkit.display import Display
+    from quantkit.judgement import validate as run
+    from quantkit.machine import choose_device
+
+    with Display() as display:
+        result = run(
+            artifact,
+            model=model,
+            texts=tuple(text or ()),
+            runtime=runtime,
+            device=choose_device(device),
+            progress=display.progress,
+        )
+    _result(result, as_json, table=result, title=str(artifact))
+    _gate(result, artifact)
+
+
+@app.command()
+def inspect(
+    artifact: Folder,
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the record.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what an artifact is: format, bits per weight, sizes, record."""
+    from quantkit.report.inspect import inspect_artifact, inspection_lines
+
+    found = inspect_artifact(artifact, verify=verify)
+    _print(found if as_json else None, inspection_lines(found))
+    if found["changed"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(
+    recipe: Name,
+    model: Model = None,
+    out: Out = None,
+    device: Device = "auto",
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a build will need, and refuse now what would fail later."""
+    from quantkit.display import Display
+    from quantkit.machine import choose_device
+    from quantkit.pipeline import default_out
+    from quantkit.pipeline import plan as run
+    from quantkit.plan import plan_lines
+
+    chosen, stem = _recipe(recipe, changes, model)
+    with Display() as display:
+        found = run(
+            chosen,
+            out=out or default_out(chosen, stem),
+            device=choose_device(device),
+            progress=display.progress,
+        )
+    _print(found.facts() if as_json else None, plan_lines(found))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the artifacts go.")] = Path("artifacts"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make bielik-nano, build every recipe of it, judge them, and print the table."""
+    from quantkit.demo import run_demo
+    from quantkit.display import Display, print_table
+    from quantkit.machine import choose_device
+
+    with Display() as display:
+        found = run_demo(out, device=choose_device(device), progress=display.progress, say=_say)
+    if as_json:
+        _print(found.document(), [])
+    else:
+        print_table("bielik-nano on held-out Polish text", found.rows)
+        _print(None, found.remarks)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can run, and how to get the rest."""
+    from quantkit.doctor import diagnose, diagnosis_lines
+
+    found = diagnose()
+    _print(found if as_json else None, diagnosis_lines(found))
+    if found["problems"]:
+        raise typer.Exit(4)
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: Json = False) -> None:
+    """Names of all shipped recipes."""
+    from quantkit.recipe import list_recipes
+
+    names = list_recipes()
+    _print(names if as_json else None, names)
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: Name, changes: Set = None, as_json: Json = False) -> None:
+    """A recipe with every key resolved."""
+    from quantkit.recipe import as_toml
+
+    resolved = _recipe(recipe, changes, None)[0].resolved()
+    _print(resolved if as_json else None, [as_toml(resolved)])
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    recipe: Name, target: Annotated[Path, typer.Argument(metavar="FILE", help="New recipe file; must not exist.")]
+) -> None:
+    """Write a shipped recipe, resolved, as a file of your own."""
+    from quantkit.recipe import copy_recipe
+
+    copy_recipe(recipe, target)
+    _say(f"wrote {target}")
+
+
+@recipes_app.command("check")
+def recipes_check(recipe: Name, changes: Set = None) -> None:
+    """Check a recipe and print every problem at once."""
+    _recipe(recipe, changes, None)
+    _say(f"{recipe} is a good recipe")
+
+
+@recipes_app.command("pin")
+def recipes_pin(path: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe file to write into.")]) -> None:
+    """Write the commit hash that the model's main branch has now into a recipe file."""
+    from quantkit.hub import resolve_revision
+    from quantkit.recipe import load_recipe, pin_recipe
+
+    revision = resolve_revision(load_recipe(path).model.id)
+    pin_recipe(path, revision)
+    _say(f"{path}: model.revision = {revision}")
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """The JSON Schema of a recipe."""
+    from quantkit.recipe import Recipe
+
+    _print(Recipe.model_json_schema(), [])
+
+
+def _recipe(name: str, changes: list[str] | None, model: str | None) -> "tuple[Recipe, str]":
+    from quantkit.recipe import find_recipe, load_recipe
+
+    path = find_recipe(name)
+    return load_recipe(path, tuple(changes or ()), model=model), path.stem
+
+
+def _result(document: dict[str, Any], as_json: bool, *, table: dict[str, Any] | None, title: str) -> None:
+    from quantkit.display import print_table
+    from quantkit.report.table import rows
+
+    if as_json:
+        _print(document, [])
+    elif table is not None:
+        print_table(title, rows(table["format"], table))
+    else:
+        _print(None, [f"{title}: built, not validated"])
+
+
+def _gate(validation: dict[str, Any] | None, where: Path) -> None:
+    from quantkit.errors import GateError
+
+    if validation is not None and not validation["gate"]["passed"]:
+        raise GateError(
+            "the artifact is kept but may not be published:\n  " + "\n  ".join(validation["gate"]["failures"]),
+            where=str(where),
+            fix="more bits, a smaller group, more calibration text, or other gates in the recipe",
+        )
+
+
+def _print(document: Any, lines: list[str]) -> None:
+    """One JSON document if there is one, else lines."""
+    if document is not None:
+        lines = [json.dumps(document, ensure_ascii=False, indent=2)]
+    for line in lines:
+        typer.echo(line)
+
+
+def _say(message: str) -> None:
+    typer.echo(message, err=True)
+
+
+def main() -> None:
+    """Entry point: run a command, and turn a known failure into its message and exit code."""
+    try:
+        app()
+    except QuantkitError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("interrupted; finished layers are kept, the same command goes on")
+        sys.exit(1)

@@ -1,0 +1,78 @@
+"""What the pipeline asks of a format; a new one is a file beside this and a row in `quantkit/methods.py`."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.index import Checkpoint, TensorFolder
+from quantkit.checkpoint.source import WeightSource
+from quantkit.qtensor import Item
+
+MAX_SHARD_BYTES = 5 * 1000**3
+
+
+class Format(Protocol):
+    """How solved items are laid out on disk; made from a recipe's settings."""
+
+    @property
+    def name(self) -> str:
+        """As in `format = "..."` of a recipe."""
+        ...
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """What dense tensors are kept in."""
+        ...
+
+    @property
+    def skip(self) -> tuple[str, ...]:
+        """Name endings of linears that stay dense."""
+        ...
+
+    def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
+        """Why linears of these (name, out, in) shapes cannot be stored, one line each."""
+        ...
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        """Bits that a quantized linear takes in the file."""
+        ...
+
+    def encode_item(self, item: Item) -> dict[str, Tensor]:
+        """An item's tensors as they stand in its work file."""
+        ...
+
+    def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors by checkpoint name, as every reader of the artifact will see them."""
+        ...
+
+    def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
+        """Write the whole artifact but card and record into an existing folder.
+
+        Args:
+            checkpoint: the source.
+            items: work files in stream order.
+            folder: to be filled.
+
+        Returns:
+            names of the weight files of each variant.
+        """
+        ...
+
+
+class Artifact(WeightSource, Protocol):
+    """A folder of a known format, ours or anybody's, opened for reading."""
+
+    @property
+    def tensors(self) -> TensorFolder: ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The format's own settings as the folder states them."""
+        ...
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized linears, scales and all, over their number of weights."""
+        ...

@@ -1,0 +1,256 @@
+"""The GPTQ container, version 1: what AutoGPTQ's lineage of readers loads (byte layout: docs/formats/gptq.md).
+
+Shape legend: O out features, I in features, G groups.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit import __version__
+from quantkit.checkpoint.families import Family, family_of, item_of
+from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
+from quantkit.errors import RefusedError
+from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
+from quantkit.formats.contract import MAX_SHARD_BYTES
+from quantkit.formats.shards import merge
+from quantkit.formats.sidecars import quantized_config, write_sidecars
+from quantkit.grids.affine import AffineGrid
+from quantkit.qtensor import Item, QuantizedLinear
+
+NAME = "gptq"
+NATIVE_ENGINE = "gptqmodel"
+STORED = torch.float16  # of scales and of every dense tensor
+LOWEST_ASYMMETRIC_ZERO = 1  # version 1 stores zero - 1, and readers disagree on a stored -1
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def encode_linear(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """The tensors of one quantized linear by their names in the file, contiguous."""
+    grid = linear.grid
+    bits = grid.bits
+    stored_zero_OG = (grid.zero_OG.to(torch.int32) - 1) & (2**bits - 1)
+    tensors = {
+        f"{name}.qweight": pack(linear.codes_OI.t(), bits),
+        f"{name}.qzeros": pack(stored_zero_OG, bits).t().contiguous(),
+        f"{name}.scales": grid.scale_OG.t().to(STORED).contiguous(),
+        f"{name}.g_idx": grid.group_I.to(torch.int32).contiguous(),
+    }
+    if linear.bias_O is not None:
+        tensors[f"{name}.bias"] = linear.bias_O.to(STORED).contiguous()
+    return tensors
+
+
+def decode_linear(name: str, tensors: dict[str, Tensor], settings: dict[str, Any]) -> QuantizedLinear:
+    """One quantized linear from its tensors; any width of 2, 3, 4 or 8 bits, any g_idx, version 1 or 2 zeros.
+
+    Args:
+        name: full module name.
+        tensors: at least `name`.qweight, .qzeros and .scales.
+        settings: the artifact's quantization_config.
+    """
+    qweight, qzeros, scales_GO = (tensors[f"{name}.{part}"] for part in PARTS[:3])
+    g_idx = tensors.get(f"{name}.g_idx")
+    bits = int(settings["bits"]) if g_idx is None else qweight.shape[0] * 32 // g_idx.numel()
+    num_channels = qweight.shape[0] * 32 // bits
+    if g_idx is None:
+        group_size = -(-num_channels // scales_GO.shape[0])
+        g_idx = torch.arange(num_channels, dtype=torch.int32) // group_size
+    field_OG = unpack(qzeros.t().contiguous(), bits)
+    shift = 0 if zero_version(settings) == 2 else 1
+    zero_OG = (field_OG.to(torch.int32) + shift) & (2**bits - 1)
+    grid = AffineGrid(bits, scales_GO.t().float().contiguous(), zero_OG.float(), g_idx)
+    return QuantizedLinear(unpack(qweight, bits).t().contiguous(), grid, tensors.get(f"{name}.bias"))
+
+
+def zero_version(settings: dict[str, Any]) -> int:
+    """1 where the file stores zero - 1, 2 where it stores zero.
+
+    Raises:
+        RefusedError: `format` and `checkpoint_format` contradict each other, or name a layout of another kind.
+    """
+    named = {settings[key] for key in ("checkpoint_format", "format") if settings.get(key)}
+    if len(named) > 1 or named - {"gptq", "gptq_v2"}:
+        raise RefusedError(
+            f"quantization_config names the layout {' and '.join(sorted(named))}",
+            where="config.json",
+            fix="quantkit reads the layouts gptq and gptq_v2; the file must say which one it is",
+        )
+    return 2 if named == {"gptq_v2"} else 1
+
+
+def decode_item(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+    """Dense tensors by checkpoint name: decoded linears in float32, everything else as stored."""
+    quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
+    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    for name in quantized:
+        dense[f"{name}.weight"] = decode_linear(name, tensors, settings).dequantize()
+    return dense
+
+
+@dataclass(frozen=True)
+class GptqFormat:
+    """The writing side, see `quantkit.formats.contract.Format`.
+
+    Attributes:
+        bits, group_size, symmetric, order, damping: what the solver was given; they go into config.json.
+        skip: name endings of linears that stay dense.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    order: str
+    damping: float
+    skip: tuple[str, ...] = ()
+    name: str = NAME
+    stored_dtype: torch.dtype = STORED
+
+    def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
+        """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
+        found = []
+        for name, rows, columns in shapes:
+            if name.endswith(self.skip):
+                continue
+            if self.group_size != -1 and columns % self.group_size:
+                reason = f"in_features {columns} is not divisible by group_size {self.group_size}"
+            elif columns % CODES_PER_RUN or rows % CODES_PER_RUN:
+                reason = f"[{rows}, {columns}] is not in multiples of {CODES_PER_RUN}, which the packing needs"
+            else:
+                continue
+            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{_in_layer(name)}"]')
+        return found
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        """Bits that a quantized linear takes in the file: codes, scales, zeros and g_idx."""
+        groups = 1 if self.group_size == -1 else -(-columns // self.group_size)
+        return rows * columns * self.bits + groups * rows * (16 + self.bits) + columns * 32
+
+    def encode_item(self, item: Item) -> dict[str, Tensor]:
+        """All tensors of one item as they stand in the file."""
+        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
+        for name, linear in item.linears.items():
+            tensors |= encode_linear(name, linear)
+        return tensors
+
+    def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors by checkpoint name."""
+        return decode_item(tensors, self.settings([]))
+
+    def settings(self, modules: list[str]) -> dict[str, Any]:
+        """`quantization_config` of config.json, with the keys that vLLM, transformers and gptqmodel read.
+
+        Args:
+            modules: full names of every linear of the decoder layers, quantized or not.
+        """
+        settings: dict[str, Any] = {
+            "quant_method": NAME,
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "desc_act": self.order == "activation",
+            "sym": self.symmetric,
+            "lm_head": False,
+            "format": "gptq",
+            "checkpoint_format": "gptq",
+            "pack_dtype": "int32",
+            "damp_percent": self.damping,
+            "true_sequential": True,
+            "static_groups": False,
+            "meta": {
+                "quantizer": [f"quantkit:{__version__}"],
+                "act_group_aware": self.order == "group-aware",
+            },
+        }
+        dense = [module for module in modules if module.endswith(self.skip)]
+        if dense:
+            settings["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in dense}
+            kept = dict.fromkeys(_in_layer(module) for module in modules if module not in dense)
+            settings["modules_in_block_to_quantize"] = [[name] for name in kept]
+        return settings
+
+    def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
+        """Weights, config.json, quantize_config.json and the source's tokenizer files."""
+        written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES)
+        settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
+        config = quantized_config(checkpoint.config, settings, "float16")
+        write_sidecars(checkpoint.folder, folder, config, {"quantize_config.json": settings})
+        return {NAME: [path.name for path in written]}
+
+
+def _in_layer(module: str) -> str:
+    """ "mlp.down_proj" of "model.layers.7.mlp.down_proj"."""
+    return module.split(".", 3)[-1]
+
+
+@dataclass(frozen=True)
+class GptqArtifact:
+    """A GPTQ folder as dense weights by item, ours or anybody's.
+
+    Attributes:
+        tensors: the stored tensors.
+        config: config.json.
+        settings: its quantization_config (or quantize_config.json).
+        family: the architecture's row.
+    """
+
+    tensors: TensorFolder
+    config: dict
+    settings: dict[str, Any]
+    family: Family
+
+    @property
+    def folder(self) -> Path:
+        return self.tensors.folder
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized linears, scales and all, over their number of weights."""
+        infos = self.tensors.tensors
+        modules = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
+        stored = sum(
+            infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS if f"{module}.{part}" in infos
+        )
+        return 8 * stored / sum(self._num_weights(module) for module in modules)
+
+    def _num_weights(self, module: str) -> int:
+        infos = self.tensors.tensors
+        words, rows = infos[f"{module}.qweight"].shape
+        g_idx = infos.get(f"{module}.g_idx")
+        return rows * (g_idx.shape[0] if g_idx else words * 32 // int(self.settings["bits"]))
+
+    def read(self, item: str) -> dict[str, Tensor]:
+        """Dense tensors of an item by checkpoint name, on the CPU."""
+        names = [name for name in self.tensors.tensors if item_of(name) == item]
+        return decode_item(self.tensors.read(names), self.settings)
+
+
+def open_artifact(folder: Path) -> GptqArtifact:
+    """A reader of a GPTQ folder.
+
+    Raises:
+        RefusedError: it is no GPTQ folder, or misses a tensor.
+    """
+    config = read_json(folder / "config.json")
+    settings = config.get("quantization_config")
+    if settings is None:
+        settings = read_json(folder / "quantize_config.json")
+    zero_version(settings)
+    tensors = open_tensors(folder)
+    for name in tensors.tensors:
+        if name.endswith(".qweight"):
+            module = name.removesuffix(".qweight")
+            for part in PARTS[1:3]:
+                if f"{module}.{part}" not in tensors.tensors:
+                    raise RefusedError(
+                        f"{module}.{part} is missing", where=str(folder), fix="download the artifact again"
+                    )
+    return GptqArtifact(tensors, config, settings, family_of(config, where=str(folder / "config.json")))

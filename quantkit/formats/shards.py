@@ -1,0 +1,134 @@
+"""Safetensors files put together from the files of single items, by copying bytes: memory does not grow with the model.
+
+Tensors are laid out by falling alignment and then by name, so the same items always give the same file. Metadata
+holds one key, because the library writes several in random order.
+"""
+
+import json
+import math
+import shutil
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from quantkit.checkpoint.index import DTYPES, INDEX_NAME, SINGLE_NAME
+
+METADATA = {"format": "pt"}
+COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Extent:
+    """One tensor's bytes in a file: dtype in safetensors' spelling, offsets from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.stop - self.start
+
+
+def write_item(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one item's tensors as a safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path, metadata=METADATA)
+
+
+def read_item(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file that `write_item` wrote, on the CPU."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+def extents(path: Path) -> list[Extent]:
+    """Where every tensor of a safetensors file lies."""
+    with path.open("rb") as file:
+        (header_bytes,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(header_bytes))
+    header.pop("__metadata__", None)
+    base = 8 + header_bytes
+    return [
+        Extent(name, entry["dtype"], tuple(entry["shape"]), path, *(base + at for at in entry["data_offsets"]))
+        for name, entry in header.items()
+    ]
+
+
+def merge(items: Iterable[Path], folder: Path, *, max_shard_bytes: int) -> list[Path]:
+    """Join item files into `model.safetensors`, or into shards with an index; returns the files written.
+
+    Args:
+        items: files in stream order; an item is never split between shards.
+        folder: where to write; must exist.
+        max_shard_bytes: a shard is closed before it would grow beyond this.
+    """
+    shards: list[list[Extent]] = [[]]
+    size = 0
+    for path in items:
+        found = extents(path)
+        item_bytes = sum(extent.size_bytes for extent in found)
+        if shards[-1] and size + item_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1] += found
+        size += item_bytes
+    if len(shards) == 1:
+        return [_write(folder / SINGLE_NAME, shards[0])]
+    written = []
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        written.append(_write(folder / name, shard))
+        weight_map |= {extent.name: name for extent in shard}
+    total = sum(extent.size_bytes for shard in shards for extent in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    index_path = folder / INDEX_NAME
+    index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [*written, index_path]
+
+
+def _write(path: Path, tensors: list[Extent]) -> Path:
+    ordered = sorted(tensors, key=lambda extent: (-DTYPES[extent.dtype].itemsize, extent.name))
+    header: dict[str, object] = {"__metadata__": METADATA}
+    offset = 0
+    for extent in ordered:
+        expected = math.prod(extent.shape) * DTYPES[extent.dtype].itemsize
+        assert extent.size_bytes == expected, f"{extent.name} has {extent.size_bytes} bytes instead of {expected}"
+        header[extent.name] = {
+            "dtype": extent.dtype,
+            "shape": list(extent.shape),
+            "data_offsets": [offset, offset + extent.size_bytes],
+        }
+        offset += extent.size_bytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for extent in ordered:
+            with extent.path.open("rb") as source:
+                source.seek(extent.start)
+                _copy(source, file, extent.size_bytes)
+    return path
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size_bytes: int) -> None:
+    while size_bytes > COPY_BYTES:
+        target.write(source.read(COPY_BYTES))
+        size_bytes -= COPY_BYTES
+    target.write(source.read(size_bytes))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes and nothing else of it."""
+    shutil.copyfile(source, target)

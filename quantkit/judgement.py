@@ -1,0 +1,212 @@
+"""An artifact judged against its source, for `build` and for `validate`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit import __version__
+from quantkit.checkpoint.layer import Decoder
+from quantkit.errors import RefusedError
+from quantkit.formats import READERS, detect
+from quantkit.formats.contract import Artifact
+from quantkit.machine import deciding_versions, device_model, use_threads
+from quantkit.nano import NAME as NANO
+from quantkit.progress import Progress
+from quantkit.recipe import GatesSection, Recipe, fingerprint
+from quantkit.report.card import card
+from quantkit.report.record import CARD, read_record, require_unchanged, write_record
+from quantkit.sources import Source, open_source
+from quantkit.texts import load_text_set
+from quantkit.validation.compare import (
+    REFERENCE_RUNTIME,
+    gated,
+    not_run,
+    reference_figures,
+    reference_result,
+)
+from quantkit.validation.reference import Settings, run_reference
+from quantkit.validation.text import EvaluationText, evaluation_text
+from quantkit.workdir import write_text
+
+
+def validate(
+    folder: Path,
+    *,
+    model: str | None,
+    texts: tuple[str, ...],
+    runtime: str,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Judge an artifact of any known format, ours or not; the result goes into its record where there is one.
+
+    Args:
+        folder: the artifact.
+        model: the reference; None takes the record's source.
+        texts: text sets to judge by; empty takes the record's, or polish-core.
+        runtime: "reference", "native", "both", or an engine's name.
+        device: where to compute.
+        progress: told what is going on.
+
+    Returns:
+        the document of `validate --json`.
+    """
+    progress = progress or Progress()
+    name = detect(folder)
+    artifact = READERS[name].open(folder)
+    record = read_record(folder)
+    if record is not None:
+        progress.stage("checking the artifact's hashes")
+        require_unchanged(folder, record)
+    model = model or _recorded_source(record, folder)
+    recipe = _recipe_of(record, name, model)
+    if texts:
+        recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"texts": texts})})
+    use_threads(recipe.compute.threads)
+    source = open_source(model, recipe.model.revision, progress)
+    if record is not None and source.sha256 != record["source"]["sha256"]:
+        raise RefusedError(
+            f"{source.id} is not the model this artifact was made from",
+            where=str(folder),
+            fix="give the source with --model; its files must hash as the record says",
+        )
+    result = judge(artifact, source, recipe, device=device, runtime=runtime, progress=progress)
+    if record is not None:
+        keep(folder, record | {"validation": result})
+    return result
+
+
+def check_window(num_tokens: int, decoder: Decoder, key: str) -> None:
+    """Refuse windows that are longer than the model can read in one piece."""
+    if num_tokens > decoder.window_limit:
+        raise RefusedError(
+            f"{num_tokens} tokens per window are more than the model's {decoder.window_limit}",
+            where=key,
+            fix=f"set {key} to {decoder.window_limit} or less",
+        )
+
+
+def judge(
+    artifact: Artifact,
+    source: Source,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    runtime: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The document of `validate --json` for one artifact.
+
+    Args:
+        artifact: opened for reading.
+        source: what it is held against.
+        recipe: its validation and compute sections say how.
+        device: where to compute.
+        runtime: "reference", "native", "both", or an engine's name.
+        progress: told what is going on.
+    """
+    tokenizer = source.tokenizer()
+    section = recipe.validation
+    dtype = getattr(torch, recipe.compute.dtype)
+    decoder = Decoder(source.checkpoint.config, source.checkpoint.family, device=device, dtype=dtype)
+    check_window(section.window_tokens, decoder, "validation.window_tokens")
+    text = evaluation_text(
+        [load_text_set(name, "validation") for name in section.texts],
+        tokenizer,
+        window_tokens=section.window_tokens,
+        max_windows=section.max_windows,
+        seed=section.seed,
+    )
+    settings = Settings(recipe.compute.windows_per_batch, section.prompt, section.generated_tokens)
+    progress.stage("running the reference model")
+    key = fingerprint(
+        [
+            source.sha256,
+            text.fingerprint,
+            asdict(settings),
+            recipe.compute.model_dump(),
+            deciding_versions(),
+            device_model(device),
+        ]
+    )
+    reference = run_reference(source.checkpoint, text, decoder, tokenizer, settings, fingerprint=key)
+    results = []
+    for wanted in _runtimes(runtime, READERS[recipe.format].native_engine):
+        progress.stage(f"judging the artifact ({wanted})")
+        if wanted == REFERENCE_RUNTIME:
+            results.append(reference_result(artifact, reference, text, decoder, tokenizer, settings))
+        else:
+            results.append(not_run(wanted, f"quantkit {__version__} has no engine {wanted}"))
+    return _document(artifact, recipe, text, reference_figures(reference, text), results)
+
+
+def _runtimes(wanted: str, native: str) -> list[str]:
+    """Names of the runtimes that a word of the command line means."""
+    return {"native": [native], "both": [REFERENCE_RUNTIME, native]}.get(wanted, [wanted])
+
+
+def _document(
+    artifact: Artifact,
+    recipe: Recipe,
+    text: EvaluationText,
+    expected: dict[str, Any],
+    results: list[dict[str, Any]],
+) -> dict[str, Any]:
+    name = recipe.format
+    files = artifact.tensors.files
+    variant = {
+        "name": name,
+        "files": files,
+        "bits_per_weight": artifact.bits_per_weight,
+        "size_bytes": sum((artifact.tensors.folder / file).stat().st_size for file in files),
+        "results": results,
+    }
+    section = recipe.validation
+    gates = section.gates.model_dump() | _given(section.variant_gates.get(name))
+    judged = gated(variant, expected, gates, section.require)
+    return {
+        "artifact": artifact.tensors.folder.resolve().name,
+        "format": name,
+        "engine": recipe.engine,
+        "text": text.facts(),
+        "reference": expected,
+        "variants": [judged],
+        "gate": judged["gate"],
+    }
+
+
+def _given(gates: GatesSection | None) -> dict[str, float]:
+    return {} if gates is None else {key: value for key, value in gates.model_dump().items() if value is not None}
+
+
+def keep(folder: Path, record: dict[str, Any]) -> None:
+    """Card first, then the record: whoever sees the record sees the card that belongs to it."""
+    write_text(folder / CARD, card(record))
+    write_record(folder, record)
+
+
+def _recorded_source(record: dict[str, Any] | None, folder: Path) -> str:
+    if record is None:
+        raise RefusedError(
+            "the artifact has no record that names its source",
+            where=str(folder),
+            fix="give the reference model with --model",
+        )
+    source = record["source"]
+    if source["id"] != NANO and not source["on_hub"]:
+        raise RefusedError(
+            f"the artifact was made from a local folder, {source['id']}",
+            where=str(folder),
+            fix="give that folder with --model",
+        )
+    return str(source["id"])
+
+
+def _recipe_of(record: dict[str, Any] | None, name: str, model: str) -> Recipe:
+    """The recipe an artifact is judged by: its own, or the defaults for somebody else's."""
+    if record is None:
+        return Recipe.model_validate({"format": name, "model": {"id": model}})
+    return Recipe.model_validate_json(json.dumps(record["recipe"]))

@@ -1,0 +1,105 @@
+"""The machine a build runs on: device, versions, memory. What decides bytes is part of a build's identity."""
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit import __version__
+from quantkit.errors import RefusedError, UnavailableError
+
+DECIDING_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `--device` means.
+
+    Args:
+        name: "auto" (CUDA if there is one), "cuda" or "cpu".
+
+    Raises:
+        UnavailableError: CUDA is asked for and not there.
+        RefusedError: another name.
+    """
+    if name not in ("auto", "cuda", "cpu"):
+        raise RefusedError(f"unknown device {name!r}", where="--device", fix="use auto, cuda or cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnavailableError(
+            "no CUDA device is there",
+            where="--device cuda",
+            fix="use --device cpu, or install a CUDA build of torch and a driver (`quantkit doctor` says more)",
+        )
+    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def device_model(device: torch.device) -> str:
+    """The GPU's or CPU's model name; the same recipe gives the same bytes on the same model only."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def deciding_versions() -> dict[str, str]:
+    """Versions of everything whose change may change bytes."""
+    return {"quantkit": __version__} | {package: metadata.version(package) for package in DECIDING_PACKAGES}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the record says of the machine; nothing that tells whose it is."""
+    facts: dict[str, Any] = {
+        "versions": deciding_versions(),
+        "commit": source_commit(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device.type,
+        "device_model": device_model(device),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def source_commit() -> str | None:
+    """The commit of the checkout quantkit runs from, "-dirty" when it was changed; None for an installed wheel."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() or None
+
+
+def peak_memory_bytes(device: torch.device) -> dict[str, int]:
+    """Largest resident memory of this process so far, and of the GPU's tensors."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    facts = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        facts["device"] = torch.cuda.max_memory_allocated(device)
+    return facts
+
+
+def use_threads(threads: int) -> None:
+    """Fix torch's threads, as the recipe says."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(threads)

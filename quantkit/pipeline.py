@@ -1,0 +1,270 @@
+"""The one place that joins the stages: recipe, checkpoint, calibration, stream, format, validation, record, card."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.calibration.tokens import calibration_windows
+from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.tokenizer import Tokenizer
+from quantkit.errors import RefusedError
+from quantkit.formats import READERS
+from quantkit.formats.shards import read_item, write_item
+from quantkit.judgement import check_window, judge, keep
+from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
+from quantkit.methods import METHODS, Method
+from quantkit.plan import Plan, make_plan
+from quantkit.progress import Progress
+from quantkit.recipe import Recipe, fingerprint, public_name
+from quantkit.report.record import SCHEMA, output_entries, read_record, require_unchanged
+from quantkit.sources import Source, open_source
+from quantkit.stream import Calibration, Sinks, stream
+from quantkit.texts import TextSet, load_text_set
+from quantkit.validation.compare import REFERENCE_RUNTIME
+from quantkit.workdir import locked, open_workdir, refuse_other
+
+
+@dataclass(frozen=True)
+class Build:
+    """What `build` did.
+
+    Attributes:
+        out: the artifact's folder.
+        record: its record.
+        reused: it was there already, complete and unchanged.
+        unpinned: commit that the recipe's model was resolved to, if the recipe names none.
+    """
+
+    out: Path
+    record: dict[str, Any]
+    reused: bool
+    unpinned: str | None = None
+
+
+@dataclass
+class Stopwatch:
+    """Wall seconds by stage."""
+
+    started: float = field(default_factory=time.perf_counter)
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        now = time.perf_counter()
+        spent, self.started = now - self.started, now
+        return round(spent, 3)
+
+
+def default_out(recipe: Recipe, name: str) -> Path:
+    """`artifacts/<model>-<FORMAT>`, or with the recipe's own name where a model has several of a format.
+
+    Args:
+        name: the recipe file's stem.
+    """
+    model = public_name(recipe.model.id).rsplit("/")[-1]
+    return Path("artifacts") / f"{model}-{name.upper()}"
+
+
+def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress) -> Plan:
+    """What building a recipe will need; see `quantkit.plan.make_plan`."""
+    use_threads(recipe.compute.threads)
+    source = open_source(recipe.model.id, recipe.model.revision, progress)
+    return make_plan(recipe, source.checkpoint, _method(recipe), out=out, device=device)
+
+
+def build(
+    recipe: Recipe,
+    *,
+    out: Path,
+    device: torch.device,
+    fresh: bool = False,
+    validated: bool = True,
+    progress: Progress | None = None,
+) -> Build:
+    """Take a checkpoint to an artifact with its record and card; finished layers survive an interruption.
+
+    Args:
+        recipe: what to build.
+        out: the artifact's folder; appears whole or not at all.
+        device: where to compute.
+        fresh: throw away what an earlier run left.
+        validated: judge the artifact against its source afterwards.
+        progress: told what is going on.
+
+    Raises:
+        QuantkitError: whatever is wrong; nothing is left half-written.
+    """
+    progress = progress or Progress()
+    use_threads(recipe.compute.threads)
+    with locked(out):
+        source = open_source(recipe.model.id, recipe.model.revision, progress)
+        unpinned = source.revision if recipe.model.revision is None else None
+        method = _method(recipe)
+        texts = {}
+        if method.solver.needs:
+            texts = {
+                name: load_text_set(name, "calibration") for name, wanted in recipe.calibration.texts.items() if wanted
+            }
+        identity = _identity(recipe, source, texts, device)
+        record = None if fresh else _finished(out, identity)
+        reused = record is not None
+        if record is None:
+            make_plan(recipe, source.checkpoint, method, out=out, device=device)
+            record = _make(recipe, source, method, texts, identity, out, device, fresh, progress)
+        if validated and (record["validation"] is None or record["recipe"] != recipe.resolved()):
+            record = record | {"recipe": recipe.resolved()}
+            artifact = READERS[recipe.format].open(out)
+            record["validation"] = judge(
+                artifact, source, recipe, device=device, runtime=REFERENCE_RUNTIME, progress=progress
+            )
+            keep(out, record)
+    return Build(out, record, reused, unpinned)
+
+
+def _method(recipe: Recipe) -> Method:
+    return METHODS[recipe.format](recipe.quantize)
+
+
+def _identity(recipe: Recipe, source: Source, texts: dict[str, TextSet], device: torch.device) -> dict[str, Any]:
+    """Everything that decides the artifact's bytes; the same identity gives the same files."""
+    return {
+        "recipe": recipe.deciding(),
+        "source": source.sha256,
+        "texts": {public_name(name): text_set.sha256 for name, text_set in texts.items()},
+        "versions": deciding_versions(),
+        "device": device_model(device),
+    }
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of an artifact that is there already and is this one.
+
+    Raises:
+        RefusedError: the folder holds something else.
+        RunFailedError: it is this one, but its files were changed.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    record = read_record(out) if out.is_dir() else None
+    if record is None:
+        raise RefusedError(
+            f"{out} exists and is no artifact of quantkit",
+            where=str(out),
+            fix="choose another folder with --out",
+        )
+    refuse_other(record["identity"], identity, where=out)
+    require_unchanged(out, record)
+    return record
+
+
+def _make(
+    recipe: Recipe,
+    source: Source,
+    method: Method,
+    texts: dict[str, TextSet],
+    identity: dict[str, Any],
+    out: Path,
+    device: torch.device,
+    fresh: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Quantize, assemble and put the artifact in place; returns its record."""
+    checkpoint, watch = source.checkpoint, Stopwatch()
+    dtype = getattr(torch, recipe.compute.dtype)
+    work = open_workdir(out, identity, fresh=fresh)
+    calibration = _calibration(recipe, texts, source.tokenizer())
+    decoder = Decoder(checkpoint.config, checkpoint.family, device=device, dtype=dtype)
+    if calibration is not None:
+        check_window(calibration.tokens_WT.shape[1], decoder, "calibration.window_tokens")
+    stages = {"prepare": watch.lap()}
+
+    def finished(name: str) -> dict[str, torch.Tensor] | None:
+        return method.format.decode_item(read_item(work.path(name))) if work.is_finished(name) else None
+
+    names = checkpoint.items
+    sinks = Sinks(
+        linear=progress.linear,
+        item=lambda name: progress.steps("quantize", names.index(name), len(names)),
+    )
+    for item in stream(
+        checkpoint,
+        method.solver,
+        calibration,
+        decoder=decoder,
+        stored_dtype=method.format.stored_dtype,
+        skip=method.format.skip,
+        finished=finished,
+        sinks=sinks,
+    ):
+        tensors = method.format.encode_item(item)
+        facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
+        work.finish(item.name, lambda path, tensors=tensors: write_item(path, tensors), facts)  # type: ignore[misc]
+    progress.steps("quantize", len(names), len(names))
+    stages["quantize"] = watch.lap()
+
+    progress.stage("writing the artifact")
+    variants = work.assemble(
+        lambda folder: method.format.assemble(checkpoint, [work.path(name) for name in names], folder)
+    )
+    stages["write"] = watch.lap()
+    record = _record(recipe, source, texts, identity, device, calibration)
+    record["variants"] = variants
+    record["outputs"] = output_entries(work.artifact)
+    record["build"] = {
+        "items": work.facts,
+        "seconds": stages | {"hash": watch.lap()},
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+    keep(work.artifact, record)
+    work.publish()
+    return record
+
+
+def _record(
+    recipe: Recipe,
+    source: Source,
+    texts: dict[str, TextSet],
+    identity: dict[str, Any],
+    device: torch.device,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    facts = None
+    if calibration is not None:
+        section = recipe.calibration
+        facts = {
+            "texts": [
+                {
+                    "name": public_name(name),
+                    "sha256": text_set.sha256,
+                    "revision": text_set.revision,
+                    "windows": section.texts[name],
+                }
+                for name, text_set in texts.items()
+            ],
+            "window_tokens": section.window_tokens,
+            "seed": section.seed,
+            "tokens_sha256": fingerprint(calibration.tokens_WT.tolist()),
+        }
+    return {
+        "schema": SCHEMA,
+        "format": recipe.format,
+        "engine": recipe.engine,
+        "recipe": recipe.resolved(),
+        "fingerprint": fingerprint(identity),
+        "identity": identity,
+        "source": source.facts(),
+        "calibration": facts,
+        "environment": environment(device),
+        "validation": None,
+    }
+
+
+def _calibration(recipe: Recipe, texts: dict[str, TextSet], tokenizer: Tokenizer) -> Calibration | None:
+    if not texts:
+        return None
+    section = recipe.calibration
+    parts = [(text_set, section.texts[name]) for name, text_set in texts.items()]
+    tokens = calibration_windows(parts, tokenizer, window_tokens=section.window_tokens, seed=section.seed)
+    return Calibration(tokens, recipe.compute.windows_per_batch, section.activations == "float")

@@ -1,0 +1,187 @@
+"""What a build will need, found out before it starts: problems, sizes, memory, disk and a time estimate."""
+
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.calibration.statistics import DEVIATION, HESSIAN
+from quantkit.checkpoint.families import EMBEDDING, HEAD
+from quantkit.checkpoint.index import Checkpoint
+from quantkit.checkpoint.layer import free_bytes
+from quantkit.errors import RefusedError
+from quantkit.methods import Method
+from quantkit.recipe import Recipe
+
+DISK_MARGIN_BYTES = 64 * 1024**2
+PROBE_SIDE = 1024
+# the share of the probed matmul rate that the whole pass reaches; the column loop and small products keep it down
+EFFICIENCY = 0.35
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Estimates for one build; bytes and seconds.
+
+    Attributes:
+        linears: how many linears are quantized.
+        parameters: of the whole model.
+        artifact_bytes: weights on disk.
+        bits_per_weight: over the quantized linears.
+        disk_bytes: most that is on disk at once (finished items beside the artifact).
+        disk_free_bytes: on the output's disk.
+        memory_bytes: peak on the device that solves.
+        memory_free_bytes: available there.
+        tokens: of calibration.
+        seconds: a rough estimate from a short matmul probe.
+    """
+
+    linears: int
+    parameters: int
+    artifact_bytes: int
+    bits_per_weight: float
+    disk_bytes: int
+    disk_free_bytes: int
+    memory_bytes: int
+    memory_free_bytes: int
+    tokens: int
+    seconds: float
+
+    def facts(self) -> dict[str, Any]:
+        """As a table for JSON."""
+        return asdict(self)
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Path, device: torch.device) -> Plan:
+    """The plan of a build.
+
+    Raises:
+        RefusedError: the format cannot hold a linear, or disk or memory will not do; every problem is named.
+    """
+    shapes = list(checkpoint.linear_shapes())
+    solved = [shape for shape in shapes if not shape[0].endswith(method.format.skip)]
+    if problems := method.format.problems(shapes):
+        shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
+        raise RefusedError(
+            f"{len(problems)} linear(s) do not fit the format:\n  " + "\n  ".join(shown),
+            where=str(checkpoint.folder),
+            fix="change the recipe as said, or choose another group_size",
+        )
+    infos = checkpoint.tensors.tensors
+    parameters = sum(info.num_elements for info in infos.values())
+    quantized = sum(rows * columns for _, rows, columns in solved)
+    quantized_bits = sum(method.format.stored_bits(rows, columns) for _, rows, columns in solved)
+    artifact_bytes = quantized_bits // 8 + (parameters - quantized) * method.format.stored_dtype.itemsize
+    tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if method.solver.needs else 0
+    plan = Plan(
+        linears=len(solved),
+        parameters=parameters,
+        artifact_bytes=artifact_bytes,
+        bits_per_weight=quantized_bits / max(quantized, 1),
+        disk_bytes=2 * artifact_bytes,
+        disk_free_bytes=shutil.disk_usage(_existing(out)).free,
+        memory_bytes=_memory(recipe, checkpoint, method, tokens),
+        memory_free_bytes=free_bytes(device),
+        tokens=tokens,
+        seconds=_flops(checkpoint, solved, tokens, recipe.calibration.window_tokens)
+        / _rate(recipe, device)
+        / EFFICIENCY,
+    )
+    if plan.disk_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
+        raise RefusedError(
+            f"the build needs {_gb(plan.disk_bytes)} of disk, {_gb(plan.disk_free_bytes)} are free",
+            where=str(out),
+            fix="free some space, or choose another disk with --out",
+        )
+    if plan.memory_bytes > plan.memory_free_bytes:
+        raise RefusedError(
+            f"the build needs about {_gb(plan.memory_bytes)} of memory on {device.type}, "
+            f"{_gb(plan.memory_free_bytes)} are free",
+            where="calibration and compute",
+            fix="use fewer or shorter windows (calibration.texts, calibration.window_tokens), or a larger machine",
+        )
+    return plan
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan for people."""
+    return [
+        f"linears           {plan.linears}, {plan.bits_per_weight:.3f} bits per weight",
+        f"parameters        {plan.parameters / 1e6:.1f} M",
+        f"artifact          {_gb(plan.artifact_bytes)}",
+        f"disk              {_gb(plan.disk_bytes)} while building, {_gb(plan.disk_free_bytes)} free",
+        f"memory            {_gb(plan.memory_bytes)}, {_gb(plan.memory_free_bytes)} free",
+        f"calibration       {plan.tokens} tokens",
+        f"time              about {plan.seconds:.0f} s (estimate)",
+    ]
+
+
+def _memory(recipe: Recipe, checkpoint: Checkpoint, method: Method, tokens: int) -> int:
+    """Peak of the layer loop: activations, the largest stage's inputs, one layer, and the solver's matrices."""
+    width = torch.finfo(getattr(torch, recipe.compute.dtype)).bits // 8
+    infos = checkpoint.tensors.tensors
+    layer_names = checkpoint.names("layers.0")
+    layer = sum(infos[name].num_elements for name in layer_names)
+    source = sum(infos[name].size_bytes for name in layer_names)
+    shapes = [infos[f"model.layers.0.{linear}.weight"].shape for linear in checkpoint.family.linears]
+    widest = max(columns for _, columns in shapes)
+    largest = max(rows * columns for rows, columns in shapes)
+    hidden = int(checkpoint.config["hidden_size"])
+    ends = max(sum(infos[name].size_bytes for name in checkpoint.names(item)) for item in (EMBEDDING, HEAD))
+    streams = 2 if DEVIATION in method.solver.needs else 1
+    matrices = 3 if HESSIAN in method.solver.needs else 0
+    fixed = 700 * 1024**2  # interpreter, libraries and allocator slack
+    return (
+        fixed
+        + streams * tokens * (hidden + widest) * width
+        + (streams * width + 1) * layer
+        + 3 * source
+        + (matrices + streams - 1) * widest * widest * 4
+        + 5 * largest * 4
+        + ends
+    )
+
+
+def _flops(checkpoint: Checkpoint, solved: list[tuple[str, int, int]], tokens: int, window: int) -> float:
+    forward = sum(2.0 * rows * columns * tokens for _, rows, columns in checkpoint.linear_shapes())
+    attention = 2.0 * 2 * tokens * window * int(checkpoint.config["hidden_size"]) * checkpoint.num_layers
+    solving = 0.0
+    for name, rows, columns in solved:
+        shares_input = name.endswith((".k_proj", ".v_proj", ".up_proj"))
+        if not shares_input:
+            solving += 2.0 * tokens * columns**2 + columns**3 / 3
+        solving += 2.0 * rows * columns**2
+    return forward + attention + (solving if tokens else 0.0)
+
+
+def _rate(recipe: Recipe, device: torch.device) -> float:
+    """Measured FLOP/s of a square matmul in the compute dtype."""
+    dtype = getattr(torch, recipe.compute.dtype)
+    left = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype, device=device)
+    left @ left
+    _settle(device)
+    started = time.perf_counter()
+    repeats = 3
+    for _ in range(repeats):
+        left @ left
+    _settle(device)
+    return repeats * 2.0 * PROBE_SIDE**3 / (time.perf_counter() - started)
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _existing(path: Path) -> Path:
+    path = path.resolve()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB"

@@ -1,0 +1,357 @@
+"""Recipes: TOML files that say what decides an artifact's bytes, one per published artifact.
+
+A recipe is data in a closed schema: an unknown key is an error with a suggestion, and every problem is reported at
+once. `extends` names a file beside it whose tables it continues. Nothing below the pipeline sees a recipe, only
+values taken from it.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quantkit.errors import RefusedError
+from quantkit.home import shipped
+from quantkit.workdir import write_text
+
+DEFAULT_MODEL = "bielik-7b-instruct-v0.1"
+COMMIT = r"^[0-9a-f]{40}$"
+
+
+class Section(BaseModel):
+    """A table of a recipe: frozen, strictly typed, closed."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class ModelSection(Section):
+    """The source checkpoint."""
+
+    id: str = Field(description="Hub id (`org/name`), a folder, or `bielik-nano`, which is made when it is absent.")
+    revision: str | None = Field(
+        default=None,
+        pattern=COMMIT,
+        description="Commit hash on the Hub. Left out, a build resolves and records it; publishing refuses that.",
+    )
+
+
+class GptqSection(Section):
+    """How GPTQ quantizes."""
+
+    bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits per code. vLLM serves 4 and 8.")
+    group_size: Literal[-1, 32, 64, 128] = Field(
+        default=128, description="Input channels per scale; -1 is one scale per row."
+    )
+    symmetric: bool = Field(
+        default=True, description="Fix the zero point in the middle of the codes. vLLM serves symmetric only."
+    )
+    order: Literal["natural", "group-aware", "activation"] = Field(
+        default="group-aware",
+        description="Order in which input channels are solved. `group-aware` has the gain of activation order with a "
+        "trivial g_idx; `activation` writes desc_act, which vLLM refuses with groups.",
+    )
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
+    )
+    scale_candidates: int = Field(
+        default=20,
+        ge=0,
+        le=200,
+        description="Shrunken ranges the scale search tries per group, weighted by the Hessian's diagonal; 0 is none.",
+    )
+    asymmetric: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ.",
+    )
+    skip: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
+    )
+
+
+class CalibrationSection(Section):
+    """Which text the statistics come from."""
+
+    texts: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default={"polish-core": 64},
+        description="Windows to take from each text set: `polish-core`, `wikipedia-pl`, `nkjp1m`, `poleval2018`, "
+        "or the path of a .jsonl or .txt file.",
+    )
+    window_tokens: int = Field(default=512, ge=16, description="Tokens per window.")
+    seed: int = Field(default=0, description="Order in which documents are drawn.")
+    activations: Literal["quantized", "float"] = Field(
+        default="quantized",
+        description="Statistics come from the stream as `quantized` so far, or from the unquantized model (`float`).",
+    )
+
+
+class GatesSection(Section):
+    """Limits that a variant must keep to be published; a limit left out is not checked."""
+
+    perplexity_ratio: float | None = Field(
+        default=None, ge=1, description="Largest perplexity of the artifact over the reference's."
+    )
+    mean_kld: float | None = Field(
+        default=None,
+        ge=0,
+        description="Largest mean Kullback-Leibler divergence from the reference, in nats per token.",
+    )
+    top1_agreement: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Smallest share of tokens where both models prefer the same next token.",
+    )
+
+
+class ValidationSection(Section):
+    """On which text, and how strictly, an artifact is judged."""
+
+    texts: tuple[str, ...] = Field(
+        default=("polish-core",), strict=False, description="Text sets; names or paths as for calibration."
+    )
+    window_tokens: int = Field(default=512, ge=16, description="Most tokens predicted per window.")
+    max_windows: int | None = Field(
+        default=None,
+        ge=1,
+        description="Use a sample of this many documents' windows, drawn by `seed`; all if left out.",
+    )
+    seed: int = Field(default=0, description="Draws the sample of `max_windows`.")
+    require: tuple[str, ...] = Field(
+        default=("reference",), strict=False, description="Runtimes without whose result the gate fails."
+    )
+    prompt: str = Field(
+        default="Jakie mamy pory roku w Polsce?", description="Chat prompt of the greedy generation check."
+    )
+    generated_tokens: int = Field(default=32, ge=0, description="Tokens generated for that check; 0 leaves it out.")
+    gates: GatesSection = Field(default=GatesSection(), description="Limits for every variant.")
+    variant_gates: dict[str, GatesSection] = Field(
+        default={}, description="Limits by variant name; they replace those of `gates` key by key."
+    )
+
+
+class ComputeSection(Section):
+    """What else decides the arithmetic, and so the bytes."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="What the model is run in. Statistics are summed in float32 in any case.",
+    )
+    threads: int = Field(
+        default=2,
+        ge=1,
+        description="CPU threads. Another number gives other rounding, so it is part of the recipe.",
+    )
+    windows_per_batch: int = Field(default=8, ge=1, description="Windows that go through a layer together.")
+
+
+class ReleaseSection(Section):
+    """Where the artifact is meant to go and what its card says."""
+
+    repo: str | None = Field(default=None, description="Hub repository, `org/name`.")
+    license: str | None = Field(default=None, description="Licence of the exact source repository.")
+    languages: tuple[str, ...] = Field(default=("pl",), strict=False, description="ISO 639-1 codes for the card.")
+    quantized_by: str | None = Field(default=None, description="Organization named on the card.")
+
+
+class Recipe(Section):
+    """One artifact."""
+
+    format: Literal["gptq"] = Field(description="Artifact format.")
+    engine: Literal["quantkit"] = Field(default="quantkit", description="Who quantizes.")
+    model: ModelSection
+    quantize: GptqSection = GptqSection()
+    calibration: CalibrationSection = CalibrationSection()
+    validation: ValidationSection = ValidationSection()
+    compute: ComputeSection = ComputeSection()
+    release: ReleaseSection = ReleaseSection()
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, defaults included, ready for JSON; local paths are cut to their last part."""
+        content = self.model_dump(mode="json")
+        content["model"]["id"] = public_name(self.model.id)
+        calibration, validation = content["calibration"], content["validation"]
+        calibration["texts"] = {public_name(name): number for name, number in calibration["texts"].items()}
+        validation["texts"] = [public_name(name) for name in validation["texts"]]
+        return content
+
+    def deciding(self) -> dict[str, Any]:
+        """The part of `resolved` that decides the weights: what is only judged or announced is left out."""
+        return {key: value for key, value in self.resolved().items() if key not in ("validation", "release")}
+
+
+def public_name(name: str) -> str:
+    """A name as it may be published: the last part of a local path, anything else as it is."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def fingerprint(content: Any) -> str:
+    """Hex SHA-256 of a JSON-able value, independent of key order."""
+    canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def find_recipe(name: str) -> Path:
+    """The file a name on the command line means: a path, `<model>/<name>`, or a name of the default model.
+
+    Raises:
+        RefusedError: nothing is there; the closest shipped names are suggested.
+    """
+    path = Path(name)
+    if path.suffix == ".toml":
+        if path.is_file():
+            return path
+        raise RefusedError(f"no such recipe file: {name}", fix="`quantkit recipes list` shows what is shipped")
+    full = name if "/" in name else f"{DEFAULT_MODEL}/{name}"
+    found = shipped("recipes") / f"{full}.toml"
+    if found.is_file() and found.stem != "base":
+        return found
+    known = list_recipes()
+    close = difflib.get_close_matches(name, known + [short.split("/")[1] for short in known], n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(dict.fromkeys(close))}? " if close else ""
+    raise RefusedError(f"no recipe named {name!r}", fix=f"{hint}`quantkit recipes list` shows all")
+
+
+def list_recipes() -> list[str]:
+    """Names of all shipped recipes, `<model>/<name>`, sorted."""
+    folder = shipped("recipes")
+    found = (path for path in folder.glob("*/*.toml") if path.stem != "base")
+    return sorted(f"{path.parent.name}/{path.stem}" for path in found)
+
+
+def load_recipe(path: Path, changes: tuple[str, ...] = (), *, model: str | None = None) -> Recipe:
+    """A checked recipe.
+
+    Args:
+        path: the TOML file.
+        changes: "table.key=value" from the command line; the value is TOML, a bare word is taken as a string.
+        model: replaces model.id; the recipe's revision does not apply to it then.
+
+    Raises:
+        RefusedError: every problem of the recipe, one per line.
+    """
+    content = _read(path, seen=())
+    for change in changes:
+        _apply(content, change)
+    if model is not None:
+        content["model"] = {"id": model}
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [_problem(detail) for detail in error.errors()]
+        raise RefusedError(
+            f"{len(problems)} problem(s) in the recipe:\n  " + "\n  ".join(problems),
+            where=str(path),
+            fix="docs/recipe.md lists every key; `quantkit recipes schema` prints the schema",
+        ) from None
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise RefusedError("`extends` goes in a circle", where=str(path), fix="let one of the files stand alone")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RefusedError(
+            f"the recipe extends {path.name}, which is not there",
+            where=str(path.parent),
+            fix="mend `extends`",
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RefusedError(f"the recipe is not TOML: {error}", where=str(path), fix="mend the line it names") from None
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    if not isinstance(parent, str):
+        raise RefusedError("`extends` must be a file name", where=str(path), fix='write extends = "base.toml"')
+    return _merged(_read(path.parent / parent, (*seen, path.resolve())), content)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Tables are joined key by key, anything else is replaced; a table of text sets is one value."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        joined = isinstance(old, dict) and isinstance(value, dict) and key != "texts"
+        merged[key] = _merged(old, value) if joined else value  # type: ignore[arg-type]
+    return merged
+
+
+def _apply(content: dict[str, Any], change: str) -> None:
+    keys, found, text = change.partition("=")
+    if not found or not keys.strip():
+        raise RefusedError(f"--set {change!r} is not key=value", fix="write --set quantize.bits=3")
+    *tables, last = keys.strip().split(".")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    place = content
+    for table in tables:
+        place = place.setdefault(table, {})
+        if not isinstance(place, dict):
+            raise RefusedError(f"--set {change!r}: {table} is not a table", fix="see docs/recipe.md")
+    place[last] = value
+
+
+def _problem(detail: Any) -> str:
+    """One line of pydantic's findings in the words of a recipe."""
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(detail["loc"][-1]), _keys_beside(detail["loc"]), n=1, cutoff=0.5)
+        return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+    if detail["type"] == "missing":
+        return f"{key}: required"
+    return f"{key}: {detail['msg']}, got {detail['input']!r}"
+
+
+def _keys_beside(location: tuple[Any, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        field = model.model_fields.get(str(part))
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def as_toml(resolved: dict[str, Any]) -> str:
+    """A resolved recipe as TOML; keys without a value are left out."""
+    return tomlkit.dumps(_given(resolved))
+
+
+def copy_recipe(name: str, target: Path) -> None:
+    """Write a recipe, resolved, to a new file.
+
+    Raises:
+        RefusedError: the file exists, or the recipe is not to be found.
+    """
+    resolved = load_recipe(find_recipe(name)).resolved()
+    if target.exists():
+        raise RefusedError(f"{target} exists", fix="choose another file name")
+    write_text(target, as_toml(resolved))
+
+
+def pin_recipe(path: Path, revision: str) -> None:
+    """Set model.revision in a recipe file, leaving everything else of it as it stands."""
+    document = tomlkit.parse(path.read_text(encoding="utf-8"))
+    document.setdefault("model", tomlkit.table())["revision"] = revision
+    write_text(path, tomlkit.dumps(document))
+
+
+def _given(table: dict[str, Any]) -> dict[str, Any]:
+    """A table without the keys that have no value."""
+    return {
+        key: _given(value) if isinstance(value, dict) else value for key, value in table.items() if value is not None
+    }

@@ -1,0 +1,65 @@
+"""What an artifact folder is, from its files and its record."""
+
+from pathlib import Path
+from typing import Any
+
+from quantkit.formats import READERS, detect
+from quantkit.report.record import changed_files, read_record
+
+
+def inspect_artifact(folder: Path, *, verify: bool) -> dict[str, Any]:
+    """Format, sizes, tensors and record of an artifact.
+
+    Args:
+        folder: the artifact.
+        verify: also hash every file; `changed` then lists what differs from the record.
+
+    Returns:
+        {"artifact", "format", "bits_per_weight", "size_bytes", "tensors": [{"name", "dtype", "shape", "file"}],
+        "record", "verified", "changed"}.
+    """
+    name = detect(folder)
+    artifact = READERS[name].open(folder)
+    record = read_record(folder)
+    tensors = artifact.tensors
+    return {
+        "artifact": folder.resolve().name,
+        "format": name,
+        "bits_per_weight": artifact.bits_per_weight,
+        "size_bytes": sum((folder / file).stat().st_size for file in tensors.files),
+        "tensors": [
+            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "file": info.file}
+            for info in tensors.tensors.values()
+        ],
+        "record": record,
+        "verified": verify and record is not None,
+        "changed": changed_files(folder, record) if verify and record is not None else [],
+    }
+
+
+def inspection_lines(found: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    record = found["record"]
+    lines = [
+        f"artifact          {found['artifact']}",
+        f"format            {found['format']}",
+        f"bits per weight   {found['bits_per_weight']:.3f}",
+        f"size              {found['size_bytes'] / 1e6:.2f} MB in weights, {len(found['tensors'])} tensors",
+    ]
+    if record is None:
+        return [*lines, "record            none: not made by quantkit"]
+    validation = record["validation"]
+    verdict = "not validated"
+    if validation is not None:
+        verdict = "passed" if validation["gate"]["passed"] else "FAILED: " + "; ".join(validation["gate"]["failures"])
+    lines += [
+        f"source            {record['source']['id']} {record['source']['revision'] or ''}".rstrip(),
+        f"fingerprint       {record['fingerprint']}",
+        f"made by           quantkit {record['environment']['versions']['quantkit']}, engine {record['engine']}",
+        f"gate              {verdict}",
+    ]
+    if found["verified"]:
+        lines += [f"verify            {change}" for change in found["changed"]] or [
+            f"verify            all {len(record['outputs'])} files are as recorded"
+        ]
+    return lines

@@ -1,0 +1,80 @@
+"""The record of an artifact, `quantkit.json`: where every byte came from and how good the result is.
+
+The record is the source; the card, the table and the page are views of it. It holds no local path, user or host.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import RefusedError, RunFailedError
+from quantkit.workdir import RECORD, hash_files, write_json
+
+SCHEMA = 1
+CARD = "README.md"
+UNHASHED = (RECORD, CARD)  # the record cannot hold its own hash; the card is drawn from it
+
+
+def artifact_files(folder: Path) -> list[str]:
+    """Names of every file of an artifact, below its folder, sorted; hidden files are not part of it."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in found if not name.startswith("."))
+
+
+def output_entries(folder: Path) -> list[dict[str, Any]]:
+    """Name, size and SHA-256 of every file whose bytes the recipe decides."""
+    names = [name for name in artifact_files(folder) if name not in UNHASHED]
+    hashes = hash_files(folder, names)
+    return [{"name": name, "size_bytes": (folder / name).stat().st_size, "sha256": hashes[name]} for name in names]
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """An artifact's record, or None where there is none (somebody else made the folder).
+
+    Raises:
+        RefusedError: it is not a record this version reads.
+    """
+    path = folder / RECORD
+    if not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RefusedError(
+            f"the record is not JSON: {error}", where=str(path), fix="build the artifact again"
+        ) from None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise RefusedError(
+            "the record is of another version of quantkit", where=str(path), fix="build the artifact again"
+        )
+    return record
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Put the record in place, whole or not at all."""
+    write_json(folder / RECORD, record)
+
+
+def changed_files(folder: Path, record: dict[str, Any]) -> list[str]:
+    """Which files differ from what the record says: "name: missing", "name: changed" or "name: not in the record"."""
+    recorded = {entry["name"]: entry for entry in record["outputs"]}
+    present = [name for name in artifact_files(folder) if name not in UNHASHED]
+    hashes = hash_files(folder, [name for name in present if name in recorded])
+    lines = [f"{name}: missing" for name in recorded if name not in present]
+    lines += [f"{name}: changed" for name, sha256 in hashes.items() if sha256 != recorded[name]["sha256"]]
+    lines += [f"{name}: not in the record" for name in present if name not in recorded]
+    return sorted(lines)
+
+
+def require_unchanged(folder: Path, record: dict[str, Any]) -> None:
+    """Stop if an artifact's bytes are not those that were built.
+
+    Raises:
+        RunFailedError: naming every file that differs.
+    """
+    if changed := changed_files(folder, record):
+        raise RunFailedError(
+            "the artifact is not what was built:\n  " + "\n  ".join(changed),
+            where=str(folder),
+            fix="build it again, or restore the files",
+        )

@@ -1,0 +1,299 @@
+"""GPTQ: codes that minimize the layer's output error, column by column with error feedback.
+
+The paper (Frantar et al., arXiv 2210.17323) carries a Cholesky factor of the inverse Hessian. The same codes come
+out of one Cholesky factorization without any inverse: with H = R R^T, R upper triangular, the output error of the
+weight error E is ||E R||^2, and column i of E R holds only E_0 .. E_i. So the value column i should be rounded
+from is W_i + (sum over j < i of E_j R_ji) / R_ii. This is the LDL view of Chee et al., arXiv 2307.13304; it costs
+a third of n^3 instead of four thirds, reads the errors instead of rewriting the weights, and is better conditioned.
+
+One thing differs from the inverse form: weights of later columns are never updated, so a group's grid cannot be
+fitted on them as they stand. What the paper's form would hold there is W_g plus the solution of a small
+triangular system inside the group (`_updated`), and that is what the grid is fitted on.
+
+Shape legend: O out features, I in features. Everything here is transposed (input channel first), because the loop
+walks over input channels and wants each one contiguous.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics
+from quantkit.errors import RunFailedError
+from quantkit.grids.affine import AffineGrid, AffineRule
+from quantkit.qtensor import LinearFacts, QuantizedLinear
+
+DAMPING_STEP = 2.0
+DAMPING_TRIES = 6
+PANEL = 128
+
+
+@dataclass(frozen=True)
+class GptqSolution:
+    """What GPTQ decided about one linear.
+
+    Attributes:
+        codes_OI: uint8 [O, I] in the checkpoint's channel order.
+        grid: scales, zeros and the group of every channel.
+        loss: tr(E H E^T) / tr(W H W^T), the share of the linear's output energy that was lost; unitless.
+        damping: the fraction of mean(diag H) that was added.
+    """
+
+    codes_OI: Tensor
+    grid: AffineGrid
+    loss: float
+    damping: float
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A damped Hessian's upper factor for one visiting order; linears with the same input share it.
+
+    Attributes:
+        upper_II: R with H = R R^T, in visiting order.
+        order_I: int64 [I], the channel visited at each position.
+        importance_I: the damped Hessian's diagonal, in visiting order.
+        damping: what was added, as a fraction of mean(diag H).
+    """
+
+    upper_II: Tensor
+    order_I: Tensor
+    importance_I: Tensor
+    damping: float
+
+
+def visiting_order(diagonal_I: Tensor, order: str, group_size: int) -> Tensor:
+    """int64 [I]: channels in the order they are solved.
+
+    Args:
+        diagonal_I: the Hessian's diagonal.
+        order: "natural"; "activation" (decreasing diagonal over all channels, needs g_idx); or "group-aware"
+            (arXiv 2505.14638: decreasing inside each group, groups by their largest, a short tail group last), which
+            keeps groups contiguous in the file.
+        group_size: channels per group, -1 for one group.
+    """
+    num_channels = diagonal_I.numel()
+    if order == "natural":
+        return torch.arange(num_channels, device=diagonal_I.device)
+    size = num_channels if group_size == -1 else group_size
+    if order == "activation" or size >= num_channels:
+        return torch.argsort(diagonal_I, descending=True, stable=True)
+    full = num_channels // size * size
+    grouped = diagonal_I[:full].view(-1, size)
+    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
+    inside += torch.arange(0, full, size, device=inside.device).unsqueeze(1)
+    groups = torch.argsort(grouped.amax(1), descending=True, stable=True)
+    tail = full + torch.argsort(diagonal_I[full:], descending=True, stable=True)
+    return torch.cat([inside[groups].flatten(), tail])
+
+
+def factorize(hessian_II: Tensor, *, order: str, group_size: int, damping: float, where: str = "") -> Factor:
+    """The upper factor of the damped Hessian in visiting order.
+
+    Damping starts at `damping` and doubles, at most six times, until the matrix is numerically positive definite;
+    the value that worked is in the result and goes into the record. Channels that were never active get a
+    diagonal of 1 after damping of an all-zero matrix only; otherwise damping alone carries them.
+
+    Args:
+        hessian_II: [I, I], the sum over calibration tokens of x x^T; not modified.
+        order, group_size: see `visiting_order`.
+        damping: fraction of mean(diag H) added to the diagonal; unitless.
+        where: the linear's name, for the error.
+
+    Raises:
+        RunFailedError: the matrix is not finite, or not positive definite after the last damping.
+    """
+    diagonal_I = hessian_II.diagonal()
+    if not torch.isfinite(diagonal_I).all():
+        raise RunFailedError(
+            "the calibration activations are not finite",
+            where=where,
+            fix="compute in float32 (--set compute.dtype=float32), or look for the layer that overflows with "
+            "`quantkit validate` on the source",
+        )
+    mean = float(diagonal_I.mean()) or 1.0
+    order_I = visiting_order(diagonal_I, order, group_size)
+    # reversing rows and columns turns the lower factor that the library computes into the upper one wanted here
+    backwards_I = order_I.flip(0)
+    permuted_II = hessian_II[backwards_I][:, backwards_I]
+    original_I = permuted_II.diagonal().clone()
+    for attempt in range(DAMPING_TRIES + 1):
+        tried = damping * DAMPING_STEP**attempt
+        permuted_II.diagonal().copy_(original_I + tried * mean)
+        lower_II, failed_at = torch.linalg.cholesky_ex(permuted_II)
+        if int(failed_at) == 0:
+            importance_I = permuted_II.diagonal().flip(0).clone()
+            return Factor(lower_II.flip(0, 1), order_I, importance_I, tried)
+    raise RunFailedError(
+        f"the Hessian is not positive definite with damping up to {tried:g}",
+        where=where,
+        fix="raise quantize.damping, or give more calibration windows",
+    )
+
+
+def solve_gptq(
+    weight_OI: Tensor,
+    factor: Factor,
+    rule: AffineRule,
+    *,
+    group_size: int,
+    panel: int = PANEL,
+) -> GptqSolution:
+    """Codes and grid that minimize the linear's output error over the calibration tokens.
+
+    Args:
+        weight_OI: [O, I] in the factor's dtype; not modified.
+        factor: the Hessian's factor, in visiting order.
+        rule: how each group's scale and zero are chosen.
+        group_size: channels per grid, in visiting order; -1 for one grid per row.
+        panel: channels per lazy update; changes speed and rounding noise, never the mathematics.
+    """
+    upper_II, order_I = factor.upper_II, factor.order_I
+    weight_IO = weight_OI.t()[order_I]
+    num_channels, rows = weight_IO.shape
+    size = num_channels if group_size == -1 else group_size
+    starts = range(0, num_channels, size)
+
+    error_IO = torch.empty_like(weight_IO)
+    codes_IO = torch.empty((num_channels, rows), dtype=torch.uint8, device=weight_IO.device)
+    scale_OG = weight_IO.new_empty((rows, len(starts)))
+    zero_OG = weight_IO.new_empty((rows, len(starts)))
+    lost = weight_IO.new_zeros(())
+
+    for group, start in enumerate(starts):
+        stop = min(start + size, num_channels)
+        inside = slice(start, stop)
+        # the part of every column's feedback that comes from earlier groups
+        feedback_IO = upper_II[:start, inside].t() @ error_IO[:start]
+        scale_O, zero_O = rule.fit(
+            _updated(weight_IO[inside], feedback_IO, upper_II[inside, inside]), factor.importance_I[inside]
+        )
+        scale_OG[:, group], zero_OG[:, group] = scale_O, zero_O
+        for first in range(start, stop, panel):
+            last = min(first + panel, stop)
+            here = slice(first - start, last - start)
+            feedback_IO[here] += upper_II[start:first, first:last].t() @ error_IO[start:first]
+            for i in range(first, last):
+                pull_O = feedback_IO[i - start]
+                if i > first:
+                    pull_O = torch.addmv(pull_O, error_IO[first:i].t(), upper_II[first:i, i])
+                pivot = upper_II[i, i]
+                target_O = torch.addcdiv(weight_IO[i], pull_O, pivot)
+                code_O = rule.encode(target_O, scale_O, zero_O)
+                codes_IO[i] = code_O
+                decoded_O = (code_O - zero_O) * scale_O
+                error_IO[i] = weight_IO[i] - decoded_O
+                lost += ((target_O - decoded_O) * pivot).square().sum()
+
+    group_I = torch.empty_like(order_I, dtype=torch.int32)
+    group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
+    codes_OI = torch.empty((rows, num_channels), dtype=torch.uint8, device=weight_IO.device)
+    codes_OI[:, order_I] = codes_IO.t()
+    grid = AffineGrid(rule.bits, scale_OG.float(), zero_OG.float(), group_I)
+    energy = (weight_IO.t() @ upper_II).square().sum()
+    return GptqSolution(codes_OI, grid, float(lost / energy) if float(energy) else 0.0, factor.damping)
+
+
+def in_file_order(solution: GptqSolution) -> GptqSolution:
+    """The same solution with groups renumbered so that `group_I` rises, where groups are contiguous in the file.
+
+    Group-aware order visits groups by importance; the file lists them by position, which makes g_idx trivial.
+    """
+    grid = solution.grid
+    num_groups = grid.scale_OG.shape[1]
+    # first channel of each visited group, in file order
+    first = torch.full((num_groups,), grid.group_I.numel(), device=grid.group_I.device)
+    channels = torch.arange(grid.group_I.numel(), device=grid.group_I.device)
+    first = first.scatter_reduce(0, grid.group_I.long(), channels, "amin")
+    visited_at = torch.argsort(first)
+    place = torch.empty_like(visited_at)
+    place[visited_at] = torch.arange(num_groups, device=place.device)
+    renumbered = AffineGrid(
+        grid.bits,
+        grid.scale_OG[:, visited_at],
+        grid.zero_OG[:, visited_at],
+        place[grid.group_I.long()].to(torch.int32),
+    )
+    return GptqSolution(solution.codes_OI, renumbered, solution.loss, solution.damping)
+
+
+def drift(deviation_II: Tensor, hessian_II: Tensor, *, damping: float) -> Tensor:
+    """D (H + damping)^-1 [I, I]: how far the quantized stream has pulled a linear's inputs from the float stream's.
+
+    With X the quantized stream's inputs and X' the float stream's, ||W X' - Q X||^2 differs from
+    ||W* X - Q X||^2 by a constant, W* = W X' X^T H^-1 = W + W D H^-1. So solving for W* with the ordinary solver
+    minimizes the distance to the float model's output. GPTAQ (arXiv 2504.02690) spreads the same correction column
+    by column; this is its closed form.
+
+    Args:
+        deviation_II: the sum over tokens of (x' - x) x^T.
+        hessian_II: the sum over tokens of x x^T; not modified.
+        damping: fraction of mean(diag H) added to the diagonal; the one that made H positive definite.
+    """
+    damped_II = hessian_II.clone()
+    damped_II.diagonal().add_(damping * (hessian_II.diagonal().mean()))
+    return torch.cholesky_solve(deviation_II.t(), torch.linalg.cholesky(damped_II)).t()
+
+
+@dataclass(frozen=True)
+class GptqSolver:
+    """GPTQ as the stream's solver; linears with the same input share one factorization.
+
+    Attributes:
+        rule: how each group's scale and zero are chosen.
+        group_size, order, damping: see `factorize`.
+        asymmetric: share of the correction towards the float model's outputs (see `drift`); 0 is plain GPTQ.
+    """
+
+    rule: AffineRule
+    group_size: int
+    order: str
+    damping: float
+    asymmetric: float = 0.0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({HESSIAN, DEVIATION} if self.asymmetric else {HESSIAN})
+
+    def solve(
+        self, weights: dict[str, Tensor], statistics: Statistics
+    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
+        """Solved linears, one by one; see `quantkit.stream.Solver`."""
+        if not weights:
+            return
+        started = time.perf_counter()
+        hessian_II = statistics.sums[HESSIAN]
+        factor = factorize(
+            hessian_II,
+            order=self.order,
+            group_size=self.group_size,
+            damping=self.damping,
+            where=next(iter(weights)),
+        )
+        drift_II = None
+        if self.asymmetric:
+            drift_II = drift(statistics.sums[DEVIATION], hessian_II, damping=factor.damping)
+        for name, weight in weights.items():
+            weight_OI = weight.to(factor.upper_II.dtype)
+            if drift_II is not None:
+                weight_OI = torch.addmm(weight_OI, weight_OI, drift_II, alpha=self.asymmetric)
+            solution = solve_gptq(weight_OI, factor, self.rule, group_size=self.group_size)
+            if self.order == "group-aware":
+                solution = in_file_order(solution)
+            finished = time.perf_counter()
+            facts = LinearFacts(name, solution.loss, solution.damping, finished - started)
+            yield name, QuantizedLinear(solution.codes_OI, solution.grid), facts
+            started = finished
+
+
+def _updated(weight_IO: Tensor, feedback_IO: Tensor, upper_II: Tensor) -> Tensor:
+    """A group's weights as the inverse form of GPTQ would have updated them before its first column.
+
+    They are what the group would be set to if it were free: the error's image under R, summed over earlier
+    groups, is cancelled inside the group, R_g^T x = feedback.
+    """
+    lower_II = upper_II.t()
+    return weight_IO + torch.linalg.solve_triangular(lower_II, feedback_IO, upper=False)

@@ -1,0 +1,73 @@
+"""The model a recipe names, as an opened checkpoint with the hashes of its files."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.checkpoint.index import Checkpoint, open_checkpoint
+from quantkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from quantkit.hub import fetch_checkpoint
+from quantkit.nano import NAME as NANO
+from quantkit.nano import ensure_nano
+from quantkit.progress import Progress
+from quantkit.recipe import public_name
+from quantkit.workdir import hash_files
+
+HASHED_SIDECARS = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense checkpoint and where it is from.
+
+    Attributes:
+        checkpoint: the opened folder.
+        id: Hub id, `bielik-nano`, or a local folder's name.
+        revision: commit on the Hub, if it is from there.
+        sha256: of every weight, config and tokenizer file, by name.
+    """
+
+    checkpoint: Checkpoint
+    id: str
+    revision: str | None
+    sha256: dict[str, str]
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer, checked against its embedding."""
+        return load_tokenizer(self.checkpoint.folder, vocab_size=int(self.checkpoint.config["vocab_size"]))
+
+    def facts(self) -> dict[str, Any]:
+        """What the record says of the source."""
+        return {
+            "id": self.id,
+            "revision": self.revision,
+            "on_hub": self.revision is not None,
+            "sha256": self.sha256,
+        }
+
+
+def open_source(model_id: str, revision: str | None, progress: Progress) -> Source:
+    """The checkpoint that a recipe's model means: bielik-nano, a folder, or a Hub id.
+
+    Raises:
+        RefusedError, UnavailableError: see `open_checkpoint` and `fetch_checkpoint`.
+    """
+    commit = None
+    if model_id == NANO:
+        folder = ensure_nano(progress.steps)
+    elif Path(model_id).exists():
+        folder = Path(model_id)
+    else:
+        progress.stage(f"fetching {model_id}")
+        folder, commit = fetch_checkpoint(model_id, revision)
+    checkpoint = open_checkpoint(folder)
+    progress.stage("hashing the source")
+    sidecars = [name for name in HASHED_SIDECARS if (folder / name).is_file()]
+    sha256 = hash_files(folder, [*checkpoint.tensors.files, *sidecars])
+    return Source(checkpoint, public_name(model_id), commit, sha256)

@@ -1,0 +1,277 @@
+"""The pass over the checkpoint: load an item, collect what the solver asks for, solve, advance the activations.
+
+One decoder layer is in memory at a time. Statistics come from walking all calibration windows through the layer in
+step: every walk stops in front of a stage, the stage is solved, and the walks go on with the solved weights, so
+that true sequential order costs one forward pass. A finished layer (after an interruption) is only walked through
+with the weights read back from disk; they equal those that were solved, so what follows is the same to the bit.
+
+Shape legend: W windows, T tokens per window, D hidden size.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from quantkit.calibration.statistics import DEVIATION, Statistics
+from quantkit.checkpoint.families import EMBEDDING, HEAD, Stage
+from quantkit.checkpoint.index import Checkpoint
+from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
+from quantkit.errors import RefusedError
+from quantkit.qtensor import Item, LinearFacts, QuantizedLinear
+
+
+class Solver(Protocol):
+    """Chooses codes for linears that read the same input."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics it asks for; if empty, no text is read and no forward pass is run."""
+        ...
+
+    def solve(
+        self, weights: dict[str, Tensor], statistics: Statistics
+    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
+        """Solved linears, one by one.
+
+        Args:
+            weights: [O, I] by full module name, in the compute dtype; not modified.
+            statistics: of the input they share.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How statistics are collected.
+
+    Attributes:
+        tokens_WT: int64 [W, T] token ids.
+        windows_per_batch: windows that go through a layer together; part of the arithmetic.
+        from_float: statistics and activations come from the unquantized model instead of the stream so far.
+    """
+
+    tokens_WT: Tensor
+    windows_per_batch: int
+    from_float: bool = False
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Who wants to hear of the pass while it runs; a linear is reported as soon as it is solved."""
+
+    linear: Callable[[LinearFacts], None] = lambda facts: None
+    item: Callable[[str], None] = lambda name: None
+
+
+def stream(
+    checkpoint: Checkpoint,
+    solver: Solver,
+    calibration: Calibration | None,
+    *,
+    decoder: Decoder,
+    stored_dtype: torch.dtype,
+    skip: tuple[str, ...] = (),
+    finished: Callable[[str], dict[str, Tensor] | None] = lambda item: None,
+    sinks: Sinks | None = None,
+) -> Iterator[Item]:
+    """Yield every item of the checkpoint, solved, in order; items that are finished already are not yielded again.
+
+    Args:
+        checkpoint: the source.
+        solver: chooses the codes.
+        calibration: None if and only if the solver needs no statistics.
+        decoder: the model's code.
+        stored_dtype: dtype the format keeps dense tensors in; the stream computes with what the file will hold.
+        skip: suffixes of linears that stay dense.
+        finished: dense weights of a finished item as read back from disk, or None if it is still to be done.
+        sinks: told of progress.
+
+    Raises:
+        RefusedError: a weight that is not finite or does not fit the stored dtype.
+        RunFailedError: from the solver, with the linear's name.
+    """
+    assert (calibration is None) == (not solver.needs), "calibration is given exactly when the solver needs it"
+    sinks = sinks or Sinks()
+    activations = Activations(decoder, calibration, both=DEVIATION in solver.needs) if calibration else None
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        names = checkpoint.items
+        pending = reader.submit(checkpoint.read, names[0])
+        for position, name in enumerate(names):
+            started = time.perf_counter()
+            source = pending.result()
+            waited = time.perf_counter() - started
+            if position + 1 < len(names):
+                pending = reader.submit(checkpoint.read, names[position + 1])
+            sinks.item(name)
+            replay = finished(name)
+            if replay is not None:
+                if activations:
+                    activations.advance(name, replay, source)
+                continue
+            item = _solve_item(checkpoint, name, source, solver, activations, stored_dtype, skip, sinks, decoder)
+            item.seconds["read"] = waited
+            yield item
+
+
+def _solve_item(
+    checkpoint: Checkpoint,
+    name: str,
+    source: dict[str, Tensor],
+    solver: Solver,
+    activations: "Activations | None",
+    stored_dtype: torch.dtype,
+    skip: tuple[str, ...],
+    sinks: Sinks,
+    decoder: Decoder,
+) -> Item:
+    stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in source.items()}
+    if name in (EMBEDDING, HEAD):
+        if activations:
+            activations.advance(name, stored, source)
+        return Item(name, {}, stored)
+    index = int(name.removeprefix("layers."))
+    linears = {f"model.layers.{index}.{linear}" for linear in checkpoint.family.linears if not linear.endswith(skip)}
+    # linears to be solved start from the source's own values; what stays dense is used as the file will hold it
+    working = {key: source[key] if key.removesuffix(".weight") in linears else stored[key] for key in source}
+    item = Item(name, {}, {key: stored[key] for key in stored if key.rsplit(".", 1)[0] not in linears})
+    biases = {key.removesuffix(".bias"): stored[key] for key in stored if key.endswith(".bias")}
+
+    def solve_stage(stage: Stage, layer: DecoderLayer, statistics: Statistics) -> None:
+        weights = {
+            full: layer.linears[linear].weight
+            for linear in stage.linears
+            if (full := layer.linear_name(linear)) in linears
+        }
+        started = time.perf_counter()
+        for full, quantized, facts in solver.solve(weights, statistics):
+            item.linears[full] = QuantizedLinear(quantized.codes_OI, quantized.grid, biases.get(full, quantized.bias_O))
+            item.facts.append(facts)
+            sinks.linear(facts)
+        item.seconds["solve"] = item.seconds.get("solve", 0.0) + time.perf_counter() - started
+
+    layer = decoder.layer(index, working)
+    if activations is None:
+        for stage in checkpoint.family.stages:
+            solve_stage(stage, layer, Statistics(frozenset()))
+    else:
+        activations.solve_layer(layer, source, item, solver.needs, solve_stage)
+    return item
+
+
+class Activations:
+    """Hidden states of all calibration windows in front of the next item.
+
+    Args:
+        decoder: the model's code.
+        calibration: token windows and how they are batched.
+        both: also carry the unquantized stream, for solvers that compare the two.
+    """
+
+    def __init__(self, decoder: Decoder, calibration: Calibration, *, both: bool) -> None:
+        self.decoder = decoder
+        self.calibration = calibration
+        self.rope = decoder.rope(calibration.tokens_WT.shape[1])
+        self.batches: list[Tensor] = []
+        self.exact: list[Tensor] | None = [] if both and not calibration.from_float else None
+
+    def advance(self, name: str, tensors: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+        """Go through an item that needs no solving: the embedding, the head, or a layer finished earlier.
+
+        Args:
+            name: the item.
+            tensors: dense weights as the artifact holds them.
+            source: dense weights of the checkpoint.
+        """
+        if name == HEAD:
+            return
+        used = source if self.calibration.from_float else tensors
+        self.batches = self._through(name, used, self.batches)
+        if self.exact is not None:
+            self.exact = self._through(name, source, self.exact)
+
+    def _through(self, name: str, tensors: dict[str, Tensor], batches: list[Tensor]) -> list[Tensor]:
+        if name == EMBEDDING:
+            split = self.calibration.tokens_WT.split(self.calibration.windows_per_batch)
+            return [self.decoder.embed(tensors, tokens) for tokens in split]
+        layer = self.decoder.layer(int(name.removeprefix("layers.")), tensors)
+        return _finish([layer.walk(batches.pop(0), self.rope) for _ in range(len(batches))])
+
+    def solve_layer(
+        self,
+        layer: DecoderLayer,
+        source: dict[str, Tensor],
+        item: Item,
+        needs: frozenset[str],
+        solve_stage: Callable[[Stage, DecoderLayer, Statistics], None],
+    ) -> None:
+        """Solve a layer stage by stage and leave the activations behind it.
+
+        Args:
+            layer: holding the source's linears; replaced by decoded ones as they are solved.
+            source: dense weights of the checkpoint.
+            item: gathers the solved linears and the seconds spent.
+            needs: statistics the solver asks for.
+            solve_stage: solves the linears of one stage into `item`.
+        """
+        walks = _start(layer, self.batches, self.rope)
+        exact = None
+        if self.exact is not None:
+            exact = _start(self.decoder.layer(layer.index, source), self.exact, self.rope)
+        for stage in layer.family.stages:
+            started = time.perf_counter()
+            statistics = Statistics(needs)
+            for position, walk in enumerate(walks):
+                _, inputs = next(walk)
+                statistics.add(inputs, next(exact[position])[1] if exact else None)
+            spent = time.perf_counter() - started
+            item.seconds["forward"] = item.seconds.get("forward", 0.0) + spent
+            solve_stage(stage, layer, statistics)
+            if not self.calibration.from_float:
+                _replace_weights(layer, stage, item)
+        started = time.perf_counter()
+        self.batches = _finish(walks)
+        if exact is not None:
+            self.exact = _finish(exact)
+        item.seconds["forward"] += time.perf_counter() - started
+
+
+def _start(layer: DecoderLayer, batches: list[Tensor], rope: tuple[Tensor, Tensor]) -> list[Walk]:
+    """Walks over the batches; the list is emptied, so that a batch lives only as long as its walk needs it."""
+    return [layer.walk(batches.pop(0), rope) for _ in range(len(batches))]
+
+
+def _finish(walks: list[Walk]) -> list[Tensor]:
+    """The outputs of walks, wherever they stand."""
+    outputs = []
+    while walks:
+        walk = walks.pop(0)
+        while True:
+            try:
+                next(walk)
+            except StopIteration as end:
+                outputs.append(end.value)
+                break
+    return outputs
+
+
+def _replace_weights(layer: DecoderLayer, stage: Stage, item: Item) -> None:
+    for linear in stage.linears:
+        if quantized := item.linears.get(layer.linear_name(linear)):
+            weight = layer.linears[linear].weight
+            weight.data = quantized.dequantize().to(device=weight.device, dtype=weight.dtype)
+
+
+def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = tensor.to(dtype)
+    if not torch.isfinite(stored).all():
+        raise RefusedError(
+            f"{name} holds values beyond {str(dtype).removeprefix('torch.')} (largest: {tensor.abs().max():g})",
+            where=name,
+            fix="this model cannot be stored in the format's 16-bit floats",
+        )
+    return stored

@@ -1,0 +1,73 @@
+"""One artifact held against its reference: the results that the record, the card and the gate are made of."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.source import WeightSource
+from quantkit.checkpoint.tokenizer import Tokenizer
+from quantkit.validation.gate import judge
+from quantkit.validation.perplexity import compare, losses, perplexities
+from quantkit.validation.reference import Judged, Settings, run
+from quantkit.validation.text import EvaluationText
+
+REFERENCE_RUNTIME = "reference"
+
+
+def reference_figures(reference: Judged, text: EvaluationText) -> dict[str, Any]:
+    """The `reference` of `validate --json`: the reference model's own perplexities and answer."""
+    figures: dict[str, Any] = dict(perplexities(losses(reference.states_ND, reference.head_VD, text.targets), text))
+    return figures | {"answer": asdict(reference.answer) if reference.answer else None}
+
+
+def reference_result(
+    source: WeightSource,
+    reference: Judged,
+    text: EvaluationText,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    settings: Settings,
+) -> dict[str, Any]:
+    """One entry of `results` of `validate --json`: an artifact decoded and run by quantkit itself.
+
+    Args:
+        source: the artifact's dense weights.
+        reference: what the reference model made of the same text.
+    """
+    started = time.perf_counter()
+    judged = run(source, text, decoder, tokenizer, settings)
+    found = compare((reference.states_ND, reference.head_VD), (judged.states_ND, judged.head_VD), text.targets)
+    expected = perplexities(found.reference_loss, text)
+    measured = perplexities(found.loss, text)
+    return {
+        "runtime": REFERENCE_RUNTIME,
+        "status": "ok",
+        "reason": "",
+        **measured,
+        "ratio": measured["ppl_per_token"] / expected["ppl_per_token"],
+        "mean_kld": float(found.divergence.mean()),
+        "p99_kld": float(torch.quantile(found.divergence, 0.99)),
+        "top1_agreement": float(found.agrees.double().mean()),
+        "answer": asdict(judged.answer) if judged.answer else None,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def not_run(runtime: str, reason: str) -> dict[str, Any]:
+    """The result of a runtime that could not judge the artifact."""
+    return {"runtime": runtime, "status": "not run", "reason": reason}
+
+
+def gated(
+    variant: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    gates: Mapping[str, float | None],
+    require: Sequence[str],
+) -> dict[str, Any]:
+    """A variant with its verdict: {"passed", "failures"}."""
+    failures = judge(variant["results"], gates, require, reference)
+    return {**variant, "gate": {"passed": not failures, "failures": failures}}

@@ -1,0 +1,142 @@
+"""The mathematics of judging: hidden states layer by layer, then logits chunk by chunk, never two full tensors of them.
+
+Shape legend: N predicted tokens, D hidden size, V vocabulary, B windows, T tokens.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.families import EMBEDDING
+from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.source import WeightSource, head_tensors
+from quantkit.validation.text import EvaluationText, Window
+
+CHUNK_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Per predicted token, in window order; all float64 [N] but `agrees`, bool [N].
+
+    Attributes:
+        reference_loss: negative log-likelihood under the reference, in nats.
+        loss: the same under the artifact.
+        divergence: KL(reference || artifact) over the whole vocabulary, in nats.
+        agrees: both prefer the same token.
+    """
+
+    reference_loss: Tensor
+    loss: Tensor
+    divergence: Tensor
+    agrees: Tensor
+
+
+def perplexities(losses: Tensor, text: EvaluationText) -> dict[str, float]:
+    """Perplexity per token and per word, and bits per byte, from the nats of every predicted token.
+
+    Per word follows lm-evaluation-harness: exp(nats / words). `ppl_per_token` compares models of one tokenizer only.
+    """
+    nats = float(losses.double().sum())
+    return {
+        "ppl_per_token": _exp(nats / losses.numel()),
+        "ppl_per_word": _exp(nats / text.words),
+        "bits_per_byte": nats / math.log(2) / text.bytes,
+    }
+
+
+def final_states(source: WeightSource, text: EvaluationText, decoder: Decoder, *, windows_per_batch: int) -> Tensor:
+    """Hidden states [N, D] after the final norm at every position that predicts, on the CPU in the compute dtype.
+
+    Windows go through one layer together, then the next layer is read. Short windows are padded on the right, which
+    causal attention cannot see.
+
+    Args:
+        source: the checkpoint, or an artifact's reader.
+        text: what to read.
+        decoder: the model's code, with device and dtype.
+        windows_per_batch: windows per forward pass.
+    """
+    batches = [
+        text.windows[first : first + windows_per_batch] for first in range(0, len(text.windows), windows_per_batch)
+    ]
+    embedding = source.read(EMBEDDING)
+    hidden = [decoder.embed(embedding, _padded(batch)) for batch in batches]
+    del embedding
+    longest = max(states.shape[1] for states in hidden)
+    cos, sin = decoder.rope(longest)
+    for index in range(source.num_layers):
+        layer = decoder.layer(index, source.read(f"layers.{index}"))
+        for position, states in enumerate(hidden):
+            length = states.shape[1]
+            hidden[position] = layer.forward(states, (cos[:, :length], sin[:, :length]))
+    head = head_tensors(source)
+    rows = []
+    for batch, states in zip(batches, hidden, strict=True):
+        normed = decoder.normed(head, states)
+        for window, row in zip(batch, normed, strict=True):
+            rows.append(row[len(window.inputs) - len(window.targets) : len(window.inputs)].cpu())
+    return torch.cat(rows)
+
+
+def losses(states_ND: Tensor, head_VD: Tensor, targets: list[int]) -> Tensor:
+    """Negative log-likelihood float64 [N] of each target, in nats; softmax in float32 over the full vocabulary."""
+    found = [
+        _loss(_log_softmax(states, head_VD), wanted) for states, wanted in _chunks(states_ND, targets, head_VD.device)
+    ]
+    return torch.cat(found)
+
+
+def compare(reference: tuple[Tensor, Tensor], artifact: tuple[Tensor, Tensor], targets: list[int]) -> Comparison:
+    """Losses of both, divergence and agreement, chunk by chunk.
+
+    Args:
+        reference: final states [N, D] and head [V, D] of the reference.
+        artifact: the same of the artifact.
+        targets: the N tokens to be predicted.
+    """
+    parts: list[tuple[Tensor, ...]] = []
+    device = artifact[1].device
+    pairs = zip(_chunks(reference[0], targets, device), _chunks(artifact[0], targets, device), strict=True)
+    for (reference_states, wanted), (states, _) in pairs:
+        expected = _log_softmax(reference_states, reference[1])
+        found = _log_softmax(states, artifact[1])
+        parts.append((_loss(expected, wanted), _loss(found, wanted), *divergence(expected, found)))
+    return Comparison(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def divergence(expected_NV: Tensor, found_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(expected || found) in nats, float64 [N], and whether the most likely tokens are the same, bool [N].
+
+    Args:
+        expected_NV: float32 log-probabilities of the reference; `found_NV` those of the artifact.
+    """
+    kld_N = (expected_NV.exp() * (expected_NV - found_NV)).sum(-1)
+    return kld_N.double().cpu(), (expected_NV.argmax(-1) == found_NV.argmax(-1)).cpu()
+
+
+def _chunks(states_ND: Tensor, targets: list[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    wanted_N = torch.tensor(targets)
+    for first in range(0, states_ND.shape[0], CHUNK_POSITIONS):
+        chunk = slice(first, first + CHUNK_POSITIONS)
+        yield states_ND[chunk].to(device), wanted_N[chunk].to(device)
+
+
+def _log_softmax(states_ND: Tensor, head_VD: Tensor) -> Tensor:
+    return torch.log_softmax((states_ND.to(head_VD.dtype) @ head_VD.t()).float(), dim=-1)
+
+
+def _loss(log_probabilities_NV: Tensor, wanted_N: Tensor) -> Tensor:
+    return -log_probabilities_NV.gather(1, wanted_N.unsqueeze(1)).squeeze(1).double().cpu()
+
+
+def _padded(windows: tuple[Window, ...]) -> Tensor:
+    longest = max(len(window.inputs) for window in windows)
+    return torch.tensor([[*window.inputs, *[0] * (longest - len(window.inputs))] for window in windows])
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

@@ -1,0 +1,95 @@
+"""The reference model's side of a comparison, computed once per model and text and kept under QUANTKIT_HOME.
+
+What is kept are the final hidden states, not logits: logits are recomputed chunk by chunk from the head.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.source import WeightSource, head_tensors
+from quantkit.checkpoint.tokenizer import Tokenizer
+from quantkit.home import quantkit_home
+from quantkit.validation.generation import Answer, greedy_answer
+from quantkit.validation.perplexity import final_states
+from quantkit.validation.text import EvaluationText
+from quantkit.workdir import replacing, write_json
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is run for judging.
+
+    Attributes:
+        windows_per_batch: windows per forward pass.
+        prompt: user message of the generation check.
+        generated_tokens: most tokens of its answer; 0 leaves the check out.
+    """
+
+    windows_per_batch: int
+    prompt: str
+    generated_tokens: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one model made of a text.
+
+    Attributes:
+        states_ND: final hidden states of every predicted position.
+        head_VD: its output matrix, on the device it was run on.
+        answer: to the prompt; None if the check was left out.
+    """
+
+    states_ND: Tensor
+    head_VD: Tensor
+    answer: Answer | None
+
+
+def run(
+    source: WeightSource, text: EvaluationText, decoder: Decoder, tokenizer: Tokenizer, settings: Settings
+) -> Judged:
+    """Run a model over a text and let it answer the prompt."""
+    states = final_states(source, text, decoder, windows_per_batch=settings.windows_per_batch)
+    answer = None
+    if settings.generated_tokens:
+        answer = greedy_answer(source, decoder, tokenizer, prompt=settings.prompt, num_tokens=settings.generated_tokens)
+    return Judged(states, decoder.head(head_tensors(source)), answer)
+
+
+def run_reference(
+    source: WeightSource,
+    text: EvaluationText,
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    *,
+    fingerprint: str,
+) -> Judged:
+    """`run`, or what an earlier call kept.
+
+    Args:
+        fingerprint: of everything that decides the result: model, text, settings, versions, device.
+    """
+    folder = quantkit_home() / "cache" / "reference"
+    states_path, answer_path = folder / f"{fingerprint}.safetensors", folder / f"{fingerprint}.json"
+    if states_path.exists() and answer_path.exists():
+        return _kept(states_path, answer_path, decoder.head(head_tensors(source)))
+    judged = run(source, text, decoder, tokenizer, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    from safetensors.torch import save_file
+
+    with replacing(states_path) as temporary:
+        save_file({"states": judged.states_ND.contiguous()}, temporary)
+    write_json(answer_path, asdict(judged.answer) if judged.answer else None)
+    return judged
+
+
+def _kept(states_path: Path, answer_path: Path, head_VD: Tensor) -> Judged:
+    from safetensors.torch import load_file
+
+    answer = json.loads(answer_path.read_text(encoding="utf-8"))
+    return Judged(load_file(states_path)["states"], head_VD, Answer(**answer) if answer else None)

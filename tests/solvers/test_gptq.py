@@ -1,0 +1,157 @@
+"""GPTQ against a brute-force oracle, in float64, where equality of codes is exact."""
+
+import pytest
+import torch
+
+from quantkit.errors import RunFailedError
+from quantkit.grids.affine import AffineRule
+from quantkit.solvers.gptq import drift, factorize, in_file_order, solve_gptq, visiting_order
+from tests.oracles import correlated_layer, oracle_gptq
+
+DAMPING = 0.01
+
+
+def solve(weight, hessian, *, bits=4, group_size=32, order="natural", panel=128, symmetric=True, candidates=0):
+    factor = factorize(hessian, order=order, group_size=group_size, damping=DAMPING)
+    rule = AffineRule(bits, symmetric=symmetric, candidates=candidates)
+    return solve_gptq(weight, factor, rule, group_size=group_size, panel=panel), factor
+
+
+@pytest.mark.parametrize("order", ["natural", "group-aware", "activation"])
+@pytest.mark.parametrize("panel", [1, 7, 24, 32, 128])
+@pytest.mark.parametrize("group_size", [8, 32, 96, -1])
+def test_codes_equal_the_oracle(group_size, panel, order):
+    weight, hessian = correlated_layer(rows=16, columns=96)
+    found, factor = solve(weight, hessian, group_size=group_size, panel=panel, order=order)
+    codes, decoded = oracle_gptq(
+        weight, hessian, bits=4, group_size=group_size, damping=DAMPING, order=factor.order_I.tolist()
+    )
+    assert (found.codes_OI != codes).sum() == 0
+    torch.testing.assert_close(found.grid.decode(found.codes_OI), decoded.float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("candidates", [0, 12])
+def test_codes_equal_the_oracle_on_every_grid(bits, symmetric, candidates):
+    weight, hessian = correlated_layer(rows=12, columns=80, seed=3)
+    found, _ = solve(weight, hessian, bits=bits, symmetric=symmetric, candidates=candidates, group_size=32, panel=20)
+    codes, _ = oracle_gptq(
+        weight,
+        hessian,
+        bits=bits,
+        group_size=32,
+        damping=DAMPING,
+        order=range(80),
+        symmetric=symmetric,
+        candidates=candidates,
+    )
+    assert (found.codes_OI != codes).sum() == 0  # 80 columns: the last group is a short one
+
+
+@pytest.mark.parametrize("order", ["natural", "group-aware", "activation"])
+def test_loss_is_the_lost_share_of_output_energy(order):
+    weight, hessian = correlated_layer(rows=8, columns=64, seed=5)
+    found, _ = solve(weight, hessian, order=order, bits=3)
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    error = weight - found.grid.decode(found.codes_OI).double()
+    expected = (error @ damped @ error.T).trace() / (weight @ damped @ weight.T).trace()
+    assert found.loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_float32_loses_no_more_output_than_float64():
+    weight, hessian = correlated_layer(rows=32, columns=256, seed=7, tokens=2000)
+    double, _ = solve(weight, hessian, group_size=128)
+    single, _ = solve(weight.float(), hessian.float(), group_size=128)
+    assert single.loss == pytest.approx(double.loss, rel=1e-2)
+
+
+def test_group_aware_order_keeps_groups_in_place():
+    weight, hessian = correlated_layer(rows=4, columns=80, seed=1)
+    found, factor = solve(weight, hessian, order="group-aware", group_size=32)
+    for start, stop in ((0, 32), (32, 64), (64, 80)):
+        positions = [i for i, channel in enumerate(factor.order_I.tolist()) if start <= channel < stop]
+        assert positions == list(range(positions[0], positions[0] + stop - start))
+        inside = hessian.diagonal()[factor.order_I[positions]]
+        assert (inside.diff() <= 0).all()
+    assert factor.order_I[-16:].min() == 64  # the short tail stays last
+    filed = in_file_order(found)
+    assert filed.grid.group_I.tolist() == [0] * 32 + [1] * 32 + [2] * 16
+    assert torch.equal(filed.grid.decode(filed.codes_OI), found.grid.decode(found.codes_OI))
+
+
+def test_activation_order_decreases_over_all_channels():
+    _, hessian = correlated_layer(rows=4, columns=64, seed=2)
+    order = visiting_order(hessian.diagonal(), "activation", 16)
+    assert (hessian.diagonal()[order].diff() <= 0).all()
+    assert sorted(order.tolist()) == list(range(64))
+
+
+def test_silent_channels_are_solved_without_nan():
+    weight, hessian = correlated_layer(rows=4, columns=32, seed=4)
+    hessian[5], hessian[:, 5] = 0, 0
+    found, _ = solve(weight, hessian, group_size=32)
+    assert torch.isfinite(found.grid.decode(found.codes_OI)).all()
+    silent, _ = solve(weight, torch.zeros_like(hessian), group_size=32)
+    assert torch.isfinite(silent.grid.decode(silent.codes_OI)).all()
+
+
+def test_zero_weights_stay_zero():
+    _, hessian = correlated_layer(rows=4, columns=32)
+    found, _ = solve(torch.zeros(4, 32, dtype=torch.float64), hessian)
+    assert found.grid.decode(found.codes_OI).abs().max() == 0
+    assert found.loss == 0
+
+
+def test_damping_rises_until_it_works_and_is_recorded():
+    direction = torch.randn(24, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    hessian = direction @ direction.T - 0.02 * torch.eye(24, dtype=torch.float64)
+    factor = factorize(hessian, order="natural", group_size=8, damping=0.01)
+    assert factor.damping in (0.02, 0.04, 0.08)
+    rebuilt = factor.upper_II @ factor.upper_II.T
+    expected = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(24, dtype=torch.float64)
+    torch.testing.assert_close(rebuilt, expected)
+    assert (factor.upper_II.tril(-1) == 0).all()
+
+
+def test_hopeless_hessian_names_the_layer_and_the_remedy():
+    with pytest.raises(RunFailedError) as caught:
+        factorize(-torch.eye(8), order="natural", group_size=8, damping=0.01, where="model.layers.1.mlp.up_proj")
+    assert str(caught.value) == (
+        "the Hessian is not positive definite with damping up to 0.64\n"
+        "  at:  model.layers.1.mlp.up_proj\n"
+        "  fix: raise quantize.damping, or give more calibration windows"
+    )
+
+
+def test_non_finite_activations_name_the_layer():
+    hessian = torch.eye(8)
+    hessian[3, 3] = float("nan")
+    with pytest.raises(RunFailedError, match="activations are not finite") as caught:
+        factorize(hessian, order="natural", group_size=8, damping=0.01, where="model.layers.0.mlp.down_proj")
+    assert caught.value.where == "model.layers.0.mlp.down_proj"
+
+
+def test_weights_moved_by_the_drift_are_the_least_squares_answer():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    exact = torch.randn(200, 20, generator=generator, dtype=torch.float64)
+    drifted = exact + 0.3 * torch.randn(200, 20, generator=generator, dtype=torch.float64)
+    found = drift((exact - drifted).T @ drifted, drifted.T @ drifted, damping=0.0)
+    best = torch.linalg.lstsq(drifted, exact @ weight.T).solution.T
+    torch.testing.assert_close(weight + weight @ found, best)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_beats_rounding_on_correlated_inputs(bits):
+    weight, hessian = correlated_layer(rows=16, columns=128, seed=9)
+    found, _ = solve(weight, hessian, bits=bits, group_size=64, order="group-aware")
+    rule = AffineRule(bits)
+    rounded = torch.empty_like(weight)
+    for start in (0, 64):
+        part = weight[:, start : start + 64].T
+        scale, zero = rule.fit(part, torch.ones(64, dtype=torch.float64))
+        rounded[:, start : start + 64] = ((rule.encode(part, scale, zero) - zero) * scale).T
+    error = weight - rounded
+    rounding_loss = (error @ hessian @ error.T).trace() / (weight @ hessian @ weight.T).trace()
+    assert found.loss < 0.67 * float(rounding_loss)
