@@ -56,7 +56,14 @@ def _section(title: str, model: type[BaseModel]) -> list[str]:
             continue
         default = "required" if field.default is PydanticUndefined else f"`{_shown(field.default)}`"
         rows.append(f"| `{name}` | {_kind(field.annotation)} | {default} | {field.description or ''} |")
-    heading = [f"## {title}\n", f"{model.__doc__}\n", "| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
+    heading = [
+        f"## {title}\n",
+        f"{model.__doc__}\n",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
     below = [_section(name if title.startswith("(") else f"{title}.{name}", found) for name, found in inner]
     return heading + [line for section in below for line in section]
 
@@ -81,7 +88,9 @@ def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_shown(part) for part in value) + "]"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_shown(key)} = {_shown(part)}" for key, part in value.items()) + " }" if value else "{}"
+        return (
+            "{ " + ", ".join(f"{_shown(key)} = {_shown(part)}" for key, part in value.items()) + " }" if value else "{}"
+        )
     if value is None:
         return "none"
     return f'"{value}"' if isinstance(value, str) else str(value)
@@ -91,7 +100,9 @@ def main() -> int:
     """Write both pages, or return 1 and name those that are stale."""
     pages = {"cli.md": command_line(), "recipe.md": recipe_keys()}
     if "--check" in sys.argv[1:]:
-        stale = [name for name, text in pages.items() if not (HERE / name).exists() or (HERE / name).read_text() != text]
+        stale = [
+            name for name, text in pages.items() if not (HERE / name).exists() or (HERE / name).read_text() != text
+        ]
         print("\n".join(f"docs/{name} is stale: run `make docs`" for name in stale) or "docs are up to date")
         return 1 if stale else 0
     for name, text in pages.items():

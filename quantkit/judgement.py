@@ -63,10 +63,13 @@ def validate(
         require_unchanged(folder, record)
     model = model or _recorded_source(record, folder)
     recipe = _recipe_of(record, name, model)
-    if texts:
-        recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"texts": texts})})
     use_threads(recipe.compute.threads)
     source = open_source(model, recipe.model.revision, progress)
+    changes: dict[str, Any] = {"texts": texts} if texts else {}
+    if record is None:
+        context = int(source.checkpoint.config["max_position_embeddings"])
+        changes["window_tokens"] = min(recipe.validation.window_tokens, context)
+    recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update=changes)})
     if record is not None and source.sha256 != record["source"]["sha256"]:
         raise RefusedError(
             f"{source.id} is not the model this artifact was made from",

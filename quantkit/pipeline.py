@@ -24,7 +24,7 @@ from quantkit.sources import Source, open_source
 from quantkit.stream import Calibration, Sinks, stream
 from quantkit.texts import TextSet, load_text_set
 from quantkit.validation.compare import REFERENCE_RUNTIME
-from quantkit.workdir import locked, open_workdir, refuse_other
+from quantkit.workdir import discard_work, locked, open_workdir, refuse_other
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def build(
                 name: load_text_set(name, "calibration") for name, wanted in recipe.calibration.texts.items() if wanted
             }
         identity = _identity(recipe, source, texts, device)
-        record = None if fresh else _finished(out, identity)
+        record = _finished(out, identity, fresh=fresh)
         reused = record is not None
         if record is None:
             make_plan(recipe, source.checkpoint, method, out=out, device=device)
@@ -138,11 +138,11 @@ def _identity(recipe: Recipe, source: Source, texts: dict[str, TextSet], device:
     }
 
 
-def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of an artifact that is there already and is this one.
+def _finished(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
+    """The record of an artifact that is there already and is this one; None if it is to be made.
 
     Raises:
-        RefusedError: the folder holds something else.
+        RefusedError: the folder holds something else (`fresh` allows another build of quantkit, nothing more).
         RunFailedError: it is this one, but its files were changed.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -150,12 +150,13 @@ def _finished(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     record = read_record(out) if out.is_dir() else None
     if record is None:
         raise RefusedError(
-            f"{out} exists and is no artifact of quantkit",
-            where=str(out),
-            fix="choose another folder with --out",
+            f"{out} exists and is no artifact of quantkit", where=str(out), fix="choose another folder with --out"
         )
+    if fresh:
+        return None
     refuse_other(record["identity"], identity, where=out)
     require_unchanged(out, record)
+    discard_work(out)
     return record
 
 

@@ -156,12 +156,17 @@ class Workdir:
             if self.out.exists():
                 shutil.rmtree(self.out)
             self.artifact.replace(self.out)
-        shutil.rmtree(self.folder)
+        discard_work(self.out)
 
 
 def work_folder(out: Path) -> Path:
     """`<out>.work`."""
     return out.with_name(out.name + ".work")
+
+
+def discard_work(out: Path) -> None:
+    """Drop the work files of an artifact that is in place; a kill may have left them."""
+    shutil.rmtree(work_folder(out), ignore_errors=True)
 
 
 @contextmanager
@@ -202,7 +207,7 @@ def open_workdir(out: Path, identity: dict[str, Any], *, fresh: bool) -> Workdir
     """
     folder = work_folder(out)
     if fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+        discard_work(out)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         journal_path = folder / JOURNAL

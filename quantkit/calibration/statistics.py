@@ -15,7 +15,7 @@ class Statistics:
 
     Args:
         needs: which sums to keep: "hessian" (sum of x x^T, float32 [I, I]), "deviation" (sum of (x' - x) x^T with
-            x' the same token's input in the unquantized stream, float32 [I, I]).
+            x' the same token's input in the unquantized stream, float32 [I, I]). Float64 inputs are summed in float64.
     """
 
     def __init__(self, needs: frozenset[str]) -> None:
@@ -42,9 +42,10 @@ class Statistics:
     def _accumulate(self, name: str, left_NI: Tensor, right_NI: Tensor) -> None:
         if name not in self.sums:
             width = right_NI.shape[1]
-            self.sums[name] = torch.zeros((width, width), dtype=torch.float32, device=right_NI.device)
+            dtype = torch.promote_types(right_NI.dtype, torch.float32)
+            self.sums[name] = torch.zeros((width, width), dtype=dtype, device=right_NI.device)
         total_II = self.sums[name]
-        if left_NI.dtype == torch.float32:
+        if left_NI.dtype == total_II.dtype:
             total_II.addmm_(left_NI.t(), right_NI)
         elif left_NI.is_cuda:
             # tensor cores multiply bf16 exactly; only the sum is rounded, in float32

@@ -1,0 +1,77 @@
+"""Every test gets its own home and no network; uninitialised memory is filled with NaN."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import make_tiny
+
+THREADS = 2
+
+
+def pytest_report_header() -> str:
+    import transformers
+
+    cuda = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    return f"torch {torch.__version__}, transformers {transformers.__version__}, CUDA device: {cuda}"
+
+
+@pytest.fixture(autouse=True)
+def _sandbox(tmp_path, monkeypatch, request):
+    """A home of the test's own, two threads, and no sockets unless the test is marked `hub`."""
+    monkeypatch.setenv("QUANTKIT_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(THREADS)
+    if "hub" not in request.keywords:
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+        def refuse(*_):
+            raise OSError("the network is not for this test")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch):
+    """torch.empty and new_empty hand out NaN (255 for bytes), so that a value never written shows."""
+    plain, plain_new, plain_like = torch.empty, torch.Tensor.new_empty, torch.empty_like
+
+    def poison(tensor):
+        if tensor.is_meta:
+            return tensor
+        return (
+            tensor.fill_(float("nan"))
+            if tensor.is_floating_point()
+            else tensor.fill_(tensor.dtype == torch.uint8 and 255)
+        )
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(plain(*args, **kwargs)))
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **kwargs: poison(plain_like(*args, **kwargs)))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *args, **kwargs: poison(plain_new(self, *args, **kwargs))
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tmp_path_factory) -> Path:
+    """A random two-layer Mistral with a tokenizer; read it, do not write to it."""
+    return make_tiny(tmp_path_factory.mktemp("tiny") / "mistral", "mistral")
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory) -> Path:
+    """The real, trained bielik-nano, kept between runs in the user's cache."""
+    from quantkit.nano import ensure_nano
+
+    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "quantkit-tests"
+    before = os.environ.get("QUANTKIT_HOME")
+    os.environ["QUANTKIT_HOME"] = str(kept)
+    try:
+        return ensure_nano()
+    finally:
+        os.environ.pop("QUANTKIT_HOME")
+        if before is not None:
+            os.environ["QUANTKIT_HOME"] = before

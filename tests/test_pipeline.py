@@ -1,0 +1,286 @@
+"""The whole run on a tiny model: the artifact's folder, its record, resume, refusal and identical bytes."""
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quantkit.errors import RefusedError, RunFailedError
+from quantkit.judgement import validate
+from quantkit.pipeline import build
+from quantkit.recipe import Recipe
+from quantkit.report.record import read_record
+from quantkit.workdir import hash_files, locked, work_folder
+from tests.tiny import WORDS
+
+CPU = torch.device("cpu")
+NOT_REPRODUCIBLE = ("quantkit.json", "README.md")
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "text.jsonl"
+    documents = [{"text": f"{number}. {WORDS * 3}"} for number in range(12)]
+    path.write_text("\n".join(json.dumps(document) for document in documents))
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_mistral, text_file) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "format": "gptq",
+            "model": {"id": str(tiny_mistral)},
+            "quantize": {"group_size": 32, "scale_candidates": 4},
+            "calibration": {"texts": {str(text_file): 8}, "window_tokens": 16},
+            "validation": {"texts": (str(text_file),), "window_tokens": 32, "generated_tokens": 4},
+        }
+    )
+
+
+def changed(recipe: Recipe, section: str, **keys: object) -> Recipe:
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=keys)})
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return hash_files(folder, sorted(p.name for p in folder.iterdir() if p.name not in NOT_REPRODUCIBLE))
+
+
+def test_the_folder_holds_what_is_published_and_nothing_else(recipe, tmp_path):
+    out = tmp_path / "out" / "tiny-GPTQ"
+    done = build(recipe, out=out, device=CPU)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "quantize_config.json",
+        "quantkit.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    assert [path.name for path in out.parent.iterdir()] == ["tiny-GPTQ"]
+    record = json.loads((out / "quantkit.json").read_text())
+    assert record == done.record
+    assert record["validation"]["gate"] == {"passed": True, "failures": []}
+    assert len(record["build"]["items"]["layers.1"]["linears"]) == 7
+    everything = "".join(p.read_text() for p in out.iterdir() if p.suffix in (".json", ".md", ".jinja"))
+    assert str(tmp_path) not in everything
+    assert str(recipe.model.id) not in everything
+
+
+def test_the_same_recipe_gives_the_same_bytes(recipe, tmp_path):
+    first = build(recipe, out=tmp_path / "a", device=CPU, validated=False)
+    second = build(recipe, out=tmp_path / "b", device=CPU, validated=False)
+    assert hashes(first.out) == hashes(second.out)
+    assert first.record["fingerprint"] == second.record["fingerprint"]
+    other = build(changed(recipe, "quantize", bits=3), out=tmp_path / "c", device=CPU, validated=False)
+    assert other.record["fingerprint"] != first.record["fingerprint"]
+
+
+def test_weights_on_disk_beat_rounding_and_match_the_losses(recipe, tmp_path):
+    """The artifact's decoded weights are near the source's, and no nearer than 4 bits allow."""
+    from quantkit.formats.gptq import open_artifact
+
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    artifact = open_artifact(out)
+    model = AutoModelForCausalLM.from_pretrained(recipe.model.id, dtype=torch.float32)
+    for index in range(2):
+        for name, tensor in artifact.read(f"layers.{index}").items():
+            source = model.get_parameter(name).detach()
+            error = (tensor.float() - source).norm() / source.norm()
+            low, high = (0, 1e-3) if "norm" in name else (0.01, 0.3)
+            assert low <= error < high, (name, float(error))
+
+
+def test_a_second_run_has_nothing_to_do(recipe, tmp_path):
+    first = build(recipe, out=tmp_path / "a", device=CPU)
+    before = {path.name: path.stat().st_mtime_ns for path in first.out.iterdir()}
+    second = build(recipe, out=tmp_path / "a", device=CPU)
+    assert second.reused
+    assert {path.name: path.stat().st_mtime_ns for path in first.out.iterdir()} == before
+
+
+def test_a_build_killed_before_validation_is_only_validated(recipe, tmp_path):
+    build(recipe, out=tmp_path / "a", device=CPU, validated=False)
+    again = build(recipe, out=tmp_path / "a", device=CPU)
+    assert again.reused
+    assert again.record["validation"]["gate"]["passed"]
+
+
+def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(recipe, tmp_path):
+    build(recipe, out=tmp_path / "a", device=CPU, validated=False)
+    with pytest.raises(RefusedError) as caught:
+        build(changed(recipe, "quantize", bits=3, damping=0.05), out=tmp_path / "a", device=CPU)
+    assert str(caught.value) == (
+        "the folder belongs to another build:\n"
+        "  recipe.quantize.bits: 4 -> 3\n"
+        "  recipe.quantize.damping: 0.01 -> 0.05\n"
+        f"  at:  {tmp_path / 'a'}\n"
+        "  fix: choose another --out, or --fresh to throw the earlier build away"
+    )
+    fresh = build(changed(recipe, "quantize", bits=3), out=tmp_path / "a", device=CPU, fresh=True, validated=False)
+    assert fresh.record["recipe"]["quantize"]["bits"] == 3
+
+
+def test_a_folder_of_somebody_else_is_never_overwritten(recipe, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.txt").write_text("years of work")
+    for fresh in (False, True):
+        with pytest.raises(RefusedError, match="exists and is no artifact of quantkit"):
+            build(recipe, out=tmp_path / "a", device=CPU, fresh=fresh)
+    assert (tmp_path / "a" / "thesis.txt").read_text() == "years of work"
+
+
+def test_two_builds_into_one_folder(recipe, tmp_path):
+    with locked(tmp_path / "a"), pytest.raises(RunFailedError, match="another build is writing a"):
+        build(recipe, out=tmp_path / "a", device=CPU)
+
+
+def test_a_full_disk_keeps_finished_layers(recipe, tmp_path, monkeypatch):
+    from quantkit import pipeline
+
+    real, calls = pipeline.write_item, []
+
+    def full_at_the_third(path, tensors):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, tensors)
+
+    monkeypatch.setattr(pipeline, "write_item", full_at_the_third)
+    with pytest.raises(RunFailedError, match="the disk is full; finished layers are kept"):
+        build(recipe, out=tmp_path / "a", device=CPU, validated=False)
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(pipeline, "write_item", real)
+    solved = []
+    from quantkit.progress import Progress
+
+    build(recipe, out=tmp_path / "a", device=CPU, validated=False, progress=Progress(linear=solved.append))
+    assert {facts.name.split(".")[2] for facts in solved} == {"1"}  # layer 0 was kept
+    whole = build(recipe, out=tmp_path / "b", device=CPU, validated=False)
+    assert hashes(tmp_path / "a") == hashes(whole.out)
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from quantkit.recipe import Recipe
+from quantkit.pipeline import build
+import torch
+
+left = int(sys.argv[3])
+plain = Path.replace
+
+def replace(self, target):
+    global left
+    left -= 1
+    if left == 0 and sys.argv[4] == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    done = plain(self, target)
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done
+
+Path.replace = replace
+recipe = Recipe.model_validate_json(sys.argv[1])
+build(recipe, out=Path(sys.argv[2]), device=torch.device("cpu"))
+"""
+
+
+def killed_at(recipe: Recipe, out: Path, renames: int, side: str) -> int:
+    """Run a build in a process of its own that kills itself at its n-th rename; returns the exit code."""
+    arguments = [recipe.model_dump_json(), str(out), str(renames), side]
+    return subprocess.run([sys.executable, "-c", KILLER, *arguments], cwd=Path(__file__).parent.parent).returncode
+
+
+def resumes_identically(recipe: Recipe, tmp_path: Path, points: list[tuple[int, str]]) -> None:
+    whole = hashes(build(recipe, out=tmp_path / "whole", device=CPU).out)
+    for renames, side in points:
+        out = tmp_path / f"{side}-{renames}"
+        assert killed_at(recipe, out, renames, side) == -signal.SIGKILL
+        done = build(recipe, out=out, device=CPU)
+        assert hashes(out) == whole, (renames, side)
+        assert done.record["validation"]["gate"]["passed"]
+        assert not work_folder(out).exists()
+
+
+def test_a_killed_build_ends_in_the_same_bytes(recipe, tmp_path):
+    # 2 item, 5 journal after a layer, 7 a layer's file, 12 the artifact itself
+    resumes_identically(recipe, tmp_path, [(2, "before"), (5, "after"), (7, "before"), (12, "after")])
+
+
+@pytest.mark.slow
+def test_a_build_killed_at_any_rename_ends_in_the_same_bytes(recipe, tmp_path):
+    resumes_identically(recipe, tmp_path, [(n, side) for n in range(1, 15) for side in ("before", "after")])
+
+
+@pytest.mark.slow
+def test_a_build_killed_at_any_moment_ends_in_the_same_bytes(recipe, tmp_path):
+    whole = hashes(build(recipe, out=tmp_path / "whole", device=CPU).out)
+    for tenths in range(5, 60, 6):
+        out = tmp_path / f"at-{tenths}"
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLER, recipe.model_dump_json(), str(out), "0", "never"],
+            cwd=Path(__file__).parent.parent,
+        )
+        try:
+            process.wait(tenths / 10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        build(recipe, out=out, device=CPU)
+        assert hashes(out) == whole, tenths
+
+
+def test_gates_that_fail_are_in_the_record_and_the_card(recipe, tmp_path):
+    from quantkit.recipe import GatesSection
+
+    strict = changed(recipe, "validation", gates=GatesSection(perplexity_ratio=1.0, top1_agreement=1.0))
+    done = build(changed(strict, "quantize", bits=2), out=tmp_path / "a", device=CPU)
+    gate = done.record["validation"]["gate"]
+    assert not gate["passed"]
+    assert any("top1_agreement" in failure and "< 1" in failure for failure in gate["failures"])
+    assert "Did not pass the recipe's gates" in (tmp_path / "a" / "README.md").read_text()
+
+
+def test_an_edited_artifact_is_not_validated(recipe, tmp_path):
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+    with pytest.raises(RunFailedError) as caught:
+        validate(out, model=recipe.model.id, texts=(), runtime="reference", device=CPU)
+    assert "config.json: changed" in caught.value.what
+
+
+def test_validate_writes_into_the_record(recipe, tmp_path):
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    result = validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="reference", device=CPU)
+    assert read_record(out)["validation"] == result
+    assert result["variants"][0]["results"][0]["status"] == "ok"
+
+
+def test_validate_takes_a_folder_without_a_record(recipe, tmp_path):
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    (out / "quantkit.json").unlink()
+    with pytest.raises(RefusedError, match="no record that names its source"):
+        validate(out, model=None, texts=recipe.validation.texts, runtime="reference", device=CPU)
+    result = validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="reference", device=CPU)
+    assert result["variants"][0]["results"][0]["ratio"] < 1.5
+    assert not (out / "quantkit.json").exists()
+
+
+def test_validate_refuses_another_reference(recipe, tmp_path):
+    from tests.tiny import make_tiny
+
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    other = make_tiny(tmp_path / "other", "mistral", seed=5)
+    with pytest.raises(RefusedError, match="is not the model this artifact was made from"):
+        validate(out, model=str(other), texts=recipe.validation.texts, runtime="reference", device=CPU)

@@ -1,0 +1,181 @@
+"""The streamed pass against the whole model with hooks: the slow, obvious way to collect a layer's inputs."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quantkit.checkpoint.families import FAMILIES
+from quantkit.checkpoint.index import open_checkpoint
+from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.source import head_tensors
+from quantkit.errors import RefusedError
+from quantkit.grids.affine import AffineRule
+from quantkit.solvers.gptq import GptqSolver, drift, factorize, in_file_order, solve_gptq
+from quantkit.stream import Calibration, stream
+from tests.tiny import make_tiny
+
+CPU = torch.device("cpu")
+VARIANTS = {
+    "mistral": {},
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+}
+
+
+def tokens(windows: int = 6, length: int = 24) -> torch.Tensor:
+    return torch.randint(3, 384, (windows, length), generator=torch.Generator().manual_seed(0))
+
+
+def decoder_of(checkpoint, dtype=torch.float32) -> Decoder:
+    return Decoder(checkpoint.config, checkpoint.family, device=CPU, dtype=dtype)
+
+
+def run_stream(checkpoint, solver, calibration, *, dtype=torch.float32, **options):
+    return list(
+        stream(
+            checkpoint,
+            solver,
+            calibration,
+            decoder=decoder_of(checkpoint, dtype),
+            stored_dtype=torch.float16,
+            **options,
+        )
+    )
+
+
+def test_every_family_has_a_variant():
+    assert VARIANTS.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("model_type", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_streamed_logits_are_the_models(model_type, dtype, tmp_path):
+    folder = make_tiny(tmp_path / "m", model_type, dtype=dtype, sharded=dtype == torch.bfloat16, **VARIANTS[model_type])
+    checkpoint = open_checkpoint(folder)
+    decoder = decoder_of(checkpoint)
+    ids = tokens()
+    hidden = decoder.embed(checkpoint.read("embedding"), ids)
+    for index in range(checkpoint.num_layers):
+        layer = decoder.layer(index, checkpoint.read(f"layers.{index}"))
+        hidden = layer.forward(hidden, decoder.rope(ids.shape[1]))
+    head = head_tensors(checkpoint)
+    logits = decoder.normed(head, hidden) @ decoder.head(head).T
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def captured_inputs(model, name: str, ids: torch.Tensor) -> torch.Tensor:
+    """What a linear of the whole model reads, [tokens, features]."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    return torch.cat(seen).flatten(0, -2)
+
+
+def obvious_gptq(folder, ids, solver: GptqSolver, *, from_float: bool) -> dict[str, torch.Tensor]:
+    """Decoded weights by linear: the whole model is run again before every stage, weights replaced as they are solved."""
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    source = exact if from_float else model
+    decoded = {}
+    for index in range(model.config.num_hidden_layers):
+        for stage in FAMILIES[model.config.model_type].stages:
+            names = [f"model.layers.{index}.{linear}" for linear in stage.linears]
+            x = captured_inputs(source, names[0], ids)
+            factor = factorize(x.T @ x, order=solver.order, group_size=solver.group_size, damping=solver.damping)
+            for name in names:
+                weight = exact.get_submodule(name).weight.detach()
+                if solver.asymmetric:
+                    exact_x = captured_inputs(exact, names[0], ids)
+                    moved = drift((exact_x - x).T @ x, x.T @ x, damping=factor.damping)
+                    weight = weight + solver.asymmetric * weight @ moved
+                solution = in_file_order(solve_gptq(weight, factor, solver.rule, group_size=solver.group_size))
+                decoded[name] = solution.grid.decode(solution.codes_OI)
+            for name in names:
+                model.get_submodule(name).weight.data = decoded[name].double()
+    return decoded
+
+
+@pytest.mark.parametrize("model_type", VARIANTS)
+@pytest.mark.parametrize(("from_float", "asymmetric"), [(False, 0.0), (True, 0.0), (False, 0.5)])
+def test_solved_weights_equal_those_of_the_whole_model(model_type, from_float, asymmetric, tmp_path):
+    folder = make_tiny(tmp_path / "m", model_type, **VARIANTS[model_type])
+    solver = GptqSolver(AffineRule(4, candidates=4), 32, "group-aware", 0.01, asymmetric)
+    found = run_stream(open_checkpoint(folder), solver, Calibration(tokens(), 2, from_float), dtype=torch.float64)
+    expected = obvious_gptq(folder, tokens(), solver, from_float=from_float)
+    solved = {name: linear for item in found for name, linear in item.linears.items()}
+    assert solved.keys() == expected.keys()
+    for name, linear in solved.items():
+        assert torch.equal(linear.dequantize(), expected[name]), name
+
+
+def test_items_hold_every_tensor_once(tmp_path):
+    folder = make_tiny(tmp_path / "m", "qwen2")
+    checkpoint = open_checkpoint(folder)
+    solver = GptqSolver(AffineRule(4), 32, "group-aware", 0.01)
+    found = run_stream(checkpoint, solver, Calibration(tokens(), 2), skip=("mlp.down_proj",))
+    assert [item.name for item in found] == ["embedding", "layers.0", "layers.1", "head"]
+    dense = [name for item in found for name in item.tensors]
+    solved = [name for item in found for name in item.linears]
+    biases = [f"{name}.bias" for item in found for name, linear in item.linears.items() if linear.bias_O is not None]
+    assert sorted(dense + [f"{name}.weight" for name in solved] + biases) == sorted(checkpoint.tensors.tensors)
+    assert "model.layers.1.mlp.down_proj.weight" in dense
+    assert len(biases) == 6
+    assert all(tensor.dtype == torch.float16 for item in found for tensor in item.tensors.values())
+    assert [fact.name for fact in found[1].facts] == [name for name in found[1].linears]
+
+
+def test_finished_items_are_only_walked_through(tiny_mistral):
+    checkpoint = open_checkpoint(tiny_mistral)
+    solver = GptqSolver(AffineRule(4), 32, "group-aware", 0.01)
+    calibration = Calibration(tokens(), 4)
+    whole = run_stream(checkpoint, solver, calibration)
+    done = {
+        item.name: item.tensors | {f"{name}.weight": linear.dequantize() for name, linear in item.linears.items()}
+        for item in whole[:2]
+    }
+    rest = run_stream(checkpoint, solver, calibration, finished=done.get)
+    assert [item.name for item in rest] == ["layers.1", "head"]
+    for name, linear in rest[0].linears.items():
+        assert torch.equal(linear.codes_OI, whole[2].linears[name].codes_OI)
+        assert torch.equal(linear.grid.scale_OG, whole[2].linears[name].grid.scale_OG)
+
+
+def test_weights_too_large_for_the_format_are_refused(tmp_path):
+    folder = make_tiny(tmp_path / "m", "mistral", sharded=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.model.layers[1].input_layernorm.weight.data[3] = 1e6
+    model.save_pretrained(folder)
+    solver = GptqSolver(AffineRule(4), 32, "group-aware", 0.01)
+    with pytest.raises(RefusedError, match=r"layers\.1\.input_layernorm\.weight holds values beyond float16"):
+        run_stream(open_checkpoint(folder), solver, Calibration(tokens(), 4))
+
+
+def test_a_solver_without_needs_runs_no_forward_pass(tiny_mistral, monkeypatch):
+    class Nothing:
+        needs = frozenset()
+
+        def solve(self, weights, statistics):
+            assert not statistics.sums
+            return iter(())
+
+    def refuse(*_):
+        raise AssertionError("a forward pass was run")
+
+    monkeypatch.setattr("quantkit.checkpoint.layer.DecoderLayer.walk", refuse)
+    found = run_stream(open_checkpoint(tiny_mistral), Nothing(), None)
+    assert len(found) == 4
