@@ -87,7 +87,7 @@ def captured_inputs(model, name: str, ids: torch.Tensor) -> torch.Tensor:
 
 
 def obvious_gptq(folder, ids, solver: GptqSolver, *, from_float: bool) -> dict[str, torch.Tensor]:
-    """Decoded weights by linear: the whole model is run again before every stage, weights replaced as they are solved."""
+    """Decoded weights by linear: the whole model is run again before every stage, with what was solved so far."""
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     source = exact if from_float else model
@@ -136,7 +136,7 @@ def test_items_hold_every_tensor_once(tmp_path):
     assert "model.layers.1.mlp.down_proj.weight" in dense
     assert len(biases) == 6
     assert all(tensor.dtype == torch.float16 for item in found for tensor in item.tensors.values())
-    assert [fact.name for fact in found[1].facts] == [name for name in found[1].linears]
+    assert [fact.name for fact in found[1].facts] == list(found[1].linears)
 
 
 def test_finished_items_are_only_walked_through(tiny_mistral):

@@ -1,0 +1,147 @@
+"""Checkpoints that are not what they should be: one error, naming file and remedy."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quantkit.checkpoint.families import item_of
+from quantkit.checkpoint.index import open_checkpoint
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.errors import RefusedError
+
+
+@pytest.fixture
+def folder(tiny_mistral, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(tiny_mistral, tmp_path / "model")
+
+
+def edit(path, **changes):
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def refusal(folder) -> str:
+    with pytest.raises(RefusedError) as caught:
+        open_checkpoint(folder)
+    assert caught.value.fix
+    return caught.value.what
+
+
+def shards(folder):
+    return sorted(folder.glob("model-*.safetensors"))
+
+
+def test_a_good_checkpoint_opens(folder):
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.items == ["embedding", "layers.0", "layers.1", "head"]
+    assert len(shards(folder)) > 1
+    names = [name for item in checkpoint.items for name in checkpoint.names(item)]
+    assert sorted(names) == sorted(checkpoint.tensors.tensors)
+
+
+def test_items_of_tensors():
+    assert item_of("model.layers.12.mlp.up_proj.weight") == "layers.12"
+    assert item_of("model.embed_tokens.weight") == "embedding"
+    assert item_of("model.norm.weight") == item_of("lm_head.weight") == "head"
+
+
+def test_missing_shard(folder):
+    name = shards(folder)[0].name
+    shards(folder)[0].unlink()
+    assert refusal(folder) == f"shard {name} is missing"
+
+
+@pytest.mark.parametrize("left", [0, 4, 100, -10])
+def test_truncated_shard(folder, left):
+    path = shards(folder)[0]
+    path.write_bytes(path.read_bytes()[:left])
+    assert refusal(folder).startswith(f"shard {path.name} cannot be read: ")
+
+
+def test_index_naming_an_absent_tensor(folder):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = shards(folder)[0].name
+    path.write_text(json.dumps(index))
+    assert refusal(folder) == (
+        f"model.safetensors.index.json names model.layers.9.mlp.up_proj.weight in {shards(folder)[0].name}, "
+        "but it is not there"
+    )
+
+
+def test_only_pickles(folder):
+    for path in [*shards(folder), folder / "model.safetensors.index.json"]:
+        path.unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    assert refusal(folder) == "the checkpoint holds only pickles (pytorch_model.bin), which can run code when opened"
+
+
+def test_no_weights_at_all(folder):
+    for path in [*shards(folder), folder / "model.safetensors.index.json"]:
+        path.unlink()
+    assert refusal(folder) == "neither model.safetensors nor model.safetensors.index.json is there"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(folder, bad):
+    path = next(path for path in shards(folder) if "model.layers.1.mlp.up_proj.weight" in load_file(path))
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = bad
+    save_file(tensors, path, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(folder)
+    checkpoint.read("layers.0")
+    with pytest.raises(RefusedError) as caught:
+        checkpoint.read("layers.1")
+    assert caught.value.what == "model.layers.1.mlp.up_proj.weight holds 1 value(s) that are NaN or infinite"
+    assert path.name in caught.value.where
+
+
+def test_unknown_architecture(folder):
+    edit(folder / "config.json", model_type="mamba")
+    assert refusal(folder) == "unknown architecture: model_type is 'mamba'"
+
+
+def test_code_of_its_own(folder):
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.X"})
+    assert refusal(folder) == "the checkpoint asks to run code of its own (auto_map, trust_remote_code)"
+
+
+def test_quantized_already(folder):
+    edit(folder / "config.json", quantization_config={"quant_method": "gptq"})
+    assert refusal(folder) == "the source model is quantized already"
+
+
+def test_config_missing_or_broken(folder):
+    (folder / "config.json").write_text("{")
+    assert refusal(folder).startswith("config.json is not JSON")
+    (folder / "config.json").write_text("")
+    assert refusal(folder).startswith("config.json is not JSON")
+    (folder / "config.json").unlink()
+    assert refusal(folder) == "config.json is missing"
+
+
+def test_a_layer_that_is_missing(folder):
+    edit(folder / "config.json", num_hidden_layers=3)
+    assert refusal(folder).startswith("model.layers.2.self_attn.q_proj.weight is missing (7 of")
+
+
+def test_tokenizer_missing(folder):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(RefusedError, match="the tokenizer is missing"):
+        load_tokenizer(folder, vocab_size=384)
+
+
+def test_tokenizer_of_another_model(folder):
+    with pytest.raises(RefusedError) as caught:
+        load_tokenizer(folder, vocab_size=300)
+    assert caught.value.what == "the tokenizer has 384 tokens, the embedding 300 rows"
+
+
+def test_broken_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("")
+    with pytest.raises(RefusedError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(folder, vocab_size=384)

@@ -1,0 +1,188 @@
+"""The command line as a user sees it: exact output, exit codes, and what start-up must not load."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import WORDS
+
+ROOT = Path(__file__).parent.parent
+FROZEN = {
+    "build": {"--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--json"},
+    "validate": {"--model", "--text", "--runtime", "--device", "--json"},
+    "inspect": {"--verify", "--json"},
+    "plan": {"--model", "--out", "--device", "--set", "--json"},
+    "demo": {"--out", "--device", "--json"},
+    "doctor": {"--json"},
+    "recipes list": {"--json"},
+    "recipes show": {"--set", "--json"},
+    "recipes copy": set(),
+    "recipes check": {"--set"},
+    "recipes pin": set(),
+    "recipes schema": set(),
+}
+
+
+def quantkit(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The real command, as installed."""
+    return subprocess.run(
+        [sys.executable, "-c", "from quantkit.cli import main; main()", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture
+def own_recipe(tmp_path, tiny_mistral) -> Path:
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 20, encoding="utf-8")
+    path = tmp_path / "own.toml"
+    path.write_text(
+        f"""format = "gptq"
+[model]
+id = "{tiny_mistral}"
+[quantize]
+group_size = 32
+scale_candidates = 2
+[calibration]
+window_tokens = 16
+texts = {{ "{text}" = 4 }}
+[validation]
+window_tokens = 32
+generated_tokens = 2
+texts = ["{text}"]
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_commands_and_options_are_frozen():
+    """Knobs belong into recipes; a new option is a decision, made here."""
+    import typer.main
+
+    from quantkit.cli import app
+
+    def walk(path, command):
+        inner = getattr(command, "commands", {})
+        if not inner:
+            yield path, {name for option in command.params for name in option.opts if name.startswith("--")}
+        for name, below in inner.items():
+            yield from walk(f"{path} {name}".strip(), below)
+
+    found = {path: options - {"--help"} for path, options in walk("", typer.main.get_command(app))}
+    assert found == FROZEN
+
+
+def test_help_starts_light():
+    """Neither torch nor transformers nor pydantic is loaded before a command needs it."""
+    program = (
+        "import sys; sys.argv = ['quantkit', '--help']\n"
+        "from quantkit.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_a_build_prints_the_table_and_says_it_passed(own_recipe, tmp_path):
+    done = quantkit("build", str(own_recipe), "--out", str(tmp_path / "a"), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "bits_per_byte" in done.stdout
+    assert "passed" in done.stdout
+    assert "model.layers" not in done.stdout
+    assert "layers.1.mlp.down_proj" in done.stderr
+
+
+def test_json_is_the_only_thing_on_stdout(own_recipe, tmp_path):
+    done = quantkit("build", str(own_recipe), "--out", str(tmp_path / "a"), "--json")
+    document = json.loads(done.stdout)
+    assert document["validation"]["variants"][0]["results"][0]["status"] == "ok"
+    checked = quantkit("inspect", str(tmp_path / "a"), "--verify", "--json")
+    assert json.loads(checked.stdout)["changed"] == []
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    broken = quantkit("inspect", str(tmp_path / "a"), "--verify")
+    assert broken.returncode == 1
+    assert "tokenizer.json: changed" in broken.stdout
+
+
+def test_a_failed_gate_keeps_the_artifact_and_exits_with_3(own_recipe, tmp_path):
+    done = quantkit(
+        "build", str(own_recipe), "--out", str(tmp_path / "a"), "--set", "validation.gates.top1_agreement=1.0"
+    )
+    assert done.returncode == 3
+    assert "error: the artifact is kept but may not be published:\n  reference: top1_agreement" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "a" / "quantkit.json").exists()
+
+
+def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):
+    good = quantkit("plan", str(own_recipe), "--json", "--out", str(tmp_path / "a"))
+    assert json.loads(good.stdout)["linears"] == 14
+    done = quantkit("plan", str(own_recipe), "--set", "quantize.group_size=128", "--out", str(tmp_path / "a"))
+    assert done.returncode == 2
+    assert "model.layers.0.self_attn.q_proj: in_features 64 is not divisible by group_size 128" in done.stderr
+    assert 'quantize.skip = ["self_attn.q_proj"]' in done.stderr
+    assert "and 6 more" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["build", "nothing-like-it"], 2, "error: no recipe named 'nothing-like-it'"),
+        (["build", "bielik-nano/gptq", "--device", "tpu"], 2, "error: unknown device 'tpu'"),
+        (["build", "bielik-nano/gptq", "--sets", "x"], 2, "No such option"),
+        (["build", "bielik-nano/gptq", "--model", "/no/such/folder"], 2, "error: the Hub has no /no/such/folder"),
+        (["validate", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
+        (["inspect", str(ROOT / "docs")], 2, "error: config.json is missing"),
+        (["recipes", "check", "gptq", "--set", "quantize.bit=3"], 2, "quantize.bit: unknown key; did you mean 'bits'?"),
+        (["recipes", "copy", "gptq", str(ROOT / "README.md")], 2, "README.md exists"),
+    ],
+)
+def test_mistakes_get_one_clear_error(arguments, code, message):
+    done = quantkit(*arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_cuda_that_is_not_there_exits_with_4(own_recipe):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    done = quantkit("build", str(own_recipe), "--device", "cuda")
+    assert done.returncode == 4
+    assert "error: no CUDA device is there" in done.stderr
+
+
+def test_recipes_are_listed_shown_and_checked():
+    names = quantkit("recipes", "list").stdout.split()
+    assert len(names) >= 3
+    assert 'format = "gptq"' in quantkit("recipes", "show", names[0]).stdout
+    assert quantkit("recipes", "check", names[0]).returncode == 0
+    assert json.loads(quantkit("recipes", "schema").stdout)["title"] == "Recipe"
+
+
+def test_doctor_tells_of_a_rival_package(monkeypatch):
+    from importlib import metadata
+
+    from quantkit import conflicts
+    from quantkit.doctor import diagnose
+
+    assert not any("llm-quantkit" in problem for problem in diagnose()["problems"])
+    plain = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.29" if name == "llm-quantkit" else plain(name))
+    said = []
+    conflicts.warn_of_conflicts(said.append)
+    assert said == [
+        "warning: llm-quantkit 0.29 is installed too\n  fix: pip uninstall llm-quantkit, then install quantkit again: "
+        "both write the `quantkit` command and package"
+    ]
+    assert any("pip uninstall llm-quantkit" in problem for problem in diagnose()["problems"])

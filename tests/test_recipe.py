@@ -1,0 +1,150 @@
+"""Recipes: every problem at once, in words that say what to do."""
+
+import tomllib
+
+import pytest
+
+from quantkit.errors import RefusedError
+from quantkit.recipe import (
+    Recipe,
+    as_toml,
+    copy_recipe,
+    find_recipe,
+    list_recipes,
+    load_recipe,
+    pin_recipe,
+)
+
+GOOD = 'format = "gptq"\n[model]\nid = "bielik-nano"\n'
+
+
+def write(tmp_path, text, name="r.toml"):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_every_shipped_recipe_is_good():
+    names = list_recipes()
+    assert "bielik-7b-instruct-v0.1/gptq" in names
+    assert "bielik-nano/gptq" in names
+    for name in names:
+        recipe = load_recipe(find_recipe(name))
+        gates = recipe.validation.gates
+        assert gates.perplexity_ratio and gates.mean_kld and gates.top1_agreement, name
+    assert len(names) >= 3
+
+
+def test_four_errors_at_once(tmp_path):
+    path = write(
+        tmp_path,
+        'format = "gptq"\n[model]\nid = "a/b"\nrevision = "main"\n'
+        '[quantize]\nbits = 5\ndamping = "0.01"\ngroupsize = 128\n',
+    )
+    with pytest.raises(RefusedError) as caught:
+        load_recipe(path)
+    assert str(caught.value) == (
+        "4 problem(s) in the recipe:\n"
+        "  model.revision: String should match pattern '^[0-9a-f]{40}$', got 'main'\n"
+        "  quantize.bits: Input should be 2, 3, 4 or 8, got 5\n"
+        "  quantize.damping: Input should be a valid number, got '0.01'\n"
+        "  quantize.groupsize: unknown key; did you mean 'group_size'?\n"
+        f"  at:  {path}\n"
+        "  fix: docs/recipe.md lists every key; `quantkit recipes schema` prints the schema"
+    )
+    assert caught.value.exit_code == 2
+
+
+def test_missing_keys_are_named(tmp_path):
+    with pytest.raises(RefusedError, match=r"(?s)format: required.*model: required"):
+        load_recipe(write(tmp_path, "[quantize]\nbits = 4\n"))
+
+
+def test_extends_continues_tables_and_replaces_text_sets(tmp_path):
+    write(tmp_path, GOOD + '[calibration]\nseed = 7\ntexts = { "polish-core" = 3 }\n', "base.toml")
+    child = write(tmp_path, 'extends = "base.toml"\n[calibration]\ntexts = { "own.txt" = 2 }\n[quantize]\nbits = 3\n')
+    recipe = load_recipe(child)
+    assert (recipe.calibration.seed, recipe.calibration.texts, recipe.quantize.bits) == (7, {"own.txt": 2}, 3)
+
+
+def test_extends_in_a_circle(tmp_path):
+    write(tmp_path, 'extends = "b.toml"\n', "a.toml")
+    write(tmp_path, 'extends = "a.toml"\n', "b.toml")
+    with pytest.raises(RefusedError, match="goes in a circle"):
+        load_recipe(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("quantize.bits=3", ("quantize", "bits", 3)),
+        ("quantize.order=natural", ("quantize", "order", "natural")),
+        ('calibration.texts={"polish-core"=5}', ("calibration", "texts", {"polish-core": 5})),
+        ("quantize.skip=['mlp.down_proj']", ("quantize", "skip", ("mlp.down_proj",))),
+    ],
+)
+def test_set_changes_one_key(tmp_path, change, expected):
+    section, key, value = expected
+    recipe = load_recipe(write(tmp_path, GOOD), (change,))
+    assert getattr(getattr(recipe, section), key) == value
+
+
+@pytest.mark.parametrize("change", ["quantize.bits", "=3", "format.x.y=3"])
+def test_a_malformed_set_is_refused(tmp_path, change):
+    with pytest.raises(RefusedError, match="--set"):
+        load_recipe(write(tmp_path, GOOD), (change,))
+
+
+def test_a_command_line_model_drops_the_recipes_revision(tmp_path):
+    path = write(tmp_path, f'format = "gptq"\n[model]\nid = "a/b"\nrevision = "{"0" * 40}"\n')
+    assert load_recipe(path).model.revision == "0" * 40
+    assert load_recipe(path, model="c/d").model.revision is None
+
+
+def test_not_toml_and_empty_and_not_there(tmp_path):
+    with pytest.raises(RefusedError, match="the recipe is not TOML"):
+        load_recipe(write(tmp_path, "format = \n"))
+    with pytest.raises(RefusedError, match="format: required"):
+        load_recipe(write(tmp_path, ""))
+    with pytest.raises(RefusedError, match="no such recipe file"):
+        find_recipe(str(tmp_path / "none.toml"))
+
+
+def test_a_misspelt_name_gets_a_suggestion():
+    with pytest.raises(RefusedError, match="did you mean") as caught:
+        find_recipe("bielik-nano/gtpq")
+    assert "bielik-nano/gptq" in caught.value.fix
+
+
+def test_resolved_names_hold_no_local_path(tmp_path):
+    text = write(tmp_path, "słowa", "words.txt")
+    recipe = load_recipe(write(tmp_path, GOOD), (f'calibration.texts={{"{text}"=5}}',), model=str(tmp_path))
+    resolved = recipe.resolved()
+    assert resolved["model"]["id"] == tmp_path.name
+    assert resolved["calibration"]["texts"] == {"words.txt": 5}
+    assert str(tmp_path) not in str(resolved)
+
+
+def test_a_copied_recipe_resolves_to_the_same(tmp_path):
+    copy_recipe("bielik-nano/gptq", tmp_path / "own.toml")
+    assert load_recipe(tmp_path / "own.toml") == load_recipe(find_recipe("bielik-nano/gptq"))
+    with pytest.raises(RefusedError, match="exists"):
+        copy_recipe("bielik-nano/gptq", tmp_path / "own.toml")
+
+
+def test_pin_writes_the_revision_and_keeps_comments(tmp_path):
+    path = write(tmp_path, "# why\n" + GOOD)
+    pin_recipe(path, "a" * 40)
+    assert path.read_text().startswith("# why\n")
+    assert load_recipe(path).model.revision == "a" * 40
+
+
+def test_toml_of_a_resolved_recipe_reads_back():
+    recipe = load_recipe(find_recipe("bielik-nano/gptq"))
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    assert tomllib.loads(as_toml(recipe.resolved()))["quantize"]["bits"] == 4
+
+
+def test_only_what_decides_bytes_is_in_the_deciding_part():
+    recipe = load_recipe(find_recipe("bielik-nano/gptq"))
+    assert recipe.deciding().keys() == {"format", "engine", "model", "quantize", "calibration", "compute"}
