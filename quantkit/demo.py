@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
-from quantkit.nano import NAME
+from quantkit.nano import NAME, ensure_nano
 from quantkit.pipeline import Build, build, default_out
 from quantkit.progress import Progress
 from quantkit.recipe import find_recipe, list_recipes, load_recipe
 from quantkit.report.table import rows
+
+# the 4-bit recipe with 2 bits: it shows a gate that fails
+SPOILT = "gptq-2bit-under-4bit-gates"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Demo:
 
 
 def run_demo(out: Path, *, device: torch.device, progress: Progress, say: Callable[[str], None]) -> Demo:
-    """Build and judge every recipe of bielik-nano; what is there already is kept.
+    """Build and judge every recipe of bielik-nano, and one that fails its gate; what is there already is kept.
 
     Args:
         out: artifacts go into folders of this one.
@@ -54,11 +57,13 @@ def run_demo(out: Path, *, device: torch.device, progress: Progress, say: Callab
         progress: told what is going on.
         say: told which recipe is next.
     """
+    ensure_nano(progress.steps)
     builds, seconds = {}, {}
-    for full in (name for name in list_recipes() if name.startswith(f"{NAME}/")):
-        name = full.removeprefix(f"{NAME}/")
-        say(f"bielik-nano/{name}")
-        recipe = load_recipe(find_recipe(full))
+    names = [name.removeprefix(f"{NAME}/") for name in list_recipes() if name.startswith(f"{NAME}/")]
+    wanted = {name: load_recipe(find_recipe(f"{NAME}/{name}")) for name in names}
+    wanted[SPOILT] = load_recipe(find_recipe(f"{NAME}/gptq"), ("quantize.bits=2",))
+    for name, recipe in wanted.items():
+        say(f"{NAME}/{name}")
         started = time.perf_counter()
         builds[name] = build(recipe, out=out / default_out(recipe, name).name, device=device, progress=progress)
         seconds[name] = time.perf_counter() - started

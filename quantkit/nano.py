@@ -11,6 +11,7 @@ Shape legend: V vocabulary, D hidden size, B windows, T tokens.
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,18 +56,18 @@ class NanoSettings:
         threads: CPU threads; another number rounds otherwise.
     """
 
-    vocab_size: int = 2048
+    vocab_size: int = 768
     hidden: int = 256
     feed_forward: int = 512
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
     context: int = 1024
-    steps: int = 420
+    steps: int = 700
     windows: int = 16
     window_tokens: int = 128
-    rate: float = 2e-3
-    decay: float = 0.1
+    rate: float = 3e-3
+    decay: float = 1.0
     noise: float = 0.1
     smoothing: float = 8.0
     seed: int = 0
@@ -116,7 +117,7 @@ def _threads(threads: int) -> Iterator[None]:
 def _make(folder: Path, documents: tuple[Document, ...], settings: NanoSettings, progress: Progress) -> None:
     """Tokenizer, training, files."""
     make_tokenizer(folder, [document.content for document in documents], settings)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=sys.maxsize)
     texts = [
         tokenizer.apply_chat_template(
             [{"role": role, "content": content} for role, content in document.messages], tokenize=False
@@ -126,7 +127,9 @@ def _make(folder: Path, documents: tuple[Document, ...], settings: NanoSettings,
         for document in documents
     ]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    ids = torch.tensor([token for text in texts for token in (bos, *tokenizer.encode(text, add_special_tokens=False), eos)])
+    ids = torch.tensor(
+        [token for text in texts for token in (bos, *tokenizer.encode(text, add_special_tokens=False), eos)]
+    )
     model = train(ids, settings, progress)
     save(model, folder)
 

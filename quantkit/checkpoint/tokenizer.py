@@ -1,5 +1,6 @@
 """The model's tokenizer and chat template, checked against the weights."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,4 +90,6 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
             where=str(folder),
             fix="tokenizer and weights are of different models; download both again",
         )
+    # documents are cut into windows afterwards; a warning about their length would mislead
+    inner.model_max_length = sys.maxsize
     return Tokenizer(inner)

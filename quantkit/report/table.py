@@ -29,7 +29,7 @@ def rows(name: str, validation: dict[str, Any], *, seconds: float | None = None)
     found = [["reference", "16", "", *_perplexities(reference), "1.0000", "", "", "", ""]]
     for variant in validation["variants"]:
         gate = "passed" if variant["gate"]["passed"] else "FAILED"
-        label = name if variant["name"] == name or name.endswith(variant["name"]) else f"{name} {variant['name']}"
+        label = name if len(validation["variants"]) == 1 else f"{name} {variant['name']}"
         start = [f"{variant['bits_per_weight']:.3f}", f"{variant['size_bytes'] / 1e6:.2f} MB"]
         for result in variant["results"]:
             shown = label if result["runtime"] == "reference" else f"{label} ({result['runtime']})"

@@ -1,0 +1,162 @@
+"""Peak memory and seconds per layer against depth, each build in a process of its own.
+
+    python bench/growth.py --layers 4 16     # same width, more depth: memory must stay, time per layer too
+    python bench/growth.py --layers 1 --hidden 4096 --feed-forward 14336 --windows 64   # a layer of Bielik-7B
+
+Models are random; weights are made and read as bf16, text is the shipped calibration half (repeated if need be).
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WINDOW_TOKENS = 512
+
+WORKER = """
+import json, sys, time
+from pathlib import Path
+import torch
+from quantkit.pipeline import build
+from quantkit.recipe import Recipe
+
+recipe = Recipe.model_validate_json(sys.argv[1])
+started = time.perf_counter()
+done = build(recipe, out=Path(sys.argv[2]), device=torch.device("cpu"), validated=False)
+facts = done.record["build"]
+print(json.dumps({
+    "wall_s": round(time.perf_counter() - started, 2),
+    "quantize_s": facts["seconds"]["quantize"],
+    "peak_host_bytes": facts["peak_memory_bytes"]["host"],
+    "device_model": done.record["environment"]["device_model"],
+    "commit": done.record["environment"]["commit"],
+    "versions": done.record["environment"]["versions"],
+}))
+"""
+
+
+def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int) -> None:
+    """A random Mistral of the wanted size, saved layer by layer so that making it takes no more than a layer."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import MistralConfig
+
+    from tests.tiny import make_tokenizer
+
+    heads = max(hidden // 128, 1)
+    config = MistralConfig(
+        vocab_size=384,
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=max(heads // 4, 1),
+        max_position_embeddings=4096,
+        sliding_window=None,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    config.architectures = ["MistralForCausalLM"]
+    config.save_pretrained(folder)
+    make_tokenizer(folder)
+    key_rows = config.num_key_value_heads * config.head_dim
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (key_rows, hidden),
+        "self_attn.v_proj": (key_rows, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (feed_forward, hidden),
+        "mlp.up_proj": (feed_forward, hidden),
+        "mlp.down_proj": (hidden, feed_forward),
+    }
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+
+    def keep(file: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    def drawn(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) * 0.5 / columns**0.5).bfloat16()
+
+    keep(
+        "ends.safetensors",
+        {
+            "model.embed_tokens.weight": drawn(384, hidden),
+            "lm_head.weight": drawn(384, hidden),
+            "model.norm.weight": torch.ones(hidden).bfloat16(),
+        },
+    )
+    for index in range(layers):
+        prefix = f"model.layers.{index}"
+        norms = {
+            f"{prefix}.{name}.weight": torch.ones(hidden).bfloat16()
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
+        keep(
+            f"layer-{index}.safetensors",
+            norms | {f"{prefix}.{name}.weight": drawn(*shape) for name, shape in shapes.items()},
+        )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def measure(folder: Path, text: Path, out: Path, windows: int, threads: int) -> dict:
+    """One build in a fresh process."""
+    recipe = {
+        "format": "gptq",
+        "model": {"id": str(folder)},
+        "calibration": {"texts": {str(text): windows}, "window_tokens": WINDOW_TOKENS},
+        "compute": {"threads": threads},
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, json.dumps(recipe), str(out)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 16])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--feed-forward", type=int, default=1536)
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "text.txt"
+        text.write_text((ROOT / "calibration" / "calibration.jsonl").read_text(encoding="utf-8") * 3, encoding="utf-8")
+        for layers in options.layers:
+            folder = Path(scratch) / f"model-{layers}"
+            folder.mkdir()
+            make_model(folder, layers=layers, hidden=options.hidden, feed_forward=options.feed_forward)
+            found = measure(folder, text, Path(scratch) / f"out-{layers}", options.windows, options.threads)
+            rows.append({"layers": layers, "seconds_per_layer": round(found["quantize_s"] / layers, 3), **found})
+    first, last = rows[0], rows[-1]
+    print(
+        json.dumps(
+            {
+                "options": vars(options),
+                "python": platform.python_version(),
+                "rows": rows,
+                "memory_ratio_last_to_first": round(last["peak_host_bytes"] / first["peak_host_bytes"], 3),
+                "seconds_per_layer_ratio_last_to_first": round(
+                    last["seconds_per_layer"] / first["seconds_per_layer"], 3
+                ),
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The shipped text keeps its promises, and text of one's own gets clear errors."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from quantkit.errors import RefusedError, UnavailableError
+from quantkit.home import shipped
+from quantkit.texts import load_text_set, read_documents
+
+SHINGLE_WORDS = 8
+
+
+def shingles(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i : i + SHINGLE_WORDS]) for i in range(len(words) - SHINGLE_WORDS + 1)}
+
+
+def both():
+    return load_text_set("polish-core", "calibration"), load_text_set("polish-core", "validation")
+
+
+def test_there_is_enough_in_enough_registers():
+    calibration, validation = both()
+    size = sum(len(document.content.encode()) for text in (calibration, validation) for document in text.documents)
+    assert size >= 150_000
+    registers = Counter(document.register for document in calibration.documents)
+    assert len(registers) >= 10
+    assert registers.keys() == {document.register for document in validation.documents}
+    assert "" not in registers
+
+
+def test_calibration_and_validation_share_nothing():
+    calibration, validation = both()
+    seen = set().union(*(shingles(document.content) for document in calibration.documents))
+    checked = 0
+    for document in validation.documents:
+        found = shingles(document.content)
+        checked += len(found)
+        assert len(found & seen) <= 0.01 * len(found), document.content[:80]
+    assert checked > 2000
+
+
+def test_no_document_stands_twice():
+    contents = [document.content for text in both() for document in text.documents]
+    assert len(set(contents)) == len(contents)
+
+
+def test_it_is_polish_with_all_its_letters():
+    text = "".join(document.content for part in both() for document in part.documents)
+    counts = Counter(text.lower())
+    letters = sum(count for letter, count in counts.items() if letter.isalpha())
+    for letter in "ąćęłńóśźż":
+        assert counts[letter] / letters > 0.0004, letter
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f�]", text)
+
+
+def test_chats_with_and_without_a_system_message():
+    chats = [document for part in both() for document in part.documents if document.messages]
+    starts = Counter(document.messages[0][0] for document in chats)
+    assert starts["system"] >= 4
+    assert starts["user"] >= 4
+    for document in chats:
+        roles = [role for role, _ in document.messages if role != "system"]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+
+
+def test_the_datasheet_counts_right():
+    sheet = (shipped("calibration") / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+) \| (\d+) \|", sheet, re.M))
+    registers = Counter(document.register for text in both() for document in text.documents)
+    assert {register: int(number) for register, number in rows.items()} == registers
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_own_files(tmp_path):
+    lines = [{"text": "Ala ma kota."}, {"messages": [{"role": "user", "content": "Cześć"}], "register": "chat"}]
+    path = write(tmp_path / "own.jsonl", "\n".join(json.dumps(line) for line in lines) + "\n\n")
+    found = load_text_set(str(path), "validation")
+    assert found.name == "own.jsonl"
+    assert [document.content for document in found.documents] == ["Ala ma kota.", "Cześć"]
+    plain = load_text_set(str(write(tmp_path / "own.txt", "Jeden dokument.\n\nCały plik.\n")), "calibration")
+    assert [document.text for document in plain.documents] == ["Jeden dokument.\n\nCały plik."]
+
+
+def test_poleval_has_a_document_per_line(tmp_path):
+    path = write(tmp_path / "corpus.txt", "Pierwsze zdanie .\n\nDrugie zdanie .\n")
+    assert [document.text for document in read_documents(path)] == ["Pierwsze zdanie .", "Drugie zdanie ."]
+
+
+def test_parquet_as_the_public_sets_have_it(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "train-00000-of-00001.parquet"
+    parquet.write_table(pyarrow.table({"id": ["1", "2", "3"], "text": ["Pierwszy.", " ", "Trzeci."]}), path)
+    assert [document.text for document in read_documents(path)] == ["Pierwszy.", "Trzeci."]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"\xff\xfe{}", "not valid UTF-8 at byte 0"),
+        ("a.txt", b"ab\x00" + b"\xc3\x28", "not valid UTF-8 at byte 3"),
+        ("a.jsonl", "", "there is no text in it"),
+        ("a.txt", " \n ", "there is no text in it"),
+        ("a.jsonl", '{"text": ""}', "the line is not a document"),
+        ("a.jsonl", '{"text": "ok"}\n{"txt": "x"}', "the line is not a document"),
+        ("a.jsonl", "[1]", "the line is not a document"),
+        ("a.jsonl", '{"messages": []}', "the line is not a document"),
+        ("a.jsonl", '{"messages": [{"role": "user"}]}', "the line is not a document"),
+        ("a.jsonl", "{", "the line is not a document"),
+    ],
+)
+def test_files_that_are_not_text(tmp_path, name, content, message):
+    path = write(tmp_path / name, content)
+    with pytest.raises(RefusedError) as caught:
+        load_text_set(str(path), "calibration")
+    assert caught.value.what == message
+    assert str(path) in caught.value.where
+    assert caught.value.fix
+
+
+def test_the_line_is_named(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "ok"}\n{"txt": "x"}')
+    with pytest.raises(RefusedError) as caught:
+        load_text_set(str(path), "calibration")
+    assert caught.value.where == f"{path}:2"
+
+
+def test_unknown_set():
+    with pytest.raises(RefusedError, match="no text set 'polish-cor'"):
+        load_text_set("polish-cor", "calibration")
+
+
+def test_a_public_set_without_a_network_names_the_way_out():
+    with pytest.raises(UnavailableError) as caught:
+        load_text_set("wikipedia-pl", "calibration")
+    assert caught.value.exit_code == 4
+    assert """--set 'calibration.texts={"polish-core"=32}'""" in caught.value.fix
