@@ -159,8 +159,6 @@ class GptqFormat:
             "checkpoint_format": "gptq",
             "pack_dtype": "int32",
             "damp_percent": self.damping,
-            "true_sequential": True,
-            "static_groups": False,
             "meta": {
                 "quantizer": [f"quantkit:{__version__}"],
                 "act_group_aware": self.order == "group-aware",

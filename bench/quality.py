@@ -1,0 +1,180 @@
+"""Perplexity of ways to quantize, on the same checkpoint, calibration tokens and evaluator, with paired intervals.
+
+    python bench/quality.py --model DIR --calibration FILE --validation FILE \
+        --way "default:" --way "no search:scale_candidates=0" --way "asymmetric:asymmetric=0.25" --set bits=3
+
+A way is NAME:KEY=VALUE,... with keys of [quantize] (and `activations`). Every way is built for each of several
+calibration draws (recipe seeds). Losses are compared with the first way document by document; the interval is a
+95 % bootstrap over documents of the mean difference in nats per token, draws averaged. Inside it is a tie.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.index import open_checkpoint
+from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.source import WeightSource, head_tensors
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.formats import READERS
+from quantkit.machine import environment
+from quantkit.pipeline import build
+from quantkit.recipe import Recipe
+from quantkit.texts import load_text_set
+from quantkit.validation.perplexity import final_states, losses
+from quantkit.validation.text import EvaluationText, evaluation_text
+
+RESAMPLES = 4000
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to quantize: a name, keys of [quantize], and where statistics come from."""
+
+    name: str
+    quantize: dict[str, Any]
+    activations: str = "quantized"
+
+
+def parse_way(text: str, common: dict[str, Any]) -> Way:
+    """A way from NAME:KEY=VALUE,...; values are JSON, bare words strings."""
+    name, _, pairs = text.partition(":")
+    keys = common | _pairs(pairs)
+    activations = keys.pop("activations", "quantized")
+    return Way(name.strip(), keys, activations)
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    found = {}
+    for pair in filter(None, text.split(",")):
+        key, _, value = pair.partition("=")
+        try:
+            found[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key.strip()] = value
+    return found
+
+
+class Judge:
+    """Losses of any weights on one text, by document.
+
+    Args:
+        model: the source's folder.
+        validation: text set or file.
+        window_tokens: most tokens the model reads at once.
+    """
+
+    def __init__(self, model: Path, validation: str, window_tokens: int) -> None:
+        self.source = open_checkpoint(model)
+        tokenizer = load_tokenizer(model, vocab_size=self.source.config["vocab_size"])
+        self.text: EvaluationText = evaluation_text(
+            [load_text_set(validation, "validation")], tokenizer, window_tokens=window_tokens
+        )
+        self.decoder = Decoder(self.source.config, self.source.family, device=CPU, dtype=torch.float32)
+        of_token = [window.document for window in self.text.windows for _ in window.targets]
+        self.document_N = torch.tensor(of_token)
+
+    def by_document(self, weights: WeightSource) -> torch.Tensor:
+        """Nats [documents] that the weights spend on each document."""
+        states = final_states(weights, self.text, self.decoder, windows_per_batch=8)
+        found = losses(states, self.decoder.head(head_tensors(weights)), self.text.targets)
+        return torch.zeros(self.text.documents, dtype=torch.float64).index_add_(0, self.document_N, found)
+
+
+def run_way(way: Way, options: argparse.Namespace, judge: Judge, scratch: Path) -> torch.Tensor:
+    """Nats [draws, documents] of one way."""
+    rows = []
+    for seed in range(options.draws):
+        recipe = Recipe.model_validate(
+            {
+                "format": "gptq",
+                "model": {"id": str(options.model)},
+                "quantize": way.quantize,
+                "calibration": {
+                    "texts": {options.calibration: options.windows},
+                    "window_tokens": options.window_tokens,
+                    "seed": seed,
+                    "activations": way.activations,
+                },
+                "compute": {"threads": options.threads},
+            }
+        )
+        out = scratch / f"{way.name}-{seed}".replace(" ", "-")
+        build(recipe, out=out, device=CPU, validated=False, fresh=True)
+        rows.append(judge.by_document(READERS["gptq"].open(out)))
+    return torch.stack(rows)
+
+
+def interval(difference_D: torch.Tensor, weight_D: torch.Tensor) -> tuple[float, float, float]:
+    """Mean difference in nats per token and its 95 % bootstrap interval over documents.
+
+    Args:
+        difference_D: nats per document, draws averaged.
+        weight_D: tokens per document.
+    """
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, len(difference_D), (RESAMPLES, len(difference_D)), generator=generator)
+    means = difference_D[picks].sum(1) / weight_D[picks].sum(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(difference_D.sum() / weight_D.sum()), low, high
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--validation", required=True)
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--window-tokens", type=int, default=512)
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", default="", help="keys common to all ways")
+    parser.add_argument("--way", action="append", required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    judge = Judge(options.model, options.validation, options.window_tokens)
+    tokens_D = torch.bincount(judge.document_N).double()
+    reference_D = judge.by_document(judge.source)
+    rows, first = [], None
+    with tempfile.TemporaryDirectory() as scratch:
+        for text in options.way:
+            way = parse_way(text, _pairs(options.set))
+            nats = run_way(way, options, judge, Path(scratch))
+            ratios = ((nats.sum(1) - reference_D.sum()) / tokens_D.sum()).exp()
+            first = nats if first is None else first
+            mean, low, high = interval((nats - first).mean(0), tokens_D)
+            verdict = "tie" if low <= 0 <= high else ("better" if high < 0 else "worse")
+            rows.append(
+                {
+                    "way": way.name,
+                    "settings": {**way.quantize, "activations": way.activations},
+                    "ratio": round(float(ratios.mean()), 5),
+                    "ratio_by_draw": [round(float(ratio), 5) for ratio in ratios],
+                    "against_first_nats_per_token": [round(value, 6) for value in (mean, low, high)],
+                    "verdict": "first" if nats is first else verdict,
+                }
+            )
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    reference = float((reference_D.sum() / tokens_D.sum()).exp())
+    facts = {
+        "model": options.model.name,
+        "calibration": Path(options.calibration).name,
+        "validation": Path(options.validation).name,
+        "windows": options.windows,
+        "window_tokens": options.window_tokens,
+        "reference_ppl_per_token": round(reference, 4),
+        "environment": environment(CPU),
+        "rows": rows,
+    }
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
