@@ -68,10 +68,11 @@ class GptqSection(Section):
         description="Shrunken ranges the scale search tries per group, weighted by the Hessian's diagonal; 0 is none.",
     )
     asymmetric: float = Field(
-        default=0.0,
+        default=0.5,
         ge=0,
         le=1,
-        description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ.",
+        description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
+        "one stream instead of two.",
     )
     skip: tuple[str, ...] = Field(
         default=(),

@@ -169,6 +169,24 @@ def test_a_full_disk_keeps_finished_layers(recipe, tmp_path, monkeypatch):
     assert hashes(tmp_path / "a") == hashes(whole.out)
 
 
+def test_an_item_file_that_was_lost_is_made_again(recipe, tmp_path, monkeypatch):
+    from quantkit.formats.gptq import GptqFormat
+
+    def fail(*_):
+        raise RuntimeError("no further")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GptqFormat, "assemble", fail)
+        with pytest.raises(RuntimeError):
+            build(recipe, out=tmp_path / "a", device=CPU, validated=False)
+    items = work_folder(tmp_path / "a") / "items"
+    (items / "layers.0.safetensors").unlink()
+    (items / "head.safetensors").write_bytes(b"cut")
+    build(recipe, out=tmp_path / "a", device=CPU, validated=False)
+    whole = build(recipe, out=tmp_path / "b", device=CPU, validated=False)
+    assert hashes(tmp_path / "a") == hashes(whole.out)
+
+
 KILLER = """
 import os, signal, sys
 from pathlib import Path
