@@ -63,12 +63,12 @@ class NanoSettings:
     heads: int = 4
     kv_heads: int = 2
     context: int = 1024
-    steps: int = 700
+    steps: int = 500
     windows: int = 16
     window_tokens: int = 128
     rate: float = 3e-3
     decay: float = 1.0
-    noise: float = 0.1
+    noise: float = 0.2
     smoothing: float = 8.0
     seed: int = 0
     threads: int = 2
