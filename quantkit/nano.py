@@ -9,6 +9,7 @@ Shape legend: V vocabulary, D hidden size, B windows, T tokens.
 """
 
 import contextlib
+import io
 import json
 import shutil
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import sentencepiece
 import torch
 from filelock import FileLock
+from tokenizers import normalizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
@@ -54,6 +56,7 @@ class NanoSettings:
         smoothing: bigram counts are mixed with this many unigram counts.
         seed: of everything random.
         threads: CPU threads; another number rounds otherwise.
+        edition: raised whenever this file makes another model from the same settings.
     """
 
     vocab_size: int = 768
@@ -72,6 +75,7 @@ class NanoSettings:
     smoothing: float = 8.0
     seed: int = 0
     threads: int = 2
+    edition: int = 1
 
 
 def ensure_nano(progress: Progress = lambda stage, done, total: None, settings: NanoSettings = NanoSettings()) -> Path:
@@ -142,9 +146,10 @@ def make_tokenizer(folder: Path, texts: list[str], settings: NanoSettings) -> No
         texts: to learn pieces from; `settings.vocab_size` tokens are learned.
     """
     sentencepiece.set_random_generator_seed(settings.seed)
+    model = io.BytesIO()  # a file's name would end up in its bytes
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([line for text in texts for line in text.splitlines() if line.strip()]),
-        model_prefix=str(folder / "tokenizer"),
+        model_writer=model,
         model_type="bpe",
         vocab_size=settings.vocab_size,
         byte_fallback=True,
@@ -160,7 +165,7 @@ def make_tokenizer(folder: Path, texts: list[str], settings: NanoSettings) -> No
         num_threads=1,
         minloglevel=2,
     )
-    (folder / "tokenizer.vocab").unlink()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
     special = {0: "<unk>", 1: "<s>", 2: "</s>"}
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     config = {
@@ -181,7 +186,11 @@ def make_tokenizer(folder: Path, texts: list[str], settings: NanoSettings) -> No
         "chat_template": CHAT_TEMPLATE,
     }
     _write_json(folder / "tokenizer_config.json", config)
-    AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+    fast = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    # as SentencePiece does it: always a prefix, before a text that begins with a space too
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast.pre_tokenizer = None
+    fast.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     _write_json(folder / "special_tokens_map.json", names)
 

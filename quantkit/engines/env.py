@@ -1,0 +1,288 @@
+"""Engines and their isolated environments: what there is, what is installed, and how to install the rest.
+
+An environment is a virtual environment under QUANTKIT_HOME, named by the hash of its pins. It cannot be moved, so it is
+made in place, and counts as installed only once a marker file, written last, says so.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from quantkit.errors import RefusedError, RunFailedError, UnavailableError
+from quantkit.home import quantkit_home
+from quantkit.workdir import write_json
+
+MARKER = "installed.json"
+INSTALL_LOG = "install.log"
+LAST_LINES = 12
+# of the caller's environment, what would make a runner import from elsewhere than its own environment
+FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One row of engines.toml, which says what each field means."""
+
+    name: str
+    package: str
+    runner: str
+    reads: tuple[str, ...]
+    builds: tuple[str, ...]
+    hardware: tuple[str, ...]
+    python: tuple[str, ...]
+    first: tuple[str, ...]
+    requirements: tuple[str, ...]
+    pip_flags: tuple[str, ...]
+    pip_variables: dict[str, str]
+    run_variables: dict[str, str]
+    download_mb: int
+    released: str
+    archived: bool
+    note: str
+    settings: dict[str, tuple[Any, ...]]
+
+    @property
+    def pins(self) -> str:
+        """Hex digest of what decides the environment's content."""
+        deciding = [self.first, self.requirements, self.pip_flags, sorted(self.pip_variables.items())]
+        return hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:12]
+
+    @property
+    def install_command(self) -> str:
+        return f"quantkit engines install {self.name}"
+
+    def refusals(self, settings: dict[str, Any]) -> list[str]:
+        """One line for each setting of a build that the engine cannot honour; empty if it can honour all."""
+        return [
+            f"{key} = {value!r}: {self.name} knows {', '.join(str(known) for known in self.settings[key])}"
+            for key, value in settings.items()
+            if key in self.settings and value not in self.settings[key]
+        ]
+
+
+def list_engines() -> list[Engine]:
+    """All engines, by name."""
+    content = tomllib.loads(Path(__file__).with_name("engines.toml").read_text(encoding="utf-8"))
+    return [_engine(name, table) for name, table in sorted(content.items())]
+
+
+def find_engine(name: str) -> Engine:
+    """The engine of a name.
+
+    Raises:
+        RefusedError: there is none; the closest name is suggested.
+    """
+    engines = {engine.name: engine for engine in list_engines()}
+    if name in engines:
+        return engines[name]
+    near = difflib.get_close_matches(name, engines, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise RefusedError(f"no engine named {name!r}", fix=f"{hint}there are: {', '.join(engines)}")
+
+
+def environment_of(engine: Engine) -> Path:
+    """Where the engine's environment is or would be."""
+    return quantkit_home() / "engines" / f"{engine.name}-{engine.pins}"
+
+
+def is_installed(engine: Engine) -> bool:
+    """Whether its environment is complete."""
+    return (environment_of(engine) / MARKER).is_file()
+
+
+def installed_facts(engine: Engine) -> dict[str, Any]:
+    """What `install` noted: {"engine", "package", "version", "python", "seconds", "packages": {name: version}}.
+
+    Raises:
+        UnavailableError: it is not installed.
+    """
+    if not is_installed(engine):
+        raise UnavailableError(f"the engine {engine.name} is not installed", fix=f"`{engine.install_command}`")
+    facts: dict[str, Any] = json.loads((environment_of(engine) / MARKER).read_text(encoding="utf-8"))
+    return facts
+
+
+def why_not(engine: Engine, device: str | None = None) -> str | None:
+    """Why the engine cannot run here, with what mends it; None if it can.
+
+    Args:
+        device: "cpu" or "cuda"; None asks whether any of its devices is here.
+    """
+    wanted = (device,) if device else engine.hardware
+    unfit = [name for name in wanted if name not in engine.hardware]
+    if unfit:
+        return f"{engine.name} does not run on {unfit[0]}; it runs on {' and '.join(engine.hardware)}"
+    if wanted == ("cuda",) and not has_cuda():
+        return f"{engine.name} needs an NVIDIA GPU, and none is here: run it on a machine that has one"
+    if is_installed(engine):
+        return None
+    if interpreter(engine) is None:
+        known = " or ".join(engine.python)
+        return f"{engine.name} needs Python {known}, and none is found: install it, then `{engine.install_command}`"
+    return f"{engine.name} is not installed: `{engine.install_command}`"
+
+
+def has_cuda() -> bool:
+    """Whether an NVIDIA GPU's driver answers; asked without torch."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def interpreter(engine: Engine) -> str | None:
+    """A Python that the engine can live in: this one, else one found by name; None if there is none."""
+    if f"{sys.version_info.major}.{sys.version_info.minor}" in engine.python:
+        return sys.executable
+    for version in reversed(engine.python):
+        found = shutil.which(f"python{version}")
+        # a version manager's shim exists for versions that are not switched on: only running it tells
+        if found and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
+            return found
+    return None
+
+
+def install(engine: Engine, say: Callable[[str], None]) -> Path:
+    """Make the engine's environment if it is not complete; returns its folder.
+
+    Args:
+        say: told the size of the download first, then each step.
+
+    Raises:
+        UnavailableError: no fitting Python, or pip failed; the error has its last lines and says where its log is.
+    """
+    environment = environment_of(engine)
+    with _writing(environment):
+        environment.parent.mkdir(parents=True, exist_ok=True)
+    # a lock file that is removed can be locked twice, so it stays
+    with FileLock(environment.parent / f"{engine.name}.lock"):
+        if is_installed(engine):
+            say(f"{engine.name} is installed already")
+            return environment
+        python = interpreter(engine)
+        if python is None:
+            raise UnavailableError(why_not(engine) or "", fix=f"install Python {engine.python[-1]}")
+        say(f"{engine.name}: about {engine.download_mb} MB to download, 3 GB more where torch brings CUDA libraries")
+        started = time.monotonic()
+        # what a killed install left is of no use
+        shutil.rmtree(environment, ignore_errors=True)
+        with _writing(environment):
+            _make(engine, python, environment, say)
+            facts = _facts(engine, environment) | {"seconds": round(time.monotonic() - started, 1)}
+            write_json(environment / MARKER, facts)
+    say(f"{engine.name} {facts['version']} is installed")
+    return environment
+
+
+def environment_python(engine: Engine) -> Path:
+    """The interpreter inside the engine's environment."""
+    folder = environment_of(engine)
+    return folder / "Scripts" / "python.exe" if os.name == "nt" else folder / "bin" / "python"
+
+
+def own_variables() -> dict[str, str]:
+    """The caller's environment variables without those that would mix another Python's packages in."""
+    return {key: value for key, value in os.environ.items() if key not in FOREIGN_VARIABLES}
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log, indented for an error message."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return "\n".join(f"  {line[:300]}" for line in lines[-LAST_LINES:]) or "  (it printed nothing)"
+
+
+@contextmanager
+def _writing(environment: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunFailedError(
+            f"cannot write the environment: {error.strerror or error}",
+            where=str(environment),
+            fix="an environment takes about 2 GB, 8 GB with CUDA libraries; QUANTKIT_HOME chooses another place",
+        ) from error
+
+
+def _engine(name: str, table: dict[str, Any]) -> Engine:
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    values["settings"] = {key: tuple(known) for key, known in table["settings"].items()}
+    return Engine(name, **values)
+
+
+def _make(engine: Engine, python: str, environment: Path, say: Callable[[str], None]) -> None:
+    environment.mkdir(parents=True)
+    _step(engine, [python, "-m", "venv", str(environment)], say, "making the environment")
+    pip = [str(environment_python(engine)), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    _step(engine, [*pip, *engine.pip_flags, *engine.first], say, f"installing {' '.join(engine.first)}")
+    # torch and the build tools are there already: packages that look at torch while they are built must see this one
+    rest = [*engine.pip_flags, "--no-build-isolation", *engine.requirements]
+    _step(engine, [*pip, *rest], say, f"installing {' '.join(engine.requirements)}")
+
+
+def _step(engine: Engine, command: list[str], say: Callable[[str], None], what: str) -> None:
+    say(what)
+    log = environment_of(engine) / INSTALL_LOG
+    with log.open("a", encoding="utf-8") as output:
+        output.write(f"$ {' '.join(command)}\n")
+        output.flush()
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=own_variables() | engine.pip_variables,
+            check=False,
+        )
+    if done.returncode:
+        raise UnavailableError(
+            f"{what} failed for the engine {engine.name}:\n{last_lines(log)}",
+            where=str(log),
+            fix=f"connect to a package index and run `{engine.install_command}` again",
+        )
+
+
+def _facts(engine: Engine, environment: Path) -> dict[str, Any]:
+    """Versions of everything in a finished environment."""
+    script = (
+        "import json, platform; from importlib.metadata import distributions; "
+        "print(json.dumps([platform.python_version(), {d.metadata['Name']: d.version for d in distributions()}]))"
+    )
+    command = [str(environment_python(engine)), "-I", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=own_variables(), check=True)
+    python, packages = json.loads(done.stdout)
+    packages = dict(sorted((_plain(name), version) for name, version in packages.items()))
+    return {
+        "engine": engine.name,
+        "package": engine.package,
+        "version": packages[engine.package],
+        "python": python,
+        "packages": packages,
+    }
+
+
+def _plain(name: str) -> str:
+    """A distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def engine_rows() -> list[dict[str, Any]]:
+    """What `quantkit engines list --json` shows: each engine, where it is and why it cannot run (None if it can)."""
+    rows = []
+    for engine in list_engines():
+        table = asdict(engine)
+        shown = {key: table[key] for key in ("name", "package", "reads", "builds", "hardware", "python")}
+        shown |= {key: table[key] for key in ("requirements", "download_mb", "released", "archived", "note")}
+        version = installed_facts(engine)["version"] if is_installed(engine) else None
+        rows.append(shown | {"installed": version, "why_not": why_not(engine)})
+    return rows

@@ -1,0 +1,90 @@
+# mypy: ignore-errors
+"""gptqmodel, inside its environment; see start.py."""
+
+import json
+import os
+from importlib.metadata import version
+
+import numpy as np
+import torch
+
+
+def load(request):
+    """Read an artifact the way most people do: transformers, which calls gptqmodel for the quantized linears."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
+
+    torch.set_num_threads(request["threads"])
+    folder = request["artifact"]
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        with open(os.path.join(folder, "quantize_config.json"), encoding="utf-8") as file:
+            settings = json.load(file)
+    settings = dict(settings)
+    settings.pop("quant_method", None)
+    # "torch" is the one kernel that needs no compiler; the automatic choice compiles with g++ or nvcc at first use
+    settings["backend"] = "torch"
+    config.quantization_config = {**settings, "quant_method": "gptq"}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        quantization_config=GPTQConfig(**settings),
+        dtype=torch.float16,
+        device_map={"": request["device"]},
+        local_files_only=True,
+    ).eval()
+
+    def logits(ids):
+        with torch.inference_mode():
+            found = model(torch.as_tensor(ids, dtype=torch.long, device=request["device"])[None], use_cache=False)
+        return found.logits[0].float().cpu().numpy()
+
+    return logits, facts()
+
+
+def build(request):
+    """Quantize a checkpoint with gptqmodel's own GPTQ."""
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    torch.set_num_threads(request["threads"])
+    settings = request["settings"]
+    config = QuantizeConfig(
+        bits=settings["bits"],
+        group_size=settings["group_size"],
+        sym=settings["symmetric"],
+        desc_act=settings["order"] == "activation",
+        # its default is on whenever desc_act is off, so it must be said either way
+        act_group_aware=settings["order"] == "group-aware",
+        damp_percent=settings["damping"],
+        device=request["device"],
+        offload_to_disk=False,
+    )
+    model = GPTQModel.load(request["checkpoint"], config, backend=BACKEND.TORCH, device=request["device"])
+    tokens = np.load(request["tokens"])
+    # plain lists: every other form of calibration data goes through a tokenizer
+    windows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
+    model.quantize(windows, batch_size=1, backend=BACKEND.TORCH)
+    model.save(request["out"])
+    keep_rope_theta(request["checkpoint"], request["out"])
+    return facts()
+
+
+def keep_rope_theta(checkpoint, out):
+    """It saves config.json with the keys of transformers 5 only, where readers of the 4.x line miss rope_theta."""
+    path = os.path.join(out, "config.json")
+    with open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    theta = (config.get("rope_parameters") or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in config:
+        config["rope_theta"] = theta
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=2, ensure_ascii=False)
+
+
+def facts():
+    return {
+        "package": "gptqmodel",
+        "version": version("gptqmodel"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }

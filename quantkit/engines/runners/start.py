@@ -1,0 +1,72 @@
+# mypy: ignore-errors
+"""Run inside an engine's environment: one verb of one engine. Plain Python with numpy, nothing of quantkit.
+
+    python -I start.py <engine script> <verb> <request.json>
+
+An engine's script has `load(request) -> (logits, facts)`, where `logits(ids)` returns float32 [T, V] for int [T], and
+`build(request) -> facts`. The last line on stdout is one JSON document. Before it, `evaluate` speaks with its parent:
+
+    runner   open <V>         the model is loaded, the buffer [T, V] float32 exists
+    parent   next
+    runner   ready <i> <n>    the buffer's first n rows are the logits of window i
+    ...                       until every window was asked for; an end of input stops it earlier
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+
+def main():
+    # packages print to stdout as they please: keep the real one for answers, and send everybody else to the log
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    script, verb, path = sys.argv[1:]
+    with open(path, encoding="utf-8") as file:
+        request = json.load(file)
+    started = time.monotonic()
+    engine = engine_of(script)
+    facts = evaluate(engine, request, answers) if verb == "evaluate" else engine.build(request)
+    facts["seconds"] = round(time.monotonic() - started, 3)
+    print(json.dumps(facts), file=answers)
+    answers.flush()
+    # some packages leave threads behind that would keep the process from ending
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def engine_of(script):
+    """The engine's script as a module; its name must not be that of the package it drives."""
+    spec = importlib.util.spec_from_file_location("quantkit_engine", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def evaluate(engine, request, answers):
+    windows, lengths = np.load(request["windows"]), np.load(request["lengths"])
+    started = time.monotonic()
+    logits, facts = engine.load(request)
+    facts["load_seconds"] = round(time.monotonic() - started, 3)
+    # one window tells the width of the vocabulary as the model has it, which config.json may not
+    first = logits(windows[0, : lengths[0]])
+    shape = (windows.shape[1], first.shape[1])
+    buffer = np.lib.format.open_memmap(request["buffer"], mode="w+", dtype=np.float32, shape=shape)
+    print("open", first.shape[1], file=answers)
+    for index, length in enumerate(lengths):
+        if not sys.stdin.readline():
+            sys.exit("the parent went away")
+        found = logits(windows[index, :length]) if index else first
+        first = None
+        buffer[:length] = found
+        buffer.flush()
+        print("ready", index, length, file=answers)
+    return facts
+
+
+if __name__ == "__main__":
+    main()
