@@ -75,7 +75,7 @@ class NanoSettings:
     smoothing: float = 8.0
     seed: int = 0
     threads: int = 2
-    edition: int = 1
+    edition: int = 2
 
 
 def ensure_nano(progress: Progress = lambda stage, done, total: None, settings: NanoSettings = NanoSettings()) -> Path:
@@ -86,7 +86,8 @@ def ensure_nano(progress: Progress = lambda stage, done, total: None, settings: 
         settings: of the model; tests use smaller ones.
     """
     text_set = load_text_set("polish-core", "calibration")
-    marker = {"fingerprint": fingerprint([text_set.sha256, asdict(settings), CHAT_TEMPLATE])}
+    made_from = fingerprint([text_set.sha256, asdict(settings), CHAT_TEMPLATE])
+    marker = json.dumps({"fingerprint": made_from}) + "\n"
     folder = quantkit_home() / "models" / NAME
     lock_path = quantkit_home() / "locks" / f"{NAME}.lock"
     lock_path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +98,16 @@ def ensure_nano(progress: Progress = lambda stage, done, total: None, settings: 
             partial.mkdir(parents=True)
             with _threads(settings.threads):
                 _make(partial, text_set.documents, settings, progress)
-            (partial / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+            (partial / MARKER).write_text(marker, encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             partial.replace(folder)
     return folder
 
 
-def _is_current(folder: Path, marker: dict[str, str]) -> bool:
+def _is_current(folder: Path, marker: str) -> bool:
+    # compared as bytes: a damaged marker is one of another model, not an error
     path = folder / MARKER
-    return path.exists() and json.loads(path.read_text(encoding="utf-8")) == marker
+    return path.is_file() and path.read_bytes() == marker.encode()
 
 
 @contextlib.contextmanager
@@ -191,6 +193,8 @@ def make_tokenizer(folder: Path, texts: list[str], settings: NanoSettings) -> No
     fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     fast.pre_tokenizer = None
     fast.save(str(folder / "tokenizer.json"))
+    # transformers 5 builds LlamaTokenizer's own prefix rule whatever tokenizer.json says; this class takes the file
+    _write_json(folder / "tokenizer_config.json", config | {"tokenizer_class": "PreTrainedTokenizerFast"})
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     _write_json(folder / "special_tokens_map.json", names)
 
@@ -227,9 +231,10 @@ def train(ids: Tensor, settings: NanoSettings, progress: Progress) -> MistralFor
         ids: int64, documents in file order, each with BOS and EOS.
         progress: told every step.
     """
-    torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    model = MistralForCausalLM(_config(settings))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = MistralForCausalLM(_config(settings))
     with torch.no_grad():
         model.model.embed_tokens.weight, model.lm_head.weight = (
             nn.Parameter(table) for table in bigram_start(ids, settings)
