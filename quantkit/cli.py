@@ -27,6 +27,10 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="Find, own and check recipes.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(recipes_app, name="recipes")
+engines_app = typer.Typer(
+    help="The isolated environments of upstream packages.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(engines_app, name="engines")
 
 Name = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe of the default model, <model>/<name>, or a path.")
@@ -254,6 +258,39 @@ def recipes_schema() -> None:
     from quantkit.recipe import Recipe
 
     _print(Recipe.model_json_schema(), [])
+
+
+@engines_app.command("list")
+def engines_list(as_json: Json = False) -> None:
+    """Upstream packages that can read artifacts, and whether they run here."""
+    from quantkit.engines.env import describe, list_engines
+
+    found = [describe(engine) for engine in list_engines()]
+    lines = [f"{engine['name']:<12}{engine['requirement']:<24}{engine['reason'] or 'installed'}" for engine in found]
+    _print(found if as_json else None, lines)
+
+
+@engines_app.command("install")
+def engines_install(engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Name of an engine.")]) -> None:
+    """Install an engine into an environment of its own; says the download size first."""
+    from quantkit.engines.env import find_engine, install
+
+    install(find_engine(engine), _say)
+
+
+@engines_app.command("check")
+def engines_check(
+    engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Name of an engine.")], as_json: Json = False
+) -> None:
+    """Let an engine quantize bielik-nano and read the result back."""
+    from quantkit.display import Display
+    from quantkit.engines.env import find_engine
+    from quantkit.engines.runtime import check
+    from quantkit.nano import ensure_nano
+
+    with Display() as display:
+        found = check(find_engine(engine), ensure_nano(display.progress.steps))
+    _print(found if as_json else None, [f"{key:<18}{value}" for key, value in found.items()])
 
 
 def _recipe(name: str, changes: list[str] | None, model: str | None) -> "tuple[Recipe, str]":

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from quantkit import __version__
 from quantkit.checkpoint.layer import Decoder
+from quantkit.engines.env import find_engine, installed_facts, why_not
+from quantkit.engines.runtime import evaluate
 from quantkit.errors import RefusedError
 from quantkit.formats import READERS, detect
 from quantkit.formats.contract import Artifact
@@ -23,11 +24,12 @@ from quantkit.texts import load_text_set
 from quantkit.validation.compare import (
     REFERENCE_RUNTIME,
     gated,
+    logits_result,
     not_run,
     reference_figures,
     reference_result,
 )
-from quantkit.validation.reference import Settings, run_reference
+from quantkit.validation.reference import Judged, Settings, run_reference
 from quantkit.validation.text import EvaluationText, evaluation_text
 from quantkit.workdir import write_text
 
@@ -142,8 +144,21 @@ def judge(
         if wanted == REFERENCE_RUNTIME:
             results.append(reference_result(artifact, reference, text, decoder, tokenizer, settings))
         else:
-            results.append(not_run(wanted, f"quantkit {__version__} has no engine {wanted}"))
+            results.append(_engine_result(wanted, artifact, reference, text, device, recipe.compute.threads))
     return _document(artifact, recipe, text, reference_figures(reference, text), results)
+
+
+def _engine_result(
+    name: str, artifact: Artifact, reference: Judged, text: EvaluationText, device: torch.device, threads: int
+) -> dict[str, Any]:
+    """What an upstream package makes of the artifact, or why it could not be asked."""
+    engine = find_engine(name)
+    if reason := why_not(engine, device.type):
+        return not_run(name, reason)
+    logits = evaluate(engine, artifact.tensors.folder, text.windows, device=device.type, threads=threads)
+    result = logits_result(name, logits, reference, text)
+    facts = installed_facts(engine)
+    return result | {"package": facts["package"], "version": facts["version"]}
 
 
 def _runtimes(wanted: str, native: str) -> list[str]:

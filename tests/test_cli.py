@@ -23,6 +23,9 @@ FROZEN = {
     "recipes check": {"--set"},
     "recipes pin": set(),
     "recipes schema": set(),
+    "engines list": {"--json"},
+    "engines install": set(),
+    "engines check": {"--json"},
 }
 
 

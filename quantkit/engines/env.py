@@ -94,6 +94,12 @@ def find_engine(name: str) -> Engine:
     raise RefusedError(f"no engine named {name!r}", fix=f"{hint}there are: {', '.join(engines)}")
 
 
+def describe(engine: Engine) -> dict[str, Any]:
+    """What `quantkit engines list` says of an engine; `reason` is None where it runs."""
+    requirement = next(pin for pin in engine.requirements if pin.startswith(engine.package))
+    return asdict(engine) | {"requirement": requirement, "reason": why_not(engine)}
+
+
 def environment_of(engine: Engine) -> Path:
     """Where the engine's environment is or would be."""
     return quantkit_home() / "engines" / f"{engine.name}-{engine.pins}"

@@ -1,17 +1,18 @@
 """One artifact held against its reference: the results that the record, the card and the gate are made of."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import WeightSource
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.validation.gate import judge
-from quantkit.validation.perplexity import compare, losses, perplexities
+from quantkit.validation.perplexity import Comparison, compare, compare_logits, losses, perplexities
 from quantkit.validation.reference import Judged, Settings, run
 from quantkit.validation.text import EvaluationText
 
@@ -41,10 +42,41 @@ def reference_result(
     started = time.perf_counter()
     judged = run(source, text, decoder, tokenizer, settings)
     found = compare((reference.states_ND, reference.head_VD), (judged.states_ND, judged.head_VD), text.targets)
+    answer = asdict(judged.answer) if judged.answer else None
+    return _result(REFERENCE_RUNTIME, found, text, started) | {"answer": answer}
+
+
+def logits_result(
+    runtime: str, logits: Iterable[np.ndarray], reference: Judged, text: EvaluationText
+) -> dict[str, Any]:
+    """One entry of `results` of `validate --json`: an artifact run by somebody else's reader.
+
+    Args:
+        runtime: whose.
+        logits: float32 [targets, V] of every window, in window order; one window at a time is held.
+        reference: what the reference model made of the same text.
+    """
+    started = time.perf_counter()
+    targets = [list(window.targets) for window in text.windows]
+    rows = reference.states_ND.split([len(wanted) for wanted in targets])
+    parts = [
+        compare_logits((states, reference.head_VD), torch.from_numpy(found), wanted)
+        for states, found, wanted in zip(rows, logits, targets, strict=True)
+    ]
+    joined = Comparison(
+        torch.cat([part.reference_loss for part in parts]),
+        torch.cat([part.loss for part in parts]),
+        torch.cat([part.divergence for part in parts]),
+        torch.cat([part.agrees for part in parts]),
+    )
+    return _result(runtime, joined, text, started)
+
+
+def _result(runtime: str, found: Comparison, text: EvaluationText, started: float) -> dict[str, Any]:
     expected = perplexities(found.reference_loss, text)
     measured = perplexities(found.loss, text)
     return {
-        "runtime": REFERENCE_RUNTIME,
+        "runtime": runtime,
         "status": "ok",
         "reason": "",
         **measured,
@@ -52,7 +84,6 @@ def reference_result(
         "mean_kld": float(found.divergence.mean()),
         "p99_kld": float(torch.quantile(found.divergence, 0.99)),
         "top1_agreement": float(found.agrees.double().mean()),
-        "answer": asdict(judged.answer) if judged.answer else None,
         "seconds": round(time.perf_counter() - started, 3),
     }
 

@@ -108,6 +108,21 @@ def compare(reference: tuple[Tensor, Tensor], artifact: tuple[Tensor, Tensor], t
     return Comparison(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+def compare_logits(reference: tuple[Tensor, Tensor], logits_NV: Tensor, targets: list[int]) -> Comparison:
+    """The same for an artifact of which only logits are known, of a window's N predicted tokens.
+
+    Args:
+        reference: final states [N, D] and head [V, D] of the reference.
+        logits_NV: float32, the artifact's; columns beyond the reference's vocabulary are padding.
+        targets: the N tokens to be predicted.
+    """
+    head_VD = reference[1]
+    wanted_N = torch.tensor(targets, device=head_VD.device)
+    expected = _log_softmax(reference[0].to(head_VD.device), head_VD)
+    found = torch.log_softmax(logits_NV[:, : head_VD.shape[0]].to(head_VD.device), dim=-1)
+    return Comparison(_loss(expected, wanted_N), _loss(found, wanted_N), *divergence(expected, found))
+
+
 def divergence(expected_NV: Tensor, found_NV: Tensor) -> tuple[Tensor, Tensor]:
     """KL(expected || found) in nats, float64 [N], and whether the most likely tokens are the same, bool [N].
 

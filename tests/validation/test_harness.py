@@ -43,7 +43,9 @@ def test_word_perplexity_is_the_harness_own(nano, tmp_path, monkeypatch):
     own.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     (tmp_path / "own_text.yaml").write_text(TASK.format(path=own), encoding="utf-8")
     model = AutoModelForCausalLM.from_pretrained(nano, dtype=torch.float32)
-    harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(nano), max_length=LIMIT, batch_size=1)
+    tokenizer = AutoTokenizer.from_pretrained(nano)
+    # without it the harness lets the tokenizer add a BOS of its own, which it then also predicts
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, max_length=LIMIT, batch_size=1, add_bos_token=False)
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
     found = evaluator.simple_evaluate(harness, tasks=["own_text"], task_manager=manager, bootstrap_iters=0)
     expected = found["results"]["own_text"]

@@ -3,6 +3,7 @@
 
 import os
 import shutil
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -21,6 +22,8 @@ def load(request):
         device=request["device"],
         # no triton on the CPU, and its GPU kernels would compile; the plain path decodes and multiplies
         use_triton=False,
+        disable_exllama=True,
+        disable_exllamav2=True,
         use_safetensors=True,
         inject_fused_attention=False,
         inject_fused_mlp=False,
@@ -54,23 +57,51 @@ def build(request):
         sym=settings["symmetric"],
         desc_act=settings["order"] == "activation",
         damp_percent=settings["damping"],
+        # else gptq_model-4bit-128g.safetensors, which only its own lineage looks for
+        model_file_base_name="model",
     )
     # float32 on the CPU, where half precision is slow and its Cholesky does not exist
     dtype = torch.float32 if request["device"] == "cpu" else torch.float16
-    inner = AutoModelForCausalLM.from_pretrained(request["checkpoint"], torch_dtype=dtype, local_files_only=True)
-    inner.eval()
-    inner.seqlen = inner.config.max_position_embeddings
+    inner = AutoModelForCausalLM.from_pretrained(
+        request["checkpoint"], config=old_config(request["checkpoint"]), torch_dtype=dtype, local_files_only=True
+    ).eval()
     # its from_pretrained refuses to run without CUDA, so the model is wrapped by hand
+    without_bias = [
+        name for name, part in inner.named_modules() if isinstance(part, torch.nn.Linear) and part.bias is None
+    ]
     model = GPTQ_CAUSAL_LM_MODEL_MAP[inner.config.model_type](inner, False, config)
     tokens = np.load(request["tokens"])
     examples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
     model.quantize(examples, batch_size=1, use_triton=False, cache_examples_on_gpu=False)
+    for name in without_bias:
+        # its packed linears always have one, of zeros: readers that know the architecture have no place for it
+        inner.get_submodule(name).bias = None
     model.model.half()
+    model.model.config.torch_dtype = torch.float16
+    model.model.config.dtype = "float16"
+    # a path of this machine
+    model.model.config._name_or_path = ""
     model.save_quantized(request["out"], use_safetensors=True)
     generation = os.path.join(request["checkpoint"], "generation_config.json")
     if os.path.exists(generation):
         shutil.copy(generation, request["out"])
     return facts()
+
+
+def old_config(folder):
+    """config.json as transformers 4.40 understands it: it takes 10000 for a rope_theta that it does not find."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" in rope:
+        config.rope_theta = rope["rope_theta"]
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "dynamic"):
+        config.rope_scaling = {"type": kind, "factor": rope["factor"]}
+    elif kind != "default":
+        sys.exit(f"transformers 4.40 does not know the position encoding {kind!r} of this model")
+    return config
 
 
 def facts():

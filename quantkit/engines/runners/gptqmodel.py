@@ -3,6 +3,8 @@
 
 import json
 import os
+import shutil
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -44,6 +46,8 @@ def load(request):
 
 def build(request):
     """Quantize a checkpoint with gptqmodel's own GPTQ."""
+    # what it compiles at first use belongs into this environment, not into the user's cache folder
+    os.environ["GPTQMODEL_TORCH_EXTENSIONS_DIR"] = os.path.join(sys.prefix, "torch_extensions")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     torch.set_num_threads(request["threads"])
@@ -58,13 +62,21 @@ def build(request):
         damp_percent=settings["damping"],
         device=request["device"],
         offload_to_disk=False,
+        # its default rounds to nearest where too few tokens reach a module; that would no longer be GPTQ
+        fallback=None,
+        # its fast packing is compiled with g++ at first use
+        pack_impl="cpu" if shutil.which("g++") else "original",
     )
-    model = GPTQModel.load(request["checkpoint"], config, backend=BACKEND.TORCH, device=request["device"])
+    model = GPTQModel.load(request["checkpoint"], config, backend=BACKEND.TORCH)
     tokens = np.load(request["tokens"])
     # plain lists: every other form of calibration data goes through a tokenizer
     windows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
     model.quantize(windows, batch_size=1, backend=BACKEND.TORCH)
     model.save(request["out"])
+    # losses by module: not for publishing
+    log = os.path.join(request["out"], "quant_log.csv")
+    if os.path.exists(log):
+        os.remove(log)
     keep_rope_theta(request["checkpoint"], request["out"])
     return facts()
 

@@ -1,0 +1,210 @@
+"""The real packages, installed once into the user's cache: they read our artifacts, and build their own.
+
+Numbers to hold against: float16 arithmetic of the readers moves logits on a scale of 4 by about 0.007.
+"""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
+
+from quantkit.checkpoint.families import EMBEDDING, HEAD
+from quantkit.engines import runtime
+from quantkit.engines.env import find_engine, install, installed_facts
+from quantkit.formats.gptq import open_artifact
+from quantkit.pipeline import build
+from quantkit.recipe import Recipe
+from tests.tiny import WORDS, make_tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+LARGEST_DIFFERENCE = 0.004  # of the largest logit
+SHAPE = {"vocab_size": 416, "hidden_size": 128, "intermediate_size": 256, "sharded": False}
+# not the default of any reader, and in the source only where transformers 5 looks for it
+ROPE = {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}
+CASES = [("mistral", bits, order, True) for bits in (2, 3, 4, 8) for order in ("group-aware", "activation")] + [
+    ("mistral", 4, "natural", False),
+    ("qwen2", 4, "group-aware", True),
+]
+SETTINGS = {"bits": 4, "group_size": 32, "symmetric": True, "damping": 0.01}
+
+
+@pytest.fixture(params=["gptqmodel", "auto-gptq"])
+def engine(request, monkeypatch):
+    """An engine that is really installed; the first use takes minutes and needs a package index."""
+    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "quantkit-tests"
+    monkeypatch.setenv("QUANTKIT_HOME", str(kept))
+    found = find_engine(request.param)
+    install(found, print)
+    return found
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {kind: make_tiny(folder / kind, kind, **SHAPE, **ROPE) for kind in ("mistral", "qwen2")}
+
+
+@pytest.fixture(scope="module")
+def artifacts(sources, tmp_path_factory) -> dict[tuple, Path]:
+    """Our artifacts, one of each case."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    text = folder / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    built = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTKIT_HOME", str(folder / "home"))
+        for case in CASES:
+            kind, bits, order, symmetric = case
+            quantize = {"bits": bits, "order": order, "symmetric": symmetric, "group_size": 32, "scale_candidates": 4}
+            recipe = Recipe.model_validate(
+                {
+                    "format": "gptq",
+                    "model": {"id": str(sources[kind])},
+                    "quantize": quantize,
+                    "calibration": {"texts": {str(text): 8}, "window_tokens": 32},
+                }
+            )
+            out = folder / "-".join(str(part) for part in case)
+            built[case] = build(recipe, out=out, device=torch.device("cpu"), validated=False).out
+    return built
+
+
+def fields(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [n * 32 / bits, columns] of words [n, columns], lowest bit first: numpy's own unpacking."""
+    columns = np.ascontiguousarray(words.T).view(np.uint8)
+    single = np.unpackbits(columns, axis=1, bitorder="little").reshape(words.shape[1], -1, bits)
+    return (single.astype(np.int64) << np.arange(bits)).sum(-1).T
+
+
+def decoded(folder: Path, bits: int) -> dict[str, torch.Tensor]:
+    """Every weight of an artifact in float32, by nothing of quantkit."""
+    stored = load_file(folder / "model.safetensors")
+    weights = {}
+    for name, tensor in stored.items():
+        module, part = name.rsplit(".", 1)
+        if part == "qweight":
+            codes_IO, zeros_OG = fields(tensor, bits), fields(stored[f"{module}.qzeros"].T, bits) + 1
+            groups = stored[f"{module}.g_idx"]
+            scales_GO = stored[f"{module}.scales"].astype(np.float32)
+            found = scales_GO[groups] * (codes_IO - zeros_OG.T[groups] % 2**bits)
+            weights[f"{module}.weight"] = torch.from_numpy(found.T.astype(np.float32))
+        elif part not in ("qzeros", "scales", "g_idx"):
+            weights[name] = torch.from_numpy(tensor.astype(np.float32))
+    return weights
+
+
+def model_of(source: Path, weights: dict[str, torch.Tensor] | None = None):
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    if weights is not None:
+        model.load_state_dict(weights)
+    return model
+
+
+def logits_of(model, windows) -> list[np.ndarray]:
+    with torch.inference_mode():
+        found = [model(torch.tensor([window.inputs])).logits[0] for window in windows]
+    return [logits[-len(window.targets) :].numpy() for logits, window in zip(found, windows, strict=True)]
+
+
+def spoken(model, *, number: int, length: int) -> np.ndarray:
+    """Text [number, length] that the model itself produces, so that its perplexity there means something."""
+    torch.manual_seed(1)
+    start = torch.randint(3, 384, (number, 1))
+    options = {"do_sample": True, "min_new_tokens": length - 1, "max_new_tokens": length - 1, "pad_token_id": 0}
+    return model.generate(start, attention_mask=torch.ones_like(start), **options).numpy()
+
+
+def windows_of(tokens: np.ndarray) -> list[SimpleNamespace]:
+    """The first is scored whole, the second shorter, the third in its last part only."""
+    full, shorter, partly = tokens[0].tolist(), tokens[1].tolist()[:20], tokens[2].tolist()
+    return [
+        SimpleNamespace(inputs=full[:-1], targets=full[1:]),
+        SimpleNamespace(inputs=shorter[:-1], targets=shorter[1:]),
+        SimpleNamespace(inputs=partly[:-1], targets=partly[-10:]),
+    ]
+
+
+def nats(logits: list[np.ndarray], windows) -> float:
+    """Mean negative log-likelihood of the targets."""
+    losses = [
+        torch.nn.functional.cross_entropy(torch.from_numpy(found), torch.tensor(window.targets), reduction="none")
+        for found, window in zip(logits, windows, strict=True)
+    ]
+    return float(torch.cat(losses).mean())
+
+
+def rounded(model) -> dict[str, torch.Tensor]:
+    """The model's weights with every linear of its layers rounded to the nearest of 16 values per group of 32."""
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.items():
+        if name.endswith("_proj.weight"):
+            groups = tensor.view(-1, 32)
+            scale = 2 * groups.abs().amax(1, keepdim=True) / 15
+            groups.copy_(((groups / scale).round().clamp(-8, 7)) * scale)
+    return weights
+
+
+def largest_difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    """Over all windows, relative to the largest logit."""
+    assert [array.shape for array in found] == [array.shape for array in expected]
+    scale = max(float(np.abs(array).max()) for array in expected)
+    return max(float(np.abs(one - other).max()) for one, other in zip(found, expected, strict=True)) / scale
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(part) for part in case))
+def test_it_reads_our_artifacts_as_an_independent_decode_does(engine, case, sources, artifacts):
+    kind, bits, order, _ = case
+    folder = artifacts[case]
+    if order == "activation":
+        g_idx = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.g_idx"]
+        assert (np.diff(g_idx) < 0).any(), "the order is not trivial"
+    source = model_of(sources[kind])
+    windows = windows_of(spoken(source, number=3, length=48))
+    expected = logits_of(model_of(sources[kind], decoded(folder, bits)), windows)
+    found = list(runtime.evaluate(engine, folder, windows))
+    difference = largest_difference(found, expected)
+    print(f"{engine.name} {folder.name}: largest difference {difference:.5f} of the scale")
+    assert difference <= LARGEST_DIFFERENCE
+    assert largest_difference(logits_of(source, windows), expected) > 3 * LARGEST_DIFFERENCE, "the source is told apart"
+
+
+@pytest.mark.parametrize("order", ["natural", "group-aware", "activation"])
+def test_it_builds_what_our_reader_decodes(engine, order, sources, tmp_path):
+    if order not in engine.settings["order"]:
+        pytest.skip(f"{engine.name} refuses {order}, see test_env")
+    source = model_of(sources["mistral"])
+    tokens = spoken(source, number=24, length=64)
+    out = tmp_path / "built"
+    facts = runtime.build(engine, sources["mistral"], tokens[8:], SETTINGS | {"order": order}, out)
+    assert facts["version"] == installed_facts(engine)["version"]
+    assert json.loads((out / "config.json").read_text())["rope_theta"] == 500.0
+    assert str(tmp_path) not in (out / "config.json").read_text() + (out / "quantize_config.json").read_text()
+
+    artifact = open_artifact(out)
+    assert 4.5 < artifact.bits_per_weight < 5
+    weights = {}
+    for item in (EMBEDDING, "layers.0", "layers.1", HEAD):
+        weights |= {name: tensor.float() for name, tensor in artifact.read(item).items()}
+    windows = [SimpleNamespace(inputs=row[:-1], targets=row[1:]) for row in tokens[:8].tolist()]
+    expected = logits_of(model_of(sources["mistral"], weights), windows)
+    exact = nats(logits_of(source, windows), windows)
+    worse = nats(expected, windows) - exact
+    rounding = nats(logits_of(model_of(sources["mistral"], rounded(source)), windows), windows) - exact
+    difference = largest_difference(list(runtime.evaluate(engine, out, windows)), expected)
+    print(f"{engine.name} {order}: {facts['seconds']} s, {worse:+.4f} nats (rounding {rounding:+.4f}) on {exact:.3f}")
+    print(f"  largest difference {difference:.5f} of the scale")
+    assert worse < min(0.15, 0.9 * rounding)
+    assert difference <= LARGEST_DIFFERENCE
+
+
+def test_check_runs_both_verbs(engine, sources):
+    found = runtime.check(engine, sources["mistral"])
+    assert found["package"] == engine.package
+    assert found["largest_logit"] > 0.1
