@@ -285,6 +285,18 @@ def test_validate_writes_into_the_record(recipe, tmp_path):
     assert result["variants"][0]["results"][0]["status"] == "ok"
 
 
+def test_an_engine_that_is_not_there_is_not_run_and_says_how_to_mend_it(recipe, tmp_path):
+    out = build(recipe, out=tmp_path / "a", device=CPU).out
+    result = validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="native", device=CPU)
+    kept, native = result["variants"][0]["results"]
+    assert (kept["runtime"], kept["status"]) == ("reference", "ok")  # of the build; on the same text it stays
+    assert (native["runtime"], native["status"]) == ("gptqmodel", "not run")
+    assert native["reason"] == "gptqmodel is not installed: `quantkit engines install gptqmodel`"
+    assert result["gate"]["passed"]
+    with pytest.raises(RefusedError, match="no engine named 'gptq-model'"):
+        validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="gptq-model", device=CPU)
+
+
 def test_validate_takes_a_folder_without_a_record(recipe, tmp_path):
     out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
     (out / "quantkit.json").unlink()
