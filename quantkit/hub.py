@@ -14,7 +14,7 @@ HTTP_LIBRARIES = ("httpx", "httpx2", "requests")
 ONLINE = "connect, or set HF_HOME to a cache that holds it and HF_HUB_OFFLINE=1"
 SHIPPED_TEXT = (
     "connect, or use the text that ships with quantkit: "
-    """--set 'calibration.texts={"polish-core"=32}' --set 'validation.texts=["polish-core"]'"""
+    """--set 'calibration.texts={"polish-core"=24}' --set 'validation.texts=["polish-core"]'"""
 )
 
 

@@ -144,4 +144,4 @@ def test_a_public_set_without_a_network_names_the_way_out():
     with pytest.raises(UnavailableError) as caught:
         load_text_set("wikipedia-pl", "calibration")
     assert caught.value.exit_code == 4
-    assert """--set 'calibration.texts={"polish-core"=32}'""" in caught.value.fix
+    assert """--set 'calibration.texts={"polish-core"=24}'""" in caught.value.fix

@@ -274,6 +274,8 @@ def _started(engine: Engine, verb: str, request: dict[str, Any], arrays: dict[st
                 text=True,
                 encoding="utf-8",
                 env=_variables(engine, full["threads"], full["device"]),
+                # an interrupt is for this process, which then ends the runner and removes what it left
+                start_new_session=True,
             )
         failed = False
         try:
