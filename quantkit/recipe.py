@@ -86,8 +86,8 @@ class CalibrationSection(Section):
 
     texts: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default={"polish-core": 64},
-        description="Windows to take from each text set: `polish-core`, `wikipedia-pl`, `nkjp1m`, `poleval2018`, "
-        "or the path of a .jsonl or .txt file.",
+        description="Windows to take from each text set: `polish-core`, `polish-plus`, `wikipedia-pl`, `nkjp1m`, "
+        "`poleval2018`, or the path of a .jsonl or .txt file.",
     )
     window_tokens: int = Field(default=512, ge=16, description="Tokens per window.")
     seed: int = Field(default=0, description="Order in which documents are drawn.")

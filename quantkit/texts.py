@@ -1,6 +1,7 @@
 """Named sets of Polish text, and files of one's own, with hashes and splits.
 
-`polish-core` ships with quantkit. The others are fetched by name at run time, at a pinned commit where one is known.
+`polish-core` and `polish-plus` ship with quantkit. The others are fetched by name at run time, at a pinned commit where
+one is known.
 """
 
 import hashlib
@@ -16,7 +17,11 @@ from quantkit.hub import HubText, fetch_text_files
 
 Split = Literal["calibration", "validation"]
 
-SHIPPED = "polish-core"
+# sets that travel with quantkit: the file of each split
+SHIPPED: dict[str, dict[str, str]] = {
+    "polish-core": {"calibration": "calibration.jsonl", "validation": "validation.jsonl"},
+    "polish-plus": {"calibration": "plus.jsonl"},
+}
 MOST_DOCUMENTS = 20_000  # taken from a fetched set; more than any recipe uses
 
 # sets by name that are fetched; `files` are taken in order until there are enough documents
@@ -62,21 +67,23 @@ def load_text_set(name: str, split: Split) -> TextSet:
     """A text set by name or path.
 
     Args:
-        name: `polish-core`, a name of `HUB_TEXTS`, or the path of a .jsonl or .txt file.
-        split: which half of `polish-core`; other sets are one piece.
+        name: a name of `SHIPPED` or `HUB_TEXTS`, or the path of a .jsonl or .txt file.
+        split: which half of a shipped set; other sets are one piece.
 
     Raises:
         RefusedError: unknown name, invalid UTF-8, a malformed line, or nothing in it.
         UnavailableError: the set must be fetched and cannot be.
     """
-    if name == SHIPPED:
-        path = shipped("calibration") / f"{split}.jsonl"
-        return TextSet(SHIPPED, _sha256(path), tuple(read_documents(path)))
+    if name in SHIPPED:
+        if split not in SHIPPED[name]:
+            raise RefusedError(f"the text set {name} has no {split} half", fix="use polish-core")
+        path = shipped("calibration") / SHIPPED[name][split]
+        return TextSet(name, _sha256(path), tuple(read_documents(path)))
     if name in HUB_TEXTS:
         return _fetched(name)
     path = Path(name)
     if path.suffix not in (".jsonl", ".txt") or not path.is_file():
-        known = ", ".join([SHIPPED, *HUB_TEXTS])
+        known = ", ".join([*SHIPPED, *HUB_TEXTS])
         raise RefusedError(
             f"no text set {name!r}",
             fix=f"use one of {known}, or the path of a .jsonl or .txt file that exists",

@@ -35,7 +35,8 @@ def test_there_is_enough_in_enough_registers():
 
 def test_calibration_and_validation_share_nothing():
     calibration, validation = both()
-    seen = set().union(*(shingles(document.content) for document in calibration.documents))
+    more = load_text_set("polish-plus", "calibration").documents
+    seen = set().union(*(shingles(document.content) for document in (*calibration.documents, *more)))
     checked = 0
     for document in validation.documents:
         found = shingles(document.content)
@@ -45,7 +46,8 @@ def test_calibration_and_validation_share_nothing():
 
 
 def test_no_document_stands_twice():
-    contents = [document.content for text in both() for document in text.documents]
+    texts = [*both(), load_text_set("polish-plus", "calibration")]
+    contents = [document.content for text in texts for document in text.documents]
     assert len(set(contents)) == len(contents)
 
 
@@ -133,6 +135,15 @@ def test_the_line_is_named(tmp_path):
     with pytest.raises(RefusedError) as caught:
         load_text_set(str(path), "calibration")
     assert caught.value.where == f"{path}:2"
+
+
+def test_polish_plus_is_for_calibration_alone():
+    assert (
+        sum(len(document.content.encode()) for document in load_text_set("polish-plus", "calibration").documents)
+        > 100_000
+    )
+    with pytest.raises(RefusedError, match="the text set polish-plus has no validation half"):
+        load_text_set("polish-plus", "validation")
 
 
 def test_unknown_set():
