@@ -261,7 +261,7 @@ def _started(engine: Engine, verb: str, request: dict[str, Any], arrays: dict[st
             process = subprocess.Popen(
                 # -I keeps the script's own folder off the import path, where gptqmodel.py would hide the package
                 [
-                    str(environment_python(engine)),
+                    str(environment_python(engine).absolute()),
                     "-I",
                     str(RUNNERS / "start.py"),
                     str(RUNNERS / engine.runner),
@@ -274,6 +274,8 @@ def _started(engine: Engine, verb: str, request: dict[str, Any], arrays: dict[st
                 text=True,
                 encoding="utf-8",
                 env=_variables(engine, full["threads"], full["device"]),
+                # packages leave logs wherever they are started
+                cwd=folder,
                 # an interrupt is for this process, which then ends the runner and removes what it left
                 start_new_session=True,
             )

@@ -22,6 +22,7 @@ import numpy as np
 
 def load(request):
     print("a package that prints to stdout")
+    open("a log of the package", "w").close()
     return (lambda ids: np.outer(ids, np.arange(7)).astype(np.float32)), {"package": "fake", "version": "1"}
 
 def build(request):
@@ -144,11 +145,15 @@ def test_a_setting_that_the_engine_does_not_know_is_refused(fake, tiny_mistral, 
     assert "order = 'group-aware': fake knows natural, activation" in caught.value.what
 
 
-def test_logits_of_the_predicted_positions_come_back(fake, tmp_path):
+def test_logits_of_the_predicted_positions_come_back(fake, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("QUANTKIT_HOME", "../home")
     found = list(runtime.evaluate(fake, tmp_path, WINDOWS))
     assert [array.tolist() for array in found] == [np.outer(ids, range(7)).tolist() for ids in ((2, 3), (4, 5))]
     assert all(array.dtype == np.float32 for array in found)
     assert list((environment_of(fake) / "logs").iterdir()) == []
+    assert list((tmp_path / "here").iterdir()) == [], "what packages leave lies elsewhere"
 
 
 def test_a_reader_that_stops_early_leaves_nothing(fake, tmp_path, monkeypatch):
