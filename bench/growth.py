@@ -24,7 +24,7 @@ import torch
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
 
-recipe = Recipe.model_validate_json(sys.argv[1])
+recipe = Recipe.of(json.loads(sys.argv[1]))
 started = time.perf_counter()
 done = build(recipe, out=Path(sys.argv[2]), device=torch.device("cpu"), validated=False)
 facts = done.record["build"]

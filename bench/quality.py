@@ -92,7 +92,7 @@ def run_way(way: Way, options: argparse.Namespace, judge: Judge, scratch: Path) 
     """Nats [draws, documents] of one way."""
     rows = []
     for seed in range(options.draws):
-        recipe = Recipe.model_validate(
+        recipe = Recipe.of(
             {
                 "format": "gptq",
                 "model": {"id": str(options.model)},

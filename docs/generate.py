@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from quantkit.cli import app
+from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
 
 HERE = Path(__file__).parent
@@ -45,12 +46,17 @@ def recipe_keys() -> str:
         "Generated from the code by `make docs`. A recipe is TOML; `extends` names a file beside it whose tables it "
         "continues. Unknown keys are errors.\n",
     ]
-    return "\n".join(parts + _section("(top level)", Recipe))
+    formats: list[str] = []
+    for name, section in QUANTIZE.items():
+        formats += _section(f'quantize, with format = "{name}"', type(section))
+    return "\n".join(parts + _section("(top level)", Recipe) + formats)
 
 
 def _section(title: str, model: type[BaseModel]) -> list[str]:
     rows, inner = [], []
     for name, field in model.model_fields.items():
+        if field.annotation is Any:
+            continue
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             inner.append((name, field.annotation))
             continue
@@ -71,6 +77,8 @@ def _section(title: str, model: type[BaseModel]) -> list[str]:
 def _kind(annotation: Any) -> str:
     if annotation is type(None):
         return "none"
+    if hasattr(annotation, "__metadata__"):
+        return _kind(annotation.__origin__)
     if get_origin(annotation) is None:
         return str(getattr(annotation, "__name__", annotation))
     if "Literal" in str(annotation):

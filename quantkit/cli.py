@@ -255,9 +255,9 @@ def recipes_pin(path: Annotated[Path, typer.Argument(metavar="FILE", help="Recip
 @recipes_app.command("schema")
 def recipes_schema() -> None:
     """The JSON Schema of a recipe."""
-    from quantkit.recipe import Recipe
+    from quantkit.recipe import schema
 
-    _print(Recipe.model_json_schema(), [])
+    _print(schema(), [])
 
 
 @engines_app.command("list")

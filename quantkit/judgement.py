@@ -1,6 +1,5 @@
 """An artifact judged against its source, for `build` and for `validate`."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -233,5 +232,5 @@ def _recorded_source(record: dict[str, Any] | None, folder: Path) -> str:
 def _recipe_of(record: dict[str, Any] | None, name: str, model: str) -> Recipe:
     """The recipe an artifact is judged by: its own, or the defaults for somebody else's."""
     if record is None:
-        return Recipe.model_validate({"format": name, "model": {"id": model}})
-    return Recipe.model_validate_json(json.dumps(record["recipe"]))
+        return Recipe.of({"format": name, "model": {"id": model}})
+    return Recipe.of(record["recipe"])

@@ -2,20 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from quantkit.formats.contract import Format
 from quantkit.formats.gptq import LOWEST_ASYMMETRIC_ZERO, GptqFormat
 from quantkit.grids.affine import AffineRule
-from quantkit.recipe import GptqSection
+from quantkit.quantize import GptqSection
 from quantkit.solvers.gptq import GptqSolver
-from quantkit.stream import Solver
+from quantkit.stream import Solvers
 
 
 @dataclass(frozen=True)
 class Method:
-    """A solver, and the format its codes are written in."""
+    """Solvers, and the format their codes are written in."""
 
-    solver: Solver
+    solvers: Solvers
     format: Format
 
 
@@ -28,9 +29,9 @@ def gptq(section: GptqSection) -> Method:
         lowest_zero=0 if section.symmetric else LOWEST_ASYMMETRIC_ZERO,
     )
     return Method(
-        GptqSolver(rule, section.group_size, section.order, section.damping, section.asymmetric),
+        Solvers(GptqSolver(rule, section.group_size, section.order, section.damping, section.asymmetric)),
         GptqFormat(section.bits, section.group_size, section.symmetric, section.order, section.damping, section.skip),
     )
 
 
-METHODS: dict[str, Callable[[GptqSection], Method]] = {"gptq": gptq}
+METHODS: dict[str, Callable[[Any], Method]] = {"gptq": gptq}

@@ -103,7 +103,7 @@ def build(
         unpinned = source.revision if recipe.model.revision is None else None
         method = _method(recipe)
         texts = {}
-        if method.solver.needs:
+        if method.solvers.needs:
             texts = {
                 name: load_text_set(name, "calibration") for name, wanted in recipe.calibration.texts.items() if wanted
             }
@@ -191,7 +191,7 @@ def _make(
     )
     for item in stream(
         checkpoint,
-        method.solver,
+        method.solvers,
         calibration,
         decoder=decoder,
         stored_dtype=method.format.stored_dtype,

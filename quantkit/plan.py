@@ -61,7 +61,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     Raises:
         RefusedError: the format cannot hold a linear, or disk or memory will not do; every problem is named.
     """
-    shapes = list(checkpoint.linear_shapes())
+    shapes = list(checkpoint.linear_shapes(ends=method.solvers.ends is not None))
     solved = [shape for shape in shapes if not shape[0].endswith(method.format.skip)]
     if problems := method.format.problems(shapes):
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
@@ -73,9 +73,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     infos = checkpoint.tensors.tensors
     parameters = sum(info.num_elements for info in infos.values())
     quantized = sum(rows * columns for _, rows, columns in solved)
-    quantized_bits = sum(method.format.stored_bits(rows, columns) for _, rows, columns in solved)
+    quantized_bits = sum(method.format.stored_bits(*shape) for shape in solved)
     artifact_bytes = quantized_bits // 8 + (parameters - quantized) * method.format.stored_dtype.itemsize
-    tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if method.solver.needs else 0
+    tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if method.solvers.needs else 0
     plan = Plan(
         linears=len(solved),
         parameters=parameters,
@@ -131,8 +131,8 @@ def _memory(recipe: Recipe, checkpoint: Checkpoint, method: Method, tokens: int)
     largest = max(rows * columns for rows, columns in shapes)
     hidden = int(checkpoint.config["hidden_size"])
     ends = max(sum(infos[name].size_bytes for name in checkpoint.names(item)) for item in (EMBEDDING, HEAD))
-    streams = 2 if DEVIATION in method.solver.needs else 1
-    matrices = 3 if HESSIAN in method.solver.needs else 0
+    streams = 2 if DEVIATION in method.solvers.needs else 1
+    matrices = 3 if HESSIAN in method.solvers.needs else 0
     fixed = 700 * 1024**2  # interpreter, libraries and allocator slack
     return (
         fixed

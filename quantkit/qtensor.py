@@ -4,24 +4,36 @@ A solver does not know which format its codes go to; a format does not know how 
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
-from quantkit.grids.affine import AffineGrid
+
+class Grid(Protocol):
+    """What the codes of one linear mean; see `quantkit.grids`."""
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        ...
+
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        """float32 [O, I]: the weights that uint8 codes stand for."""
+        ...
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """One linear layer as codes on a grid.
+    """One linear layer, or an embedding table, as codes on a grid.
 
     Attributes:
         codes_OI: uint8 [O, I], in the checkpoint's channel order.
-        grid: what the codes mean; its `group_I` carries an activation order, if any.
+        grid: what the codes mean; an affine grid's `group_I` carries an activation order, if any.
         bias_O: [O] in the source's dtype, or None.
     """
 
     codes_OI: Tensor
-    grid: AffineGrid
+    grid: Grid
     bias_O: Tensor | None = None
 
     def dequantize(self) -> Tensor:
@@ -53,7 +65,8 @@ class Item:
 
     Attributes:
         name: "embedding", "layers.<i>" or "head".
-        linears: quantized linears by full module name ("model.layers.0.self_attn.q_proj").
+        linears: quantized linears by full module name ("model.layers.0.self_attn.q_proj"); where a format quantizes
+            them too, also "model.embed_tokens" and "lm_head".
         tensors: every other tensor of the item by checkpoint name, dense; a solver may have changed them.
         facts: one entry per quantized linear.
         seconds: wall seconds by stage ("read", "statistics", "solve", "advance").

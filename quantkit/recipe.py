@@ -13,20 +13,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from quantkit.errors import RefusedError
 from quantkit.home import shipped
+from quantkit.quantize import QUANTIZE, Section
 from quantkit.workdir import write_text
 
 DEFAULT_MODEL = "bielik-7b-instruct-v0.1"
 COMMIT = r"^[0-9a-f]{40}$"
-
-
-class Section(BaseModel):
-    """A table of a recipe: frozen, strictly typed, closed."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class ModelSection(Section):
@@ -37,47 +32,6 @@ class ModelSection(Section):
         default=None,
         pattern=COMMIT,
         description="Commit hash on the Hub. Left out, a build resolves and records it; publishing refuses that.",
-    )
-
-
-class GptqSection(Section):
-    """How GPTQ quantizes."""
-
-    bits: Literal[2, 3, 4, 8] = Field(default=4, description="Bits per code. vLLM serves 4 and 8.")
-    group_size: Literal[-1, 32, 64, 128] = Field(
-        default=128, description="Input channels per scale; -1 is one scale per row."
-    )
-    symmetric: bool = Field(
-        default=True, description="Fix the zero point in the middle of the codes. vLLM serves symmetric only."
-    )
-    order: Literal["natural", "group-aware", "activation"] = Field(
-        default="group-aware",
-        description="Order in which input channels are solved. `group-aware` has the gain of activation order with a "
-        "trivial g_idx; `activation` writes desc_act, which vLLM refuses with groups.",
-    )
-    damping: float = Field(
-        default=0.01,
-        gt=0,
-        lt=1,
-        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
-    )
-    scale_candidates: int = Field(
-        default=20,
-        ge=0,
-        le=200,
-        description="Shrunken ranges the scale search tries per group, weighted by the Hessian's diagonal; 0 is none.",
-    )
-    asymmetric: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
-        "one stream instead of two.",
-    )
-    skip: tuple[str, ...] = Field(
-        default=(),
-        strict=False,
-        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
     )
 
 
@@ -167,16 +121,25 @@ class ReleaseSection(Section):
 
 
 class Recipe(Section):
-    """One artifact."""
+    """One artifact. Made by `Recipe.of`, which knows the format's own [quantize] table."""
 
-    format: Literal["gptq"] = Field(description="Artifact format.")
+    format: Literal[tuple(QUANTIZE)] = Field(description="Artifact format.")  # type: ignore[valid-type]
     engine: Literal["quantkit"] = Field(default="quantkit", description="Who quantizes.")
     model: ModelSection
-    quantize: GptqSection = GptqSection()
+    quantize: Any = None
     calibration: CalibrationSection = CalibrationSection()
     validation: ValidationSection = ValidationSection()
     compute: ComputeSection = ComputeSection()
     release: ReleaseSection = ReleaseSection()
+
+    @staticmethod
+    def of(content: dict[str, Any]) -> "Recipe":
+        """A checked recipe.
+
+        Raises:
+            pydantic.ValidationError: with every problem.
+        """
+        return RECIPES.get(str(content.get("format")), Recipe).model_validate(content)
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, ready for JSON; local paths are cut to their last part."""
@@ -190,6 +153,18 @@ class Recipe(Section):
     def deciding(self) -> dict[str, Any]:
         """The part of `resolved` that decides the weights: what is only judged or announced is left out."""
         return {key: value for key, value in self.resolved().items() if key not in ("validation", "release")}
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    name: create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, quantize=(type(section), section))
+    for name, section in QUANTIZE.items()
+}
+"""A recipe's class by its format: the same but for [quantize]."""
+
+
+def schema() -> dict[str, Any]:
+    """JSON Schema of a recipe of any format."""
+    return {"title": "Recipe", "oneOf": [kind.model_json_schema() for kind in RECIPES.values()]}
 
 
 def public_name(name: str) -> str:
@@ -248,9 +223,9 @@ def load_recipe(path: Path, changes: tuple[str, ...] = (), *, model: str | None 
     if model is not None:
         content["model"] = {"id": model}
     try:
-        return Recipe.model_validate(content)
+        return Recipe.of(content)
     except ValidationError as error:
-        problems = [_problem(detail) for detail in error.errors()]
+        problems = [_problem(detail, RECIPES.get(str(content.get("format")), Recipe)) for detail in error.errors()]
         raise RefusedError(
             f"{len(problems)} problem(s) in the recipe:\n  " + "\n  ".join(problems),
             where=str(path),
@@ -306,19 +281,19 @@ def _apply(content: dict[str, Any], change: str) -> None:
     place[last] = value
 
 
-def _problem(detail: Any) -> str:
+def _problem(detail: Any, kind: type[Recipe]) -> str:
     """One line of pydantic's findings in the words of a recipe."""
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(detail["loc"][-1]), _keys_beside(detail["loc"]), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(str(detail["loc"][-1]), _keys_beside(detail["loc"], kind), n=1, cutoff=0.5)
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
     if detail["type"] == "missing":
         return f"{key}: required"
     return f"{key}: {detail['msg']}, got {detail['input']!r}"
 
 
-def _keys_beside(location: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _keys_beside(location: tuple[Any, ...], kind: type[Recipe]) -> list[str]:
+    model: type[BaseModel] = kind
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):

@@ -9,7 +9,7 @@ Shape legend: W windows, T tokens per window, D hidden size.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.calibration.statistics import DEVIATION, Statistics
-from quantkit.checkpoint.families import EMBEDDING, HEAD, Stage
+from quantkit.calibration.statistics import ACTIVATIONS, DEVIATION, Statistics
+from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
 from quantkit.errors import RefusedError
@@ -43,6 +43,42 @@ class Solver(Protocol):
             statistics: of the input they share.
         """
         ...
+
+
+class Preparation(Protocol):
+    """Rewrites a decoder layer before it is solved, without changing what the layer computes."""
+
+    def prepare(self, layer: DecoderLayer, batches: Sequence[Tensor], rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors that replace the layer's own, by checkpoint name, in the compute dtype.
+
+        Args:
+            layer: holding the source's weights; may be altered, the stream makes itself another.
+            batches: the layer's calibration inputs, each [B, T, D]; not modified.
+            rope: for `DecoderLayer.walk`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Solvers:
+    """Who decides what the pass does to the weights.
+
+    Attributes:
+        layers: solves the linears of the decoder layers.
+        ends: solves the embedding and the head, where a format quantizes them too; of what it needs the head's input
+            is collected, and an embedding has no input to collect.
+        preparation: rewrites each layer first.
+    """
+
+    layers: Solver
+    ends: Solver | None = None
+    preparation: Preparation | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics that any of them asks for; if empty, no text is read and no forward pass is run."""
+        asked = self.layers.needs | (self.ends.needs if self.ends else frozenset())
+        return asked | ({ACTIVATIONS} if self.preparation else frozenset())
 
 
 @dataclass(frozen=True)
@@ -70,7 +106,7 @@ class Sinks:
 
 def stream(
     checkpoint: Checkpoint,
-    solver: Solver,
+    solvers: Solvers,
     calibration: Calibration | None,
     *,
     decoder: Decoder,
@@ -83,8 +119,8 @@ def stream(
 
     Args:
         checkpoint: the source.
-        solver: chooses the codes.
-        calibration: None if and only if the solver needs no statistics.
+        solvers: choose the codes.
+        calibration: None if and only if the solvers need no statistics.
         decoder: the model's code.
         stored_dtype: dtype the format keeps dense tensors in; the stream computes with what the file will hold.
         skip: suffixes of linears that stay dense.
@@ -95,9 +131,9 @@ def stream(
         RefusedError: a weight that is not finite or does not fit the stored dtype.
         RunFailedError: from the solver, with the linear's name.
     """
-    assert (calibration is None) == (not solver.needs), "calibration is given exactly when the solver needs it"
+    assert (calibration is None) == (not solvers.needs), "calibration is given exactly when a solver needs it"
     sinks = sinks or Sinks()
-    activations = Activations(decoder, calibration, both=DEVIATION in solver.needs) if calibration else None
+    activations = Activations(decoder, calibration, both=DEVIATION in solvers.needs) if calibration else None
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
         names = checkpoint.items
         pending = reader.submit(checkpoint.read, names[0])
@@ -113,7 +149,7 @@ def stream(
                 if activations:
                     activations.advance(name, replay, source)
                 continue
-            item = _solve_item(checkpoint, name, source, solver, activations, stored_dtype, skip, sinks, decoder)
+            item = _solve_item(checkpoint, name, source, solvers, activations, stored_dtype, skip, sinks, decoder)
             item.seconds["read"] = waited
             yield item
 
@@ -122,22 +158,31 @@ def _solve_item(
     checkpoint: Checkpoint,
     name: str,
     source: dict[str, Tensor],
-    solver: Solver,
+    solvers: Solvers,
     activations: "Activations | None",
     stored_dtype: torch.dtype,
     skip: tuple[str, ...],
     sinks: Sinks,
     decoder: Decoder,
 ) -> Item:
-    stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in source.items()}
     if name in (EMBEDDING, HEAD):
-        if activations:
-            activations.advance(name, stored, source)
-        return Item(name, {}, stored)
+        return _solve_end(name, source, solvers.ends, activations, stored_dtype, sinks, decoder)
     index = int(name.removeprefix("layers."))
+    rewritten = source
+    if solvers.preparation is not None:
+        assert activations is not None, "a preparation needs activations"
+        started = time.perf_counter()
+        layer = decoder.layer(index, source)
+        rewritten = source | solvers.preparation.prepare(layer, activations.batches, activations.rope)
+        del layer
+        prepared = time.perf_counter() - started
+    stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in rewritten.items()}
     linears = {f"model.layers.{index}.{linear}" for linear in checkpoint.family.linears if not linear.endswith(skip)}
     # linears to be solved start from the source's own values; what stays dense is used as the file will hold it
-    working = {key: source[key] if key.removesuffix(".weight") in linears else stored[key] for key in source}
+    working = {key: rewritten[key] if key.removesuffix(".weight") in linears else stored[key] for key in rewritten}
+    from_float = activations is not None and activations.calibration.from_float
+    if from_float:
+        working = rewritten
     item = Item(name, {}, {key: stored[key] for key in stored if key.rsplit(".", 1)[0] not in linears})
     biases = {key.removesuffix(".bias"): stored[key] for key in stored if key.endswith(".bias")}
 
@@ -148,18 +193,54 @@ def _solve_item(
             if (full := layer.linear_name(linear)) in linears
         }
         started = time.perf_counter()
-        for full, quantized, facts in solver.solve(weights, statistics):
+        for full, quantized, facts in solvers.layers.solve(weights, statistics):
             item.linears[full] = QuantizedLinear(quantized.codes_OI, quantized.grid, biases.get(full, quantized.bias_O))
             item.facts.append(facts)
             sinks.linear(facts)
         item.seconds["solve"] = item.seconds.get("solve", 0.0) + time.perf_counter() - started
 
+    if solvers.preparation is not None:
+        item.seconds["prepare"] = prepared
     layer = decoder.layer(index, working)
     if activations is None:
         for stage in checkpoint.family.stages:
             solve_stage(stage, layer, Statistics(frozenset()))
     else:
-        activations.solve_layer(layer, source, item, solver.needs, solve_stage)
+        before = list(activations.batches) if from_float and rewritten is not source else None
+        activations.solve_layer(layer, source, item, solvers.layers.needs, solve_stage)
+        if before is not None:
+            # go on as a resumed build would: with the checkpoint's own layer, not the rewritten one
+            activations.batches = before
+            activations.advance(name, stored, source)
+    return item
+
+
+def _solve_end(
+    name: str,
+    source: dict[str, Tensor],
+    solver: Solver | None,
+    activations: "Activations | None",
+    stored_dtype: torch.dtype,
+    sinks: Sinks,
+    decoder: Decoder,
+) -> Item:
+    """The embedding, or final norm and head; quantized if there is a solver for them."""
+    stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in source.items()}
+    key = f"{END_MODULES[name]}.weight"
+    item = Item(name, {}, stored)
+    if solver is not None and key in source:
+        statistics = Statistics(solver.needs if name == HEAD else frozenset())
+        if name == HEAD and activations and solver.needs:
+            activations.collect_head(stored, source, statistics)
+        weights = {END_MODULES[name]: source[key].to(device=decoder.device, dtype=decoder.dtype)}
+        for full, quantized, facts in solver.solve(weights, statistics):
+            item.linears[full] = quantized
+            item.facts.append(facts)
+            sinks.linear(facts)
+        del item.tensors[key]
+        stored = item.tensors | {f"{full}.weight": linear.dequantize() for full, linear in item.linears.items()}
+    if activations:
+        activations.advance(name, stored, source)
     return item
 
 
@@ -200,6 +281,18 @@ class Activations:
             return [self.decoder.embed(tensors, tokens) for tokens in split]
         layer = self.decoder.layer(int(name.removeprefix("layers.")), tensors)
         return _finish([layer.walk(batches.pop(0), self.rope) for _ in range(len(batches))])
+
+    def collect_head(self, tensors: dict[str, Tensor], source: dict[str, Tensor], statistics: Statistics) -> None:
+        """Statistics of what the head reads.
+
+        Args:
+            tensors: the final norm as the artifact holds it.
+            source: the checkpoint's own.
+            statistics: to be filled.
+        """
+        for position, batch in enumerate(self.batches):
+            exact = self.decoder.normed(source, self.exact[position]) if self.exact is not None else None
+            statistics.add(self.decoder.normed(tensors, batch), exact)
 
     def solve_layer(
         self,

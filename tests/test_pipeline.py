@@ -33,7 +33,7 @@ def text_file(tmp_path) -> Path:
 
 @pytest.fixture
 def recipe(tiny_mistral, text_file) -> Recipe:
-    return Recipe.model_validate(
+    return Recipe.of(
         {
             "format": "gptq",
             "model": {"id": str(tiny_mistral)},
@@ -188,6 +188,7 @@ def test_an_item_file_that_was_lost_is_made_again(recipe, tmp_path, monkeypatch)
 
 
 KILLER = """
+import json
 import os, signal, sys
 from pathlib import Path
 from quantkit.recipe import Recipe
@@ -208,7 +209,7 @@ def replace(self, target):
     return done
 
 Path.replace = replace
-recipe = Recipe.model_validate_json(sys.argv[1])
+recipe = Recipe.of(json.loads(sys.argv[1]))
 build(recipe, out=Path(sys.argv[2]), device=torch.device("cpu"))
 """
 

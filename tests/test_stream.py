@@ -11,7 +11,7 @@ from quantkit.checkpoint.source import head_tensors
 from quantkit.errors import RefusedError
 from quantkit.grids.affine import AffineRule
 from quantkit.solvers.gptq import GptqSolver, drift, factorize, in_file_order, solve_gptq
-from quantkit.stream import Calibration, stream
+from quantkit.stream import Calibration, Solvers, stream
 from tests.tiny import make_tiny
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def run_stream(checkpoint, solver, calibration, *, dtype=torch.float32, **option
     return list(
         stream(
             checkpoint,
-            solver,
+            Solvers(solver),
             calibration,
             decoder=decoder_of(checkpoint, dtype),
             stored_dtype=torch.float16,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 HESSIAN = "hessian"
 DEVIATION = "deviation"
+ACTIVATIONS = "activations"  # no sum: the forward pass itself
 
 
 class Statistics:

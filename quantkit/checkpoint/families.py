@@ -10,6 +10,8 @@ from quantkit.errors import RefusedError
 
 EMBEDDING = "embedding"
 HEAD = "head"
+END_MODULES = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head"}
+"""The one matrix of each item that is no decoder layer; a tied model has no `lm_head`."""
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantkit.checkpoint.families import Family, family_of, item_names, item_of
+from quantkit.checkpoint.families import END_MODULES, Family, family_of, item_names, item_of
 from quantkit.errors import RefusedError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -117,12 +117,19 @@ class Checkpoint:
                 )
         return tensors
 
-    def linear_shapes(self) -> Iterator[tuple[str, int, int]]:
-        """(full module name, out features, in features) of every linear that can be quantized."""
-        for index in range(self.num_layers):
-            for linear in self.family.linears:
-                module = f"model.layers.{index}.{linear}"
-                rows, columns = self.tensors.tensors[f"{module}.weight"].shape
+    def linear_shapes(self, *, ends: bool = False) -> Iterator[tuple[str, int, int]]:
+        """(full module name, out features, in features) of every linear of the decoder layers.
+
+        Args:
+            ends: also the embedding, and the head where it is not tied to it.
+        """
+        modules = [
+            f"model.layers.{index}.{linear}" for index in range(self.num_layers) for linear in self.family.linears
+        ]
+        infos = self.tensors.tensors
+        for module in [*modules, *(END_MODULES.values() if ends else ())]:
+            if f"{module}.weight" in infos:
+                rows, columns = infos[f"{module}.weight"].shape
                 yield module, rows, columns
 
 

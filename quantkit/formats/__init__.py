@@ -1,29 +1,13 @@
-"""Every format that can be read, by the name its own config gives it."""
+"""Every format that can be read, by the name recipes give it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from quantkit.checkpoint.index import read_json
 from quantkit.errors import RefusedError
 from quantkit.formats import gptq
-from quantkit.formats.contract import Artifact
+from quantkit.formats.contract import Reading
 
-
-@dataclass(frozen=True)
-class Reading:
-    """How a format is read.
-
-    Attributes:
-        open: the folder as dense weights by item.
-        native_engine: the engine whose reader is the format's own.
-    """
-
-    open: Callable[[Path], Artifact]
-    native_engine: str
-
-
-READERS = {gptq.NAME: Reading(gptq.open_artifact, gptq.NATIVE_ENGINE)}
+READERS: dict[str, Reading] = {gptq.NAME: gptq.READING}
 
 
 def detect(folder: Path) -> str:
@@ -35,15 +19,15 @@ def detect(folder: Path) -> str:
     if not folder.is_dir():
         raise RefusedError(f"no such folder: {folder}", fix="give the folder of an artifact")
     config = read_json(folder / "config.json")
+    for name, reading in READERS.items():
+        if reading.recognizes(folder, config):
+            return name
     settings = config.get("quantization_config") or {}
-    if not settings and (folder / "quantize_config.json").exists():
-        return gptq.NAME
-    method = settings.get("quant_method")
-    if method not in READERS:
-        found = f"quant_method is {method!r}" if settings else "config.json has no quantization_config"
-        raise RefusedError(
-            f"not an artifact of a known format: {found}",
-            where=str(folder),
-            fix="known: " + ", ".join(sorted(READERS)),
-        )
-    return str(method)
+    found = (
+        f"quant_method is {settings.get('quant_method')!r}" if settings else "config.json has no quantization_config"
+    )
+    raise RefusedError(
+        f"not an artifact of a known format: {found}",
+        where=str(folder),
+        fix="known: " + ", ".join(sorted(READERS)),
+    )

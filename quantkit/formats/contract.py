@@ -1,5 +1,7 @@
 """What the pipeline asks of a format; a new one is a file beside this and a row in `quantkit/methods.py`."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +37,7 @@ class Format(Protocol):
         """Why linears of these (name, out, in) shapes cannot be stored, one line each."""
         ...
 
-    def stored_bits(self, rows: int, columns: int) -> int:
+    def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file."""
         ...
 
@@ -59,6 +61,27 @@ class Format(Protocol):
             names of the weight files of each variant.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a format is told, read and presented.
+
+    Attributes:
+        recognizes: whether a folder with this config.json is of the format.
+        open: the folder as dense weights by item.
+        native_engine: the engine whose reader is the format's own.
+        tags: for the model card.
+        library: `library_name` of the model card; None where no library of the Hub's list loads it.
+        use: how the card says it is loaded, given the repository's name and the recipe's [quantize].
+    """
+
+    recognizes: Callable[[Path, dict[str, Any]], bool]
+    open: Callable[[Path], "Artifact"]
+    native_engine: str
+    tags: tuple[str, ...]
+    library: str | None
+    use: Callable[[str, dict[str, Any]], str]
 
 
 class Artifact(WeightSource, Protocol):

@@ -16,7 +16,7 @@ from quantkit.checkpoint.families import Family, family_of, item_of
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
-from quantkit.formats.contract import MAX_SHARD_BYTES
+from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
@@ -27,11 +27,23 @@ NATIVE_ENGINE = "gptqmodel"
 STORED = torch.float16  # of scales and of every dense tensor
 LOWEST_ASYMMETRIC_ZERO = 1  # version 1 stores zero - 1, and readers disagree on a stored -1
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+USE = """```python
+# pip install transformers optimum gptqmodel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+messages = [{{"role": "user", "content": "Jakie mamy pory roku w Polsce?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=200)[0]))
+```
+"""
 
 
 def encode_linear(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     """The tensors of one quantized linear by their names in the file, contiguous."""
     grid = linear.grid
+    assert isinstance(grid, AffineGrid), "GPTQ codes are on an affine grid"
     bits = grid.bits
     stored_zero_OG = (grid.zero_OG.to(torch.int32) - 1) & (2**bits - 1)
     tensors = {
@@ -126,7 +138,7 @@ class GptqFormat:
             found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{_in_layer(name)}"]')
         return found
 
-    def stored_bits(self, rows: int, columns: int) -> int:
+    def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file: codes, scales, zeros and g_idx."""
         groups = 1 if self.group_size == -1 else -(-columns // self.group_size)
         return rows * columns * self.bits + groups * rows * (16 + self.bits) + columns * 32
@@ -252,3 +264,14 @@ def open_artifact(folder: Path) -> GptqArtifact:
                         f"{module}.{part} is missing", where=str(folder), fix="download the artifact again"
                     )
     return GptqArtifact(tensors, config, settings, family_of(config, where=str(folder / "config.json")))
+
+
+def recognizes(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a folder says that it is GPTQ; older tools say so in quantize_config.json only."""
+    settings = config.get("quantization_config") or {}
+    return settings.get("quant_method") == NAME or (not settings and (folder / "quantize_config.json").exists())
+
+
+READING = Reading(
+    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "transformers", lambda repo, quantize: USE.format(repo=repo)
+)

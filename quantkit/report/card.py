@@ -2,23 +2,8 @@
 
 from typing import Any
 
+from quantkit.formats import READERS
 from quantkit.report.table import COLUMNS, rows
-
-TAGS = {"gptq": ["gptq", "quantized"]}
-LIBRARY = {"gptq": "transformers"}
-USE = {
-    "gptq": """```python
-# pip install transformers optimum gptqmodel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-messages = [{{"role": "user", "content": "Jakie mamy pory roku w Polsce?"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=200)[0]))
-```
-""",
-}
 
 
 def card(record: dict[str, Any]) -> str:
@@ -29,16 +14,17 @@ def card(record: dict[str, Any]) -> str:
     """
     from huggingface_hub import ModelCardData
 
+    reading = READERS[record["format"]]
     recipe = record["recipe"]
     release = recipe["release"]
     source = record["source"]
     data = ModelCardData(
         language=release["languages"],
         license=release["license"],
-        library_name=LIBRARY[record["format"]],
+        library_name=reading.library,
         base_model=source["id"] if source["on_hub"] else None,
         pipeline_tag="text-generation",
-        tags=TAGS[record["format"]],
+        tags=[*reading.tags, "quantized"],
         base_model_relation="quantized" if source["on_hub"] else None,
         quantized_by=release["quantized_by"],
     )
@@ -52,7 +38,7 @@ def card(record: dict[str, Any]) -> str:
         "## Quality on Polish text\n",
         _quality(record),
         "## Use\n",
-        USE[record["format"]].format(repo=name),
+        reading.use(name, recipe["quantize"]),
         "## How it was made\n",
         _making(record),
     ]

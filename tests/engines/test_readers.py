@@ -63,7 +63,7 @@ def artifacts(sources, tmp_path_factory) -> dict[tuple, Path]:
         for case in CASES:
             kind, bits, order, symmetric = case
             quantize = {"bits": bits, "order": order, "symmetric": symmetric, "group_size": 32, "scale_candidates": 4}
-            recipe = Recipe.model_validate(
+            recipe = Recipe.of(
                 {
                     "format": "gptq",
                     "model": {"id": str(sources[kind])},

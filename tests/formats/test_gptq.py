@@ -152,4 +152,4 @@ def test_shapes_that_do_not_fit_are_named_with_the_remedy():
 def test_stored_bits_are_those_of_the_file():
     linear = random_linear(3, symmetric=True)
     stored = sum(tensor.nbytes for tensor in encode_linear("p", linear).values())
-    assert GptqFormat(3, 32, True, "natural", 0.01).stored_bits(32, 64) == 8 * stored
+    assert GptqFormat(3, 32, True, "natural", 0.01).stored_bits("p", 32, 64) == 8 * stored
