@@ -1,5 +1,6 @@
 """An artifact judged against its source, for `build` and for `validate`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def validate(
             fix="give the source with --model; its files must hash as the record says",
         )
     earlier = record["validation"] if record is not None else None
-    result = judge(artifact, source, recipe, device=device, runtime=runtime, progress=progress, earlier=earlier)
+    runtimes = _runtimes(runtime, READERS[name].native_engine)
+    result = judge(artifact, source, recipe, device=device, runtimes=runtimes, progress=progress, earlier=earlier)
     if record is not None:
         keep(folder, record | {"validation": result})
     return result
@@ -100,7 +102,7 @@ def judge(
     recipe: Recipe,
     *,
     device: torch.device,
-    runtime: str,
+    runtimes: Sequence[str],
     progress: Progress,
     earlier: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def judge(
         source: what it is held against.
         recipe: its validation and compute sections say how.
         device: where to compute.
-        runtime: "reference", "native", "both", or an engine's name.
+        runtimes: who runs the artifact: "reference", or names of engines; each once.
         progress: told what is going on.
         earlier: a validation of the same bytes; on the same text its results of other runtimes are kept.
     """
@@ -141,7 +143,7 @@ def judge(
     )
     reference = run_reference(source.checkpoint, text, decoder, tokenizer, settings, fingerprint=key)
     results = []
-    for wanted in _runtimes(runtime, READERS[recipe.format].native_engine):
+    for wanted in runtimes:
         progress.stage(f"judging the artifact ({wanted})")
         if wanted == REFERENCE_RUNTIME:
             results.append(reference_result(artifact, reference, text, decoder, tokenizer, settings))

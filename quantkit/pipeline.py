@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from quantkit.calibration.tokens import calibration_windows
+from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.tokenizer import Tokenizer
+from quantkit.engines.env import find_engine
 from quantkit.errors import RefusedError
 from quantkit.formats import READERS
 from quantkit.formats.shards import read_item, write_item
@@ -18,13 +20,14 @@ from quantkit.machine import deciding_versions, device_model, environment, peak_
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan
 from quantkit.progress import Progress
-from quantkit.recipe import Recipe, fingerprint, public_name
+from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
 from quantkit.report.record import SCHEMA, output_entries, read_record, require_unchanged
 from quantkit.sources import Source, open_source
 from quantkit.stream import Calibration, Sinks, stream
 from quantkit.texts import TextSet, load_text_set
+from quantkit.upstream import adopt, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
-from quantkit.workdir import discard_work, locked, open_workdir, refuse_other
+from quantkit.workdir import Workdir, discard_work, locked, open_workdir, refuse_other
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def default_out(recipe: Recipe, name: str) -> Path:
 
 def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress) -> Plan:
     """What building a recipe will need; see `quantkit.plan.make_plan`."""
+    recipe = settled(recipe)
     use_threads(recipe.compute.threads)
     source = open_source(recipe.model.id, recipe.model.revision, progress)
     return make_plan(recipe, source.checkpoint, _method(recipe), out=out, device=device)
@@ -97,13 +101,14 @@ def build(
         QuantkitError: whatever is wrong; nothing is left half-written.
     """
     progress = progress or Progress()
+    recipe = settled(recipe)
     use_threads(recipe.compute.threads)
     with locked(out):
         source = open_source(recipe.model.id, recipe.model.revision, progress)
         unpinned = source.revision if recipe.model.revision is None else None
         method = _method(recipe)
         texts = {}
-        if method.solvers.needs:
+        if _reads_text(recipe, method):
             texts = {
                 name: load_text_set(name, "calibration") for name, wanted in recipe.calibration.texts.items() if wanted
             }
@@ -116,15 +121,19 @@ def build(
         if validated and (record["validation"] is None or record["recipe"] != recipe.resolved()):
             record = record | {"recipe": recipe.resolved()}
             artifact = READERS[recipe.format].open(out)
-            record["validation"] = judge(
-                artifact, source, recipe, device=device, runtime=REFERENCE_RUNTIME, progress=progress
-            )
+            runtimes = tuple(dict.fromkeys((REFERENCE_RUNTIME, *recipe.validation.require)))
+            record["validation"] = judge(artifact, source, recipe, device=device, runtimes=runtimes, progress=progress)
             keep(out, record)
     return Build(out, record, reused, unpinned)
 
 
 def _method(recipe: Recipe) -> Method:
     return METHODS[recipe.format](recipe.quantize)
+
+
+def _reads_text(recipe: Recipe, method: Method) -> bool:
+    """Whether calibration text is used: by an engine always, for it is not known what it does with it."""
+    return recipe.engine != OWN_ENGINE or bool(method.solvers.needs)
 
 
 def _identity(recipe: Recipe, source: Source, texts: dict[str, TextSet], device: torch.device) -> dict[str, Any]:
@@ -135,7 +144,7 @@ def _identity(recipe: Recipe, source: Source, texts: dict[str, TextSet], device:
         "texts": {public_name(name): text_set.sha256 for name, text_set in texts.items()},
         "versions": deciding_versions(),
         "device": device_model(device),
-    }
+    } | ({} if recipe.engine == OWN_ENGINE else {"engine": find_engine(recipe.engine).pins})
 
 
 def _finished(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
@@ -172,14 +181,57 @@ def _make(
     progress: Progress,
 ) -> dict[str, Any]:
     """Quantize, assemble and put the artifact in place; returns its record."""
-    checkpoint, watch = source.checkpoint, Stopwatch()
-    dtype = getattr(torch, recipe.compute.dtype)
+    watch = Stopwatch()
     work = open_workdir(out, identity, fresh=fresh)
     calibration = _calibration(recipe, texts, source.tokenizer())
-    decoder = Decoder(checkpoint.config, checkpoint.family, device=device, dtype=dtype)
+    decoder = _decoder(recipe, source, device)
     if calibration is not None:
         check_window(calibration.tokens_WT.shape[1], decoder, "calibration.window_tokens")
     stages = {"prepare": watch.lap()}
+
+    if recipe.engine == OWN_ENGINE:
+        _quantize(source.checkpoint, method, calibration, decoder, work, progress)
+        stages["quantize"] = watch.lap()
+        progress.stage("writing the artifact")
+        items = [work.path(name) for name in source.checkpoint.items]
+        variants = work.assemble(lambda folder: method.format.assemble(source.checkpoint, items, folder))
+        engine = None
+    else:
+        assert calibration is not None, "an engine is always given text"
+        progress.stage(f"{recipe.engine} is quantizing")
+        scratch = work.folder / "engine"
+        engine = quantize_upstream(
+            find_engine(recipe.engine), source.checkpoint.folder, calibration.tokens_WT, recipe, scratch, device=device
+        )
+        stages["quantize"] = watch.lap()
+        progress.stage("writing the artifact")
+        work.assemble(lambda folder: adopt(scratch, source.checkpoint, folder))
+        variants = {recipe.format: READERS[recipe.format].open(work.artifact).tensors.files}
+    stages["write"] = watch.lap()
+    record = _record(recipe, source, texts, identity, device, calibration)
+    record["engine_facts"] = engine
+    record["reproducible"] = engine is None
+    record["variants"] = variants
+    record["outputs"] = output_entries(work.artifact)
+    record["build"] = {
+        "items": work.facts,
+        "seconds": stages | {"hash": watch.lap()},
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+    keep(work.artifact, record)
+    work.publish()
+    return record
+
+
+def _quantize(
+    checkpoint: Checkpoint,
+    method: Method,
+    calibration: Calibration | None,
+    decoder: Decoder,
+    work: Workdir,
+    progress: Progress,
+) -> None:
+    """Stream the checkpoint and keep every item; those that are kept already are only walked through."""
 
     def finished(name: str) -> dict[str, torch.Tensor] | None:
         return method.format.decode_item(read_item(work.path(name))) if work.is_finished(name) else None
@@ -203,24 +255,11 @@ def _make(
         facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
         work.finish(item.name, lambda path, tensors=tensors: write_item(path, tensors), facts)  # type: ignore[misc]
     progress.steps("quantize", len(names), len(names))
-    stages["quantize"] = watch.lap()
 
-    progress.stage("writing the artifact")
-    variants = work.assemble(
-        lambda folder: method.format.assemble(checkpoint, [work.path(name) for name in names], folder)
-    )
-    stages["write"] = watch.lap()
-    record = _record(recipe, source, texts, identity, device, calibration)
-    record["variants"] = variants
-    record["outputs"] = output_entries(work.artifact)
-    record["build"] = {
-        "items": work.facts,
-        "seconds": stages | {"hash": watch.lap()},
-        "peak_memory_bytes": peak_memory_bytes(device),
-    }
-    keep(work.artifact, record)
-    work.publish()
-    return record
+
+def _decoder(recipe: Recipe, source: Source, device: torch.device) -> Decoder:
+    checkpoint = source.checkpoint
+    return Decoder(checkpoint.config, checkpoint.family, device=device, dtype=getattr(torch, recipe.compute.dtype))
 
 
 def _record(

@@ -12,9 +12,11 @@ from quantkit.calibration.statistics import DEVIATION, HESSIAN
 from quantkit.checkpoint.families import EMBEDDING, HEAD
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import free_bytes
+from quantkit.engines.env import find_engine
+from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
 from quantkit.methods import Method
-from quantkit.recipe import Recipe
+from quantkit.recipe import OWN_ENGINE, Recipe
 
 DISK_MARGIN_BYTES = 64 * 1024**2
 PROBE_SIDE = 1024
@@ -60,7 +62,10 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
 
     Raises:
         RefusedError: the format cannot hold a linear, or disk or memory will not do; every problem is named.
+        UnavailableError: the recipe's engine cannot run here.
     """
+    if recipe.engine != OWN_ENGINE:
+        require(find_engine(recipe.engine), device.type)
     shapes = list(checkpoint.linear_shapes(ends=method.solvers.ends is not None))
     solved = [shape for shape in shapes if not shape[0].endswith(method.format.skip)]
     if problems := method.format.problems(shapes):
@@ -75,7 +80,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     quantized = sum(rows * columns for _, rows, columns in solved)
     quantized_bits = sum(method.format.stored_bits(*shape) for shape in solved)
     artifact_bytes = quantized_bits // 8 + (parameters - quantized) * method.format.stored_dtype.itemsize
-    tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if method.solvers.needs else 0
+    reads_text = method.solvers.needs or recipe.engine != OWN_ENGINE
+    tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if reads_text else 0
     plan = Plan(
         linears=len(solved),
         parameters=parameters,
@@ -83,7 +89,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
         bits_per_weight=quantized_bits / max(quantized, 1),
         disk_bytes=2 * artifact_bytes,
         disk_free_bytes=shutil.disk_usage(_existing(out)).free,
-        memory_bytes=_memory(recipe, checkpoint, method, tokens),
+        memory_bytes=_memory(recipe, checkpoint, method, tokens)
+        if recipe.engine == OWN_ENGINE
+        else _upstream_memory(parameters, device),
         memory_free_bytes=free_bytes(device),
         tokens=tokens,
         seconds=_flops(checkpoint, solved, tokens, recipe.calibration.window_tokens)
@@ -143,6 +151,11 @@ def _memory(recipe: Recipe, checkpoint: Checkpoint, method: Method, tokens: int)
         + 5 * largest * 4
         + ends
     )
+
+
+def _upstream_memory(parameters: int, device: torch.device) -> int:
+    """Engines hold the whole model, in float16 on a GPU and float32 elsewhere, and half as much again at work."""
+    return parameters * (2 if device.type == "cuda" else 4) * 3 // 2 + 1024**3
 
 
 def _flops(checkpoint: Checkpoint, solved: list[tuple[str, int, int]], tokens: int, window: int) -> float:

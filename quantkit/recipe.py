@@ -15,12 +15,15 @@ from typing import Annotated, Any, Literal
 import tomlkit
 from pydantic import BaseModel, Field, ValidationError, create_model
 
+from quantkit.engines.env import list_engines
 from quantkit.errors import RefusedError
 from quantkit.home import shipped
 from quantkit.quantize import QUANTIZE, Section
 from quantkit.workdir import write_text
 
 DEFAULT_MODEL = "bielik-7b-instruct-v0.1"
+OWN_ENGINE = "quantkit"
+ENGINES = tuple(engine.name for engine in list_engines() if engine.builds)
 COMMIT = r"^[0-9a-f]{40}$"
 
 
@@ -124,7 +127,11 @@ class Recipe(Section):
     """One artifact. Made by `Recipe.of`, which knows the format's own [quantize] table."""
 
     format: Literal[tuple(QUANTIZE)] = Field(description="Artifact format.")  # type: ignore[valid-type]
-    engine: Literal["quantkit"] = Field(default="quantkit", description="Who quantizes.")
+    engine: Literal[OWN_ENGINE, *ENGINES] = Field(  # type: ignore[valid-type]
+        default=OWN_ENGINE,
+        description="Who quantizes: quantkit's own solvers, or an upstream package in its own environment "
+        "(docs/engines.md).",
+    )
     model: ModelSection
     quantize: Any = None
     calibration: CalibrationSection = CalibrationSection()

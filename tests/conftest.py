@@ -10,6 +10,8 @@ import torch
 from tests.tiny import make_tiny
 
 THREADS = 2
+# what is expensive to make, and the same for every run: bielik-nano and the engines' environments
+KEPT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "quantkit-tests"
 
 
 def pytest_report_header() -> str:
@@ -66,12 +68,25 @@ def nano(tmp_path_factory) -> Path:
     """The real, trained bielik-nano, kept between runs in the user's cache."""
     from quantkit.nano import ensure_nano
 
-    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "quantkit-tests"
     before = os.environ.get("QUANTKIT_HOME")
-    os.environ["QUANTKIT_HOME"] = str(kept)
+    os.environ["QUANTKIT_HOME"] = str(KEPT)
     try:
         return ensure_nano()
     finally:
         os.environ.pop("QUANTKIT_HOME")
         if before is not None:
             os.environ["QUANTKIT_HOME"] = before
+
+
+@pytest.fixture
+def kept_engine(monkeypatch):
+    """A function that gives an engine, really installed; its first use takes minutes and needs a package index."""
+    from quantkit.engines.env import find_engine, install
+
+    def installed(name: str):
+        monkeypatch.setenv("QUANTKIT_HOME", str(KEPT))
+        engine = find_engine(name)
+        install(engine, print)
+        return engine
+
+    return installed

@@ -70,7 +70,7 @@ class Engine:
         return [
             f"{key} = {value!r}: {self.name} knows {', '.join(str(known) for known in self.settings[key])}"
             for key, value in settings.items()
-            if key in self.settings and value not in self.settings[key]
+            if self.settings.get(key) and value not in self.settings[key]
         ]
 
 

@@ -121,7 +121,7 @@ def evaluate(
         UnavailableError: the engine cannot run here; at once, not at the first window.
         RunFailedError: its runner failed.
     """
-    _require(engine, device)
+    require(engine, device)
     assert windows, "an engine is asked about at least one window"
     lengths = np.array([len(window.inputs) for window in windows], dtype=np.int32)
     padded = np.zeros((len(windows), int(lengths.max())), dtype=np.int32)
@@ -146,7 +146,7 @@ def build(
     Args:
         checkpoint: its folder.
         tokens: int64 [W, T], the calibration windows.
-        settings: "bits", "group_size", "symmetric", "order" and "damping", as in a recipe's [quantize].
+        settings: the recipe's [quantize], as the engine can honour it (`Engine.refusals`).
         out: must not exist.
         device: "cpu" or "cuda".
         threads: of the CPU.
@@ -159,7 +159,7 @@ def build(
         RefusedError: it cannot honour a setting, or `out` exists.
         RunFailedError: its runner failed.
     """
-    _require(engine, device)
+    require(engine, device)
     if refusals := engine.refusals(settings):
         raise RefusedError(
             f"the engine {engine.name} cannot honour the recipe:\n  " + "\n  ".join(refusals),
@@ -316,7 +316,12 @@ def _variables(engine: Engine, threads: int, device: str) -> dict[str, str]:
     return variables
 
 
-def _require(engine: Engine, device: str) -> None:
+def require(engine: Engine, device: str) -> None:
+    """Stop where an engine cannot run.
+
+    Raises:
+        UnavailableError: it is not installed, or its hardware is not here.
+    """
     if reason := why_not(engine, device):
         raise UnavailableError(reason, fix=f"`{engine.install_command}`" if "not installed" in reason else "")
 

@@ -28,7 +28,7 @@ COPIED = (
 PRIVATE_KEYS = ("_name_or_path", "transformers_version")
 
 
-def quantized_config(source: dict[str, Any], settings: dict[str, Any], dtype: str) -> dict[str, Any]:
+def quantized_config(source: dict[str, Any], settings: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
     """config.json of the artifact: the source's, readable by old and new readers, with the quantization's settings.
 
     transformers 5 keeps rope_theta inside `rope_parameters` and calls the dtype `dtype`; older readers look for
@@ -36,7 +36,7 @@ def quantized_config(source: dict[str, Any], settings: dict[str, Any], dtype: st
 
     Args:
         source: the source's config.json; not modified.
-        settings: quantization_config.
+        settings: quantization_config; None where the format keeps its settings elsewhere.
         dtype: of the dense tensors, such as "float16".
     """
     config = {key: value for key, value in copy.deepcopy(source).items() if key not in PRIVATE_KEYS}
@@ -48,7 +48,8 @@ def quantized_config(source: dict[str, Any], settings: dict[str, Any], dtype: st
     elif "rope_theta" in config:
         scaling = config.get("rope_scaling") or {"rope_type": "default"}
         config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"]}
-    return {**config, "dtype": dtype, "torch_dtype": dtype, "quantization_config": settings}
+    config |= {"dtype": dtype, "torch_dtype": dtype}
+    return config if settings is None else config | {"quantization_config": settings}
 
 
 def write_sidecars(source: Path, target: Path, config: dict[str, Any], extra: dict[str, dict[str, Any]]) -> None:

@@ -34,7 +34,7 @@ def card(record: dict[str, Any]) -> str:
         f"# {name.rsplit('/')[-1]}\n",
         f"{record['format'].upper()} version of {source['id']}"
         + (f" (revision `{source['revision']}`)" if source["revision"] else "")
-        + f", made with quantkit {record['environment']['versions']['quantkit']}.\n",
+        + f", made with {_maker(record)}.\n",
         "## Quality on Polish text\n",
         _quality(record),
         "## Use\n",
@@ -43,6 +43,12 @@ def card(record: dict[str, Any]) -> str:
         _making(record),
     ]
     return "\n".join(parts)
+
+
+def _maker(record: dict[str, Any]) -> str:
+    own = f"quantkit {record['environment']['versions']['quantkit']}"
+    upstream = record["engine_facts"]
+    return f"{upstream['package']} {upstream['version']} through {own}" if upstream else own
 
 
 def _quality(record: dict[str, Any]) -> str:

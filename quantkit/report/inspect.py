@@ -55,7 +55,7 @@ def inspection_lines(found: dict[str, Any]) -> list[str]:
     lines += [
         f"source            {record['source']['id']} {record['source']['revision'] or ''}".rstrip(),
         f"fingerprint       {record['fingerprint']}",
-        f"made by           quantkit {record['environment']['versions']['quantkit']}, engine {record['engine']}",
+        f"made by           quantkit {record['environment']['versions']['quantkit']}, engine {_engine(record)}",
         f"gate              {verdict}",
     ]
     if found["verified"]:
@@ -63,3 +63,8 @@ def inspection_lines(found: dict[str, Any]) -> list[str]:
             f"verify            all {len(record['outputs'])} files are as recorded"
         ]
     return lines
+
+
+def _engine(record: dict[str, Any]) -> str:
+    facts = record["engine_facts"]
+    return f"{facts['package']} {facts['version']} (bytes not reproducible)" if facts else str(record["engine"])

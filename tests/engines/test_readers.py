@@ -4,7 +4,6 @@ Numbers to hold against: float16 arithmetic of the readers moves logits on a sca
 """
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.families import EMBEDDING, HEAD
 from quantkit.engines import runtime
-from quantkit.engines.env import find_engine, install, installed_facts
+from quantkit.engines.env import installed_facts
 from quantkit.formats.gptq import open_artifact
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
@@ -36,13 +35,8 @@ SETTINGS = {"bits": 4, "group_size": 32, "symmetric": True, "damping": 0.01}
 
 
 @pytest.fixture(params=["gptqmodel", "auto-gptq"])
-def engine(request, monkeypatch):
-    """An engine that is really installed; the first use takes minutes and needs a package index."""
-    kept = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "quantkit-tests"
-    monkeypatch.setenv("QUANTKIT_HOME", str(kept))
-    found = find_engine(request.param)
-    install(found, print)
-    return found
+def engine(request, kept_engine):
+    return kept_engine(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,149 @@
+"""Recipes that name an engine: what is refused, what the engine's own defaults are, and (slow) whole builds."""
+
+import json
+
+import pytest
+import torch
+
+from quantkit.engines.env import find_engine
+from quantkit.errors import RefusedError, UnavailableError
+from quantkit.pipeline import build, plan
+from quantkit.progress import Progress
+from quantkit.quantize import QUANTIZE
+from quantkit.recipe import ENGINES, Recipe, find_recipe, list_recipes, load_recipe
+from quantkit.report.record import read_record
+from quantkit.upstream import adopt, settled
+from tests.tiny import WORDS, make_tiny
+
+CPU = torch.device("cpu")
+
+
+def recipe_of(engine: str, model="bielik-nano", **quantize) -> Recipe:
+    return Recipe.of({"format": "gptq", "engine": engine, "model": {"id": str(model)}, "quantize": quantize})
+
+
+def test_quantkits_own_recipes_are_left_alone():
+    recipe = recipe_of("quantkit", order="natural")
+    assert settled(recipe) is recipe
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_keys_that_are_left_out_take_the_engines_value(engine):
+    found = settled(recipe_of(engine)).quantize
+    assert found.order == {"auto-gptq": "natural", "gptqmodel": "group-aware"}[engine]
+    assert (found.scale_candidates, found.asymmetric, found.bits, found.damping) == (0, 0.0, 4, 0.01)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_key_of_a_format_that_it_makes_is_in_an_engines_table(engine):
+    row = find_engine(engine)
+    for name in row.builds:
+        assert type(QUANTIZE[name]).model_fields.keys() <= row.settings.keys()
+
+
+def test_what_the_engine_cannot_honour_is_named_at_once():
+    with pytest.raises(RefusedError) as caught:
+        settled(recipe_of("auto-gptq", order="group-aware", asymmetric=0.5, bits=3, skip=["mlp.down_proj"]))
+    assert str(caught.value) == (
+        "the engine auto-gptq cannot honour the recipe:\n"
+        "  order = 'group-aware': auto-gptq knows natural, activation\n"
+        "  asymmetric = 0.5: auto-gptq knows 0.0\n"
+        "  skip = ['mlp.down_proj']: auto-gptq knows []\n"
+        "  at:  quantize\n"
+        '  fix: leave the keys out, change them, or choose engine = "quantkit"'
+    )
+
+
+def test_statistics_of_the_float_model_are_not_for_engines():
+    recipe = Recipe.of(
+        {
+            "format": "gptq",
+            "engine": "gptqmodel",
+            "model": {"id": "bielik-nano"},
+            "calibration": {"activations": "float"},
+        }
+    )
+    with pytest.raises(RefusedError, match="'float': gptqmodel has its own way"):
+        settled(recipe)
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name.endswith("/gptq")])
+def test_every_shipped_recipe_runs_with_another_engine(name):
+    for engine in ENGINES:
+        settled(load_recipe(find_recipe(name), (f"engine={engine}",)))
+
+
+def test_an_engine_that_is_not_installed_stops_the_plan_and_the_build(tiny_mistral, tmp_path, monkeypatch):
+    monkeypatch.setenv("QUANTKIT_HOME", str(tmp_path / "home"))
+    recipe = recipe_of("gptqmodel", tiny_mistral, group_size=32)
+    for run in (
+        lambda: plan(recipe, out=tmp_path / "out", device=CPU, progress=Progress()),
+        lambda: build(recipe, out=tmp_path / "out", device=CPU),
+    ):
+        with pytest.raises(UnavailableError) as caught:
+            run()
+        assert caught.value.what == "gptqmodel is not installed: `quantkit engines install gptqmodel`"
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_of_what_an_engine_leaves_only_weights_and_settings_are_kept(tiny_mistral, tmp_path):
+    from quantkit.checkpoint.index import open_checkpoint
+
+    scratch, folder = tmp_path / "scratch", tmp_path / "artifact"
+    scratch.mkdir()
+    folder.mkdir()
+    settings = {"quant_method": "gptq", "bits": 4, "model_name_or_path": str(tmp_path)}
+    left = {"model_type": "mistral", "torch_dtype": "bfloat16", "rope_theta": 1.0, "quantization_config": settings}
+    (scratch / "config.json").write_text(json.dumps(left))
+    (scratch / "quantize_config.json").write_text(json.dumps(settings))
+    for name in ("model.safetensors", "quant_log.csv", "README.md", "tokenizer.json"):
+        (scratch / name).write_text("left")
+    adopt(scratch, open_checkpoint(tiny_mistral), folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "gptq", "bits": 4}
+    assert json.loads((folder / "quantize_config.json").read_text()) == config["quantization_config"]
+    assert (config["torch_dtype"], config["rope_theta"], config["hidden_size"]) == ("bfloat16", 10000.0, 64)
+    assert (folder / "model.safetensors").read_text() == "left"
+    assert (folder / "tokenizer.json").read_bytes() == (tiny_mistral / "tokenizer.json").read_bytes()
+    assert not (folder / "quant_log.csv").exists()
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_recipe_that_names_an_engine_gives_an_artifact_like_any_other(engine, tmp_path, kept_engine):
+    kept_engine(engine)
+    source = make_tiny(tmp_path / "source", "mistral", vocab_size=416, hidden_size=128, intermediate_size=256)
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    recipe = Recipe.of(
+        {
+            "format": "gptq",
+            "engine": engine,
+            "model": {"id": str(source)},
+            "quantize": {"group_size": 32},
+            "calibration": {"texts": {str(text): 8}, "window_tokens": 32},
+            "validation": {
+                "texts": [str(text)],
+                "window_tokens": 32,
+                "require": ["reference", engine],
+                "gates": {"perplexity_ratio": 1.5},
+            },
+        }
+    )
+    out = tmp_path / "out"
+    done = build(recipe, out=out, device=CPU)
+    assert done.record == read_record(out)
+    assert done.record["engine"] == done.record["engine_facts"]["package"] == engine
+    assert done.record["reproducible"] is False
+    assert done.record["recipe"]["quantize"]["scale_candidates"] == 0
+    results = done.record["validation"]["variants"][0]["results"]
+    assert [result["runtime"] for result in results] == ["reference", engine]
+    ratios = [result["ratio"] for result in results]
+    assert abs(ratios[0] - ratios[1]) < 0.01
+    assert done.record["validation"]["gate"]["passed"]
+    assert build(recipe, out=out, device=CPU).reused
+    assert not (tmp_path / "out.work").exists()
+    texts = [path.read_text() for path in out.iterdir() if path.suffix in (".json", ".md")]
+    assert not [text for text in texts if str(tmp_path) in text]
