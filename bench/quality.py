@@ -1,9 +1,10 @@
 """Perplexity of ways to quantize, on the same checkpoint, calibration tokens and evaluator, with paired intervals.
 
     python bench/quality.py --model DIR --calibration FILE --validation FILE \
-        --way "default:" --way "no search:scale_candidates=0" --way "asymmetric:asymmetric=0.25" --set bits=3
+        --way "quantkit:" --way "no search:scale_candidates=0" --way "gptqmodel:engine=gptqmodel" --set bits=3
 
-A way is NAME:KEY=VALUE,... with keys of [quantize] (and `activations`). Every way is built for each of several
+A way is NAME:KEY=VALUE,... with keys of [quantize], `activations`, `engine` and `format`. An engine gets the same
+calibration tokens, and what it leaves is judged by quantkit's reader and evaluator, like everything else. Every way is built for each of several
 calibration draws (recipe seeds). Losses are compared with the first way document by document; the interval is a
 95 % bootstrap over documents of the mean difference in nats per token, draws averaged. Inside it is a tie.
 """
@@ -36,19 +37,30 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Way:
-    """One way to quantize: a name, keys of [quantize], and where statistics come from."""
+    """One way to quantize: a name, keys of [quantize], and keys of other tables."""
 
     name: str
     quantize: dict[str, Any]
     activations: str = "quantized"
+    engine: str = "quantkit"
+    format: str = "gptq"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a way: nats [draws, documents], and what the last draw's record says of it."""
+
+    nats: torch.Tensor
+    bits_per_weight: float
+    record: dict[str, Any]
 
 
 def parse_way(text: str, common: dict[str, Any]) -> Way:
     """A way from NAME:KEY=VALUE,...; values are JSON, bare words strings."""
     name, _, pairs = text.partition(":")
     keys = common | _pairs(pairs)
-    activations = keys.pop("activations", "quantized")
-    return Way(name.strip(), keys, activations)
+    others = {key: keys.pop(key) for key in ("activations", "engine", "format") if key in keys}
+    return Way(name.strip(), keys, **others)
 
 
 def _pairs(text: str) -> dict[str, Any]:
@@ -88,13 +100,14 @@ class Judge:
         return torch.zeros(self.text.documents, dtype=torch.float64).index_add_(0, self.document_N, found)
 
 
-def run_way(way: Way, options: argparse.Namespace, judge: Judge, scratch: Path) -> torch.Tensor:
-    """Nats [draws, documents] of one way."""
+def run_way(way: Way, options: argparse.Namespace, judge: Judge, scratch: Path) -> Outcome:
+    """One way, built and judged for every draw."""
     rows = []
     for seed in range(options.draws):
         recipe = Recipe.of(
             {
-                "format": "gptq",
+                "format": way.format,
+                "engine": way.engine,
                 "model": {"id": str(options.model)},
                 "quantize": way.quantize,
                 "calibration": {
@@ -107,9 +120,10 @@ def run_way(way: Way, options: argparse.Namespace, judge: Judge, scratch: Path) 
             }
         )
         out = scratch / f"{way.name}-{seed}".replace(" ", "-")
-        build(recipe, out=out, device=CPU, validated=False, fresh=True)
-        rows.append(judge.by_document(READERS["gptq"].open(out)))
-    return torch.stack(rows)
+        done = build(recipe, out=out, device=CPU, validated=False, fresh=True)
+        artifact = READERS[way.format].open(out)
+        rows.append(judge.by_document(artifact))
+    return Outcome(torch.stack(rows), artifact.bits_per_weight, done.record)
 
 
 def interval(difference_D: torch.Tensor, weight_D: torch.Tensor) -> tuple[float, float, float]:
@@ -146,7 +160,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for text in options.way:
             way = parse_way(text, _pairs(options.set))
-            nats = run_way(way, options, judge, Path(scratch))
+            outcome = run_way(way, options, judge, Path(scratch))
+            nats, record = outcome.nats, outcome.record
             ratios = ((nats.sum(1) - reference_D.sum()) / tokens_D.sum()).exp()
             first = nats if first is None else first
             mean, low, high = interval((nats - first).mean(0), tokens_D)
@@ -154,7 +169,10 @@ def main() -> None:
             rows.append(
                 {
                     "way": way.name,
-                    "settings": {**way.quantize, "activations": way.activations},
+                    "format": way.format,
+                    "engine": record["engine_facts"] or "quantkit",
+                    "settings": {**record["recipe"]["quantize"], "activations": way.activations},
+                    "bits_per_weight": round(outcome.bits_per_weight, 4),
                     "ratio": round(float(ratios.mean()), 5),
                     "ratio_by_draw": [round(float(ratio), 5) for ratio in ratios],
                     "against_first_nats_per_token": [round(value, 6) for value in (mean, low, high)],
