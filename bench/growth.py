@@ -1,7 +1,7 @@
 """Peak memory and seconds per layer against depth, each build in a process of its own.
 
-    python bench/growth.py --layers 4 16     # same width, more depth: memory must stay, time per layer too
-    python bench/growth.py --layers 1 --hidden 4096 --feed-forward 14336 --windows 64   # a layer of Bielik-7B
+    python -m bench.growth --layers 4 16     # same width, more depth: memory must stay, time per layer too
+    python -m bench.growth --layers 1 --hidden 4096 --feed-forward 14336 --windows 64   # a layer of Bielik-7B
 
 Models are random; weights are made and read as bf16, text is the shipped calibration half (repeated if need be).
 """
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from bench.models import make_model
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW_TOKENS = 512
@@ -37,71 +39,6 @@ print(json.dumps({
     "versions": done.record["environment"]["versions"],
 }))
 """
-
-
-def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int) -> None:
-    """A random Mistral of the wanted size, saved layer by layer so that making it takes no more than a layer."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import MistralConfig
-
-    from tests.tiny import make_tokenizer
-
-    heads = max(hidden // 128, 1)
-    config = MistralConfig(
-        vocab_size=384,
-        hidden_size=hidden,
-        intermediate_size=feed_forward,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=max(heads // 4, 1),
-        max_position_embeddings=4096,
-        sliding_window=None,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    config.architectures = ["MistralForCausalLM"]
-    config.save_pretrained(folder)
-    make_tokenizer(folder)
-    key_rows = config.num_key_value_heads * config.head_dim
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (key_rows, hidden),
-        "self_attn.v_proj": (key_rows, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (feed_forward, hidden),
-        "mlp.up_proj": (feed_forward, hidden),
-        "mlp.down_proj": (hidden, feed_forward),
-    }
-    generator = torch.Generator().manual_seed(0)
-    weight_map = {}
-
-    def keep(file: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
-
-    def drawn(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * 0.5 / columns**0.5).bfloat16()
-
-    keep(
-        "ends.safetensors",
-        {
-            "model.embed_tokens.weight": drawn(384, hidden),
-            "lm_head.weight": drawn(384, hidden),
-            "model.norm.weight": torch.ones(hidden).bfloat16(),
-        },
-    )
-    for index in range(layers):
-        prefix = f"model.layers.{index}"
-        norms = {
-            f"{prefix}.{name}.weight": torch.ones(hidden).bfloat16()
-            for name in ("input_layernorm", "post_attention_layernorm")
-        }
-        keep(
-            f"layer-{index}.safetensors",
-            norms | {f"{prefix}.{name}.weight": drawn(*shape) for name, shape in shapes.items()},
-        )
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def measure(folder: Path, text: Path, out: Path, windows: int, threads: int) -> dict:
@@ -130,7 +67,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"

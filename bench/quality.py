@@ -1,6 +1,6 @@
 """Perplexity of ways to quantize, on the same checkpoint, calibration tokens and evaluator, with paired intervals.
 
-    python bench/quality.py --model DIR --calibration FILE --validation FILE \
+    python -m bench.quality --model DIR --calibration FILE --validation FILE \
         --way "quantkit:" --way "no search:scale_candidates=0" --way "gptqmodel:engine=gptqmodel" --set bits=3
 
 A way is NAME:KEY=VALUE,... with keys of [quantize], `activations`, `engine` and `format`. An engine gets the same
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench.ways import Way, parse_pairs, parse_way, recipe_of
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import WeightSource, head_tensors
@@ -37,42 +38,12 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to quantize: a name, keys of [quantize], and keys of other tables."""
-
-    name: str
-    quantize: dict[str, Any]
-    activations: str = "quantized"
-    engine: str = "quantkit"
-    format: str = "gptq"
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What came of a way: nats [draws, documents], and what the last draw's record says of it."""
 
     nats: torch.Tensor
     bits_per_weight: float
     record: dict[str, Any]
-
-
-def parse_way(text: str, common: dict[str, Any]) -> Way:
-    """A way from NAME:KEY=VALUE,...; values are JSON, bare words strings."""
-    name, _, pairs = text.partition(":")
-    keys = common | _pairs(pairs)
-    others = {key: keys.pop(key) for key in ("activations", "engine", "format") if key in keys}
-    return Way(name.strip(), keys, **others)
-
-
-def _pairs(text: str) -> dict[str, Any]:
-    found = {}
-    for pair in filter(None, text.split(",")):
-        key, _, value = pair.partition("=")
-        try:
-            found[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key.strip()] = value
-    return found
 
 
 class Judge:
@@ -106,19 +77,14 @@ def run_way(way: Way, options: argparse.Namespace, judge: Judge, scratch: Path) 
     rows = []
     for seed in range(options.draws):
         recipe = Recipe.of(
-            {
-                "format": way.format,
-                "engine": way.engine,
-                "model": {"id": str(options.model)},
-                "quantize": way.quantize,
-                "calibration": {
-                    "texts": {options.calibration: options.windows},
-                    "window_tokens": options.window_tokens,
-                    "seed": seed,
-                    "activations": way.activations,
-                },
-                "compute": {"threads": options.threads},
-            }
+            recipe_of(
+                way,
+                options.model,
+                {options.calibration: options.windows},
+                options.window_tokens,
+                seed=seed,
+                threads=options.threads,
+            )
         )
         out = scratch / f"{way.name}-{seed}".replace(" ", "-")
         done = build(recipe, out=out, device=CPU, validated=False, fresh=True)
@@ -160,7 +126,7 @@ def main() -> None:
     rows, first = [], None
     with tempfile.TemporaryDirectory() as scratch:
         for text in options.way:
-            way = parse_way(text, _pairs(options.set))
+            way = parse_way(text, parse_pairs(options.set))
             outcome = run_way(way, options, judge, Path(scratch))
             nats, record = outcome.nats, outcome.record
             ratios = ((nats.sum(1) - reference_D.sum()) / tokens_D.sum()).exp()

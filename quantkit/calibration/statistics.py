@@ -9,6 +9,7 @@ from torch import Tensor
 HESSIAN = "hessian"
 DEVIATION = "deviation"
 ACTIVATIONS = "activations"  # no sum: the forward pass itself
+BLOCK = 512  # of a symmetric sum; what lies above the diagonal blocks is not computed
 
 
 class Statistics:
@@ -21,8 +22,8 @@ class Statistics:
 
     def __init__(self, needs: frozenset[str]) -> None:
         self.needs = needs
-        self.sums: dict[str, Tensor] = {}
         self.num_tokens = 0
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, inputs: Tensor, exact_inputs: Tensor | None = None) -> None:
         """Take in one batch.
@@ -31,25 +32,47 @@ class Statistics:
             inputs: [..., I], what the linear reads in the stream being quantized.
             exact_inputs: the same tokens in the unquantized stream; needed for "deviation" only.
         """
-        x_NI = inputs.flatten(0, -2)
+        x_NI = _multipliable(inputs.flatten(0, -2))
         self.num_tokens += x_NI.shape[0]
         if HESSIAN in self.needs:
-            self._accumulate(HESSIAN, x_NI, x_NI)
+            total_II = self._total(HESSIAN, x_NI)
+            for start in range(0, x_NI.shape[1], BLOCK):
+                stop = min(start + BLOCK, x_NI.shape[1])
+                _add_product(total_II[start:stop, :stop], x_NI[:, start:stop], x_NI[:, :stop])
         if DEVIATION in self.needs:
             assert exact_inputs is not None, "the unquantized stream was not run"
-            exact_NI = exact_inputs.flatten(0, -2)
-            self._accumulate(DEVIATION, exact_NI - x_NI, x_NI)
+            exact_NI = _multipliable(exact_inputs.flatten(0, -2))
+            _add_product(self._total(DEVIATION, x_NI), exact_NI - x_NI, x_NI)
 
-    def _accumulate(self, name: str, left_NI: Tensor, right_NI: Tensor) -> None:
-        if name not in self.sums:
-            width = right_NI.shape[1]
-            dtype = torch.promote_types(right_NI.dtype, torch.float32)
-            self.sums[name] = torch.zeros((width, width), dtype=dtype, device=right_NI.device)
-        total_II = self.sums[name]
-        if left_NI.dtype == total_II.dtype:
-            total_II.addmm_(left_NI.t(), right_NI)
-        elif left_NI.is_cuda:
-            # tensor cores multiply bf16 exactly; only the sum is rounded, in float32
-            total_II += torch.mm(left_NI.t(), right_NI, out_dtype=torch.float32)
-        else:
-            total_II.addmm_(left_NI.t().float(), right_NI.float())
+    def hessian(self) -> Tensor:
+        """The sum of x x^T, [I, I]."""
+        total_II = self._sums[HESSIAN]
+        for start in range(0, total_II.shape[0], BLOCK):
+            stop = start + BLOCK
+            total_II[start:stop, stop:] = total_II[stop:, start:stop].t()
+        return total_II
+
+    def deviation(self) -> Tensor:
+        """The sum of (x' - x) x^T, [I, I]."""
+        return self._sums[DEVIATION]
+
+    def _total(self, name: str, like_NI: Tensor) -> Tensor:
+        if name not in self._sums:
+            width = like_NI.shape[1]
+            dtype = torch.promote_types(like_NI.dtype, torch.float32)
+            self._sums[name] = torch.zeros((width, width), dtype=dtype, device=like_NI.device)
+        return self._sums[name]
+
+
+def _multipliable(x_NI: Tensor) -> Tensor:
+    """bf16 in float32 where there are no cores that multiply it exactly."""
+    return x_NI if x_NI.is_cuda else x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
+
+
+def _add_product(total: Tensor, left_NI: Tensor, right_NI: Tensor) -> None:
+    """Add left^T right to `total`, summed in the total's dtype."""
+    if left_NI.dtype == total.dtype:
+        total.addmm_(left_NI.t(), right_NI)
+    else:
+        # tensor cores multiply bf16 exactly; only the sum is rounded, in float32
+        total += torch.mm(left_NI.t(), right_NI, out_dtype=torch.float32)

@@ -259,21 +259,13 @@ def _started(engine: Engine, verb: str, request: dict[str, Any], arrays: dict[st
         request_path.write_text(json.dumps(full), encoding="utf-8")
         with tempfile.NamedTemporaryFile("w", prefix=f"{verb}-", suffix=".log", dir=logs, delete=False) as log:
             process = subprocess.Popen(
-                # -I keeps the script's own folder off the import path, where gptqmodel.py would hide the package
-                [
-                    str(environment_python(engine).absolute()),
-                    "-I",
-                    str(RUNNERS / "start.py"),
-                    str(RUNNERS / engine.runner),
-                    verb,
-                    str(request_path),
-                ],
+                command(engine, verb, request_path),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
                 encoding="utf-8",
-                env=_variables(engine, full["threads"], full["device"]),
+                env=variables(engine, full["threads"], full["device"]),
                 # packages leave logs wherever they are started
                 cwd=folder,
                 # an interrupt is for this process, which then ends the runner and removes what it left
@@ -303,17 +295,30 @@ def _end(process: "subprocess.Popen[str]") -> None:
     process.wait()
 
 
-def _variables(engine: Engine, threads: int, device: str) -> dict[str, str]:
+def command(engine: Engine, verb: str, request: Path) -> list[str]:
+    """The command line of a runner.
+
+    Args:
+        engine: installed.
+        verb: "evaluate" or "build".
+        request: the file with what it is told.
+    """
+    # -I keeps the script's own folder off the import path, where gptqmodel.py would hide the package
+    python = str(environment_python(engine).absolute())
+    return [python, "-I", str(RUNNERS / "start.py"), str(RUNNERS / engine.runner), verb, str(request)]
+
+
+def variables(engine: Engine, threads: int, device: str) -> dict[str, str]:
     """Environment variables of a runner."""
-    variables = own_variables() | engine.run_variables
+    found = own_variables() | engine.run_variables
     # everything it needs is in folders it is given
-    variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
+    found |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(threads)}
     # compilation at first use would take minutes and need a compiler
-    variables |= {"TORCHDYNAMO_DISABLE": "1"}
+    found |= {"TORCHDYNAMO_DISABLE": "1"}
     if device == "cpu":
         # packages prefer a GPU that they see
-        variables |= {"CUDA_VISIBLE_DEVICES": ""}
-    return variables
+        found |= {"CUDA_VISIBLE_DEVICES": ""}
+    return found
 
 
 def require(engine: Engine, device: str) -> None:

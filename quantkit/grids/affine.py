@@ -80,11 +80,12 @@ class AffineRule:
         if self.candidates == 0:
             return best
         importance_1I = importance_I.unsqueeze(0)
-        best_error_O = self._error(weight_IO, importance_1I, *best)
+        scratch = (torch.empty_like(weight_IO), torch.empty_like(weight_IO))
+        best_error_O = self._error(weight_IO, importance_1I, *best, scratch)
         for step in range(1, self.candidates + 1):
             fraction = 1 - (1 - self.shrink) * step / self.candidates
             tried = self._grid(low_O * fraction, high_O * fraction)
-            error_O = self._error(weight_IO, importance_1I, *tried)
+            error_O = self._error(weight_IO, importance_1I, *tried, scratch)
             better_O = error_O < best_error_O
             best_error_O = torch.where(better_O, error_O, best_error_O)
             best = (torch.where(better_O, tried[0], best[0]), torch.where(better_O, tried[1], best[1]))
@@ -106,6 +107,15 @@ class AffineRule:
     def _stored(self, scale_O: Tensor) -> Tensor:
         return scale_O.clamp(min=SMALLEST_SCALE).to(self.stored).to(scale_O.dtype)
 
-    def _error(self, weight_IO: Tensor, importance_1I: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
-        residual_IO = self.encode(weight_IO, scale_O, zero_O).sub_(zero_O).mul_(scale_O).sub_(weight_IO)
-        return (importance_1I @ residual_IO.square_()).squeeze(0)
+    def _error(
+        self,
+        weight_IO: Tensor,
+        importance_1I: Tensor,
+        scale_O: Tensor,
+        zero_O: Tensor,
+        scratch: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Weighted squared rounding error [O]; `scratch` is twice the weights' shape, for this runs per candidate."""
+        ratio_IO = torch.div(weight_IO, scale_O, out=scratch[0])
+        nearest_IO = torch.round(ratio_IO, out=scratch[1]).clamp_(-zero_O, self.highest_code - zero_O)
+        return (importance_1I @ ratio_IO.sub_(nearest_IO).square_()).squeeze(0) * scale_O.square()

@@ -161,7 +161,7 @@ def solve_gptq(
     codes_IO = torch.empty((num_channels, rows), dtype=torch.uint8, device=weight_IO.device)
     scale_OG = weight_IO.new_empty((rows, len(starts)))
     zero_OG = weight_IO.new_empty((rows, len(starts)))
-    lost = weight_IO.new_zeros(())
+    lost, energy = weight_IO.new_zeros(()), weight_IO.new_zeros(())
 
     for group, start in enumerate(starts):
         stop = min(start + size, num_channels)
@@ -173,28 +173,53 @@ def solve_gptq(
         )
         scale_OG[:, group], zero_OG[:, group] = scale_O, zero_O
         for first in range(start, stop, panel):
-            last = min(first + panel, stop)
-            here = slice(first - start, last - start)
-            feedback_IO[here] += upper_II[start:first, first:last].t() @ error_IO[start:first]
-            for i in range(first, last):
-                pull_O = feedback_IO[i - start]
-                if i > first:
-                    pull_O = torch.addmv(pull_O, error_IO[first:i].t(), upper_II[first:i, i])
-                pivot = upper_II[i, i]
-                target_O = torch.addcdiv(weight_IO[i], pull_O, pivot)
-                code_O = rule.encode(target_O, scale_O, zero_O)
-                codes_IO[i] = code_O
-                decoded_O = (code_O - zero_O) * scale_O
-                error_IO[i] = weight_IO[i] - decoded_O
-                lost += ((target_O - decoded_O) * pivot).square().sum()
+            here = slice(first, min(first + panel, stop))
+            feedback_PO = feedback_IO[here.start - start : here.stop - start]
+            feedback_PO += upper_II[start:first, here].t() @ error_IO[start:first]
+            upper_PP = upper_II[here, here]
+            codes_IO[here] = _solve_panel(weight_IO[here], feedback_PO, upper_PP, error_IO[here], rule, scale_O, zero_O)
+            # columns of E R and of W R; R is zero below its diagonal
+            lost += torch.addmm(feedback_PO, upper_PP.t(), error_IO[here]).square_().sum()
+            energy += (upper_II[: here.stop, here].t() @ weight_IO[: here.stop]).square_().sum()
 
     group_I = torch.empty_like(order_I, dtype=torch.int32)
     group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
     codes_OI = torch.empty((rows, num_channels), dtype=torch.uint8, device=weight_IO.device)
     codes_OI[:, order_I] = codes_IO.t()
     grid = AffineGrid(rule.bits, scale_OG.float(), zero_OG.float(), group_I)
-    energy = (weight_IO.t() @ upper_II).square().sum()
     return GptqSolution(codes_OI, grid, float(lost / energy) if float(energy) else 0.0, factor.damping)
+
+
+def _solve_panel(
+    weight_PO: Tensor,
+    feedback_PO: Tensor,
+    upper_PP: Tensor,
+    error_PO: Tensor,
+    rule: AffineRule,
+    scale_O: Tensor,
+    zero_O: Tensor,
+) -> Tensor:
+    """Codes [P, O], as whole numbers, of P channels with one grid; fills `error_PO`.
+
+    This loop runs once per input channel of the model: whatever can be done for a whole panel is done outside.
+
+    Args:
+        weight_PO: the channels' weights.
+        feedback_PO: what earlier panels' errors call for.
+        upper_PP: the factor between these channels.
+        error_PO: to be filled with the weights minus what their codes stand for.
+        rule, scale_O, zero_O: the grid.
+    """
+    codes_PO = torch.empty_like(weight_PO)
+    error_OP = error_PO.t()
+    pivots = upper_PP.diagonal().unbind()
+    rows = zip(weight_PO.unbind(), feedback_PO.unbind(), codes_PO.unbind(), error_PO.unbind(), pivots, strict=True)
+    for i, (weight_O, pull_O, code_O, error_O, pivot) in enumerate(rows):
+        if i:
+            pull_O = torch.addmv(pull_O, error_OP[:, :i], upper_PP[:i, i])
+        code_O.copy_(rule.encode(torch.addcdiv(weight_O, pull_O, pivot), scale_O, zero_O))
+        torch.sub(weight_O, (code_O - zero_O).mul_(scale_O), out=error_O)
+    return codes_PO
 
 
 def in_file_order(solution: GptqSolution) -> GptqSolution:
@@ -265,7 +290,7 @@ class GptqSolver:
         if not weights:
             return
         started = time.perf_counter()
-        hessian_II = statistics.sums[HESSIAN]
+        hessian_II = statistics.hessian()
         factor = factorize(
             hessian_II,
             order=self.order,
@@ -275,7 +300,7 @@ class GptqSolver:
         )
         drift_II = None
         if self.asymmetric:
-            drift_II = drift(statistics.sums[DEVIATION], hessian_II, damping=factor.damping)
+            drift_II = drift(statistics.deviation(), hessian_II, damping=factor.damping)
         for name, weight in weights.items():
             weight_OI = weight.to(factor.upper_II.dtype)
             if drift_II is not None:

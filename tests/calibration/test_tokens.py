@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics
+from quantkit.calibration.statistics import BLOCK, DEVIATION, HESSIAN, Statistics
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import RefusedError
@@ -61,16 +61,19 @@ def test_no_windows_at_all(tokenizer):
         calibration_windows([], tokenizer, window_tokens=16, seed=0)
 
 
+@pytest.mark.parametrize("width", [12, 2 * BLOCK, 2 * BLOCK + 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_statistics_are_sums_over_all_tokens(dtype):
+def test_statistics_are_sums_over_all_tokens(dtype, width):
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(3, 7, 12, generator=generator).to(dtype) for _ in range(2)]
+    batches = [torch.randn(3, 7, width, generator=generator).to(dtype) for _ in range(2)]
     exact = [batch + torch.randn(batch.shape, generator=generator).to(dtype) for batch in batches]
     statistics = Statistics(frozenset({HESSIAN, DEVIATION}))
     for batch, other in zip(batches, exact, strict=True):
         statistics.add(batch, other)
     x = torch.cat(batches).flatten(0, 1).float()
-    difference = torch.cat([(other - batch).flatten(0, 1).float() for batch, other in zip(batches, exact, strict=True)])
+    difference = torch.cat(
+        [(other.float() - batch.float()).flatten(0, 1) for batch, other in zip(batches, exact, strict=True)]
+    )
     assert statistics.num_tokens == 42
-    torch.testing.assert_close(statistics.sums[HESSIAN], x.T @ x, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(statistics.sums[DEVIATION], difference.T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(statistics.hessian(), x.T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(statistics.deviation(), difference.T @ x, rtol=1e-4, atol=1e-3)

@@ -1,0 +1,154 @@
+"""Wall seconds, CPU seconds and peak memory of whole processes that quantize, quantkit against the upstream packages.
+
+    python -m bench.speed --model DIR --way "quantkit:" --way "gptqmodel:engine=gptqmodel" --set bits=4
+    python -m bench.speed --make 2048 5632 2 --windows 32 --way ...      # a random Mistral of that size
+
+A way is NAME:KEY=VALUE,... as in bench.quality. Each is one process from start to exit: `quantkit build` without
+validation, or the engine's runner in its own environment, which does nothing but what the package's users write. All
+get the same tokens and threads. A first run of each, in which packages compile, is not counted; then they take turns.
+A ratio is this way's over the first way's of the same round.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tomlkit
+import torch
+
+from bench.models import make_model
+from bench.ways import Way, parse_pairs, parse_way, recipe_of
+from quantkit.calibration.tokens import calibration_windows
+from quantkit.checkpoint.index import open_checkpoint
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.engines.env import find_engine, installed_facts
+from quantkit.engines.runtime import command, variables
+from quantkit.machine import environment
+from quantkit.recipe import OWN_ENGINE, Recipe
+from quantkit.texts import load_text_set
+from quantkit.upstream import settled
+
+QUANTKIT = [sys.executable, "-c", "from quantkit.cli import app; app()"]
+MEASURES = ("wall_s", "cpu_s", "peak_gb")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command with everything it needs, and the folder it writes, which is removed before and after."""
+
+    command: list[str]
+    variables: dict[str, str]
+    out: Path
+
+
+def prepared(way: Way, options: argparse.Namespace, scratch: Path) -> Run:
+    """The whole-process run of a way."""
+    content = recipe_of(way, options.model, {options.calibration: options.windows}, options.window_tokens)
+    content["compute"]["threads"] = options.threads
+    recipe = settled(Recipe.of(content))
+    folder = scratch / way.name.replace(" ", "-")
+    folder.mkdir()
+    out = folder / "out"
+    if way.engine == OWN_ENGINE:
+        path = folder / "recipe.toml"
+        path.write_text(tomlkit.dumps(content), encoding="utf-8")
+        arguments = ["build", str(path), "--out", str(out), "--device", "cpu", "--no-validate"]
+        return Run([*QUANTKIT, *arguments], dict(os.environ), out)
+    engine = find_engine(way.engine)
+    tokenizer = load_tokenizer(options.model, vocab_size=open_checkpoint(options.model).config["vocab_size"])
+    parts = [(load_text_set(options.calibration, "calibration"), options.windows)]
+    tokens = calibration_windows(parts, tokenizer, window_tokens=options.window_tokens, seed=0)
+    np.save(folder / "tokens.npy", tokens.numpy())
+    request = {
+        "checkpoint": str(options.model.resolve()),
+        "out": str(out),
+        "settings": recipe.quantize.model_dump(mode="json"),
+        "tokens": str(folder / "tokens.npy"),
+        "device": "cpu",
+        "threads": options.threads,
+    }
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    return Run(command(engine, "build", folder / "request.json"), variables(engine, options.threads, "cpu"), out)
+
+
+def measured(run: Run) -> dict[str, float]:
+    """One run in a fresh process."""
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            run.command, env=run.variables, cwd=folder, stdin=subprocess.PIPE, stdout=log, stderr=log
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        if status:
+            log.seek(0)
+            sys.exit(f"{run.command} failed:\n{log.read()[-3000:]}")
+    shutil.rmtree(run.out)
+    return dict(zip(MEASURES, (wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9), strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--make", type=int, nargs=3, metavar=("HIDDEN", "FEED_FORWARD", "LAYERS"))
+    parser.add_argument("--calibration", default="polish-core")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--window-tokens", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--set", default="", help="keys common to all ways")
+    parser.add_argument("--way", action="append", required=True)
+    options = parser.parse_args()
+    ways = [parse_way(text, parse_pairs(options.set)) for text in options.way]
+    found: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.make:
+            hidden, feed_forward, layers = options.make
+            options.model = Path(scratch) / f"random-{hidden}-{feed_forward}-{layers}"
+            options.model.mkdir()
+            make_model(options.model, layers=layers, hidden=hidden, feed_forward=feed_forward)
+        runs = {way.name: prepared(way, options, Path(scratch)) for way in ways}
+        for run in runs.values():
+            measured(run)
+        for _ in range(options.rounds):
+            for name, run in runs.items():
+                found[name].append(measured(run))
+                print(name, found[name][-1], file=sys.stderr, flush=True)
+    first = found[ways[0].name]
+    rows = []
+    for way in ways:
+        taken = found[way.name]
+        facts = None if way.engine == OWN_ENGINE else installed_facts(find_engine(way.engine))
+        rows.append(
+            {
+                "way": way.name,
+                "settings": way.quantize,
+                "version": facts["version"] if facts else None,
+                **{key: round(statistics.median(run[key] for run in taken), 3) for key in MEASURES},
+                "over_first": {
+                    key: [round(run[key] / base[key], 3) for run, base in zip(taken, first, strict=True)]
+                    for key in MEASURES
+                },
+            }
+        )
+    facts = {
+        "model": options.model.name,
+        "calibration": [Path(options.calibration).name, options.windows, options.window_tokens],
+        "threads": options.threads,
+        "environment": environment(torch.device("cpu")),
+        "rows": rows,
+    }
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
