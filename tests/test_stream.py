@@ -12,24 +12,9 @@ from quantkit.errors import RefusedError
 from quantkit.grids.affine import AffineRule
 from quantkit.solvers.gptq import GptqSolver, drift, factorize, in_file_order, solve_gptq
 from quantkit.stream import Calibration, Solvers, stream
-from tests.tiny import make_tiny
+from tests.tiny import VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
-VARIANTS = {
-    "mistral": {},
-    "llama": {
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        }
-    },
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 32},
-}
 
 
 def tokens(windows: int = 6, length: int = 24) -> torch.Tensor:

@@ -12,10 +12,36 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
     "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
 )
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# every family of the table, with what is special about it
+VARIANTS = {
+    "mistral": {},
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+}
 
 
-def make_tokenizer(folder: Path, *, vocab_size: int = 384) -> None:
-    """A BPE tokenizer with byte fallback, 256 byte tokens and Llama's way with spaces."""
+def make_tokenizer(folder: Path, *, vocab_size: int = 384, chatml: bool = False) -> None:
+    """A BPE tokenizer with byte fallback, 256 byte tokens and Llama's way with spaces.
+
+    Args:
+        folder: where to write.
+        vocab_size: of the trained part.
+        chatml: two more tokens and a template that uses them, as in Bielik-11B-v2.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -28,6 +54,9 @@ def make_tokenizer(folder: Path, *, vocab_size: int = 384) -> None:
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
     )
+    if chatml:
+        fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+        fast.chat_template = CHATML
     fast.save_pretrained(folder)
 
 

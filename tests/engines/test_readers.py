@@ -19,7 +19,7 @@ from quantkit.engines.env import installed_facts
 from quantkit.formats.gptq import open_artifact
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
-from tests.tiny import WORDS, make_tiny
+from tests.tiny import VARIANTS, WORDS, make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -27,10 +27,19 @@ LARGEST_DIFFERENCE = 0.004  # of the largest logit
 SHAPE = {"vocab_size": 416, "hidden_size": 128, "intermediate_size": 256, "sharded": False}
 # not the default of any reader, and in the source only where transformers 5 looks for it
 ROPE = {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}
-CASES = [("mistral", bits, order, True) for bits in (2, 3, 4, 8) for order in ("group-aware", "activation")] + [
+KINDS = {name: (name, ROPE | changes) for name, changes in VARIANTS.items()} | {
+    "qwen2-untied": ("qwen2", ROPE),
+    "odd": ("mistral", {"intermediate_size": 250, "vocab_size": 419}),
+}
+SKIP = {"odd": ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]}
+CASES = [
+    *(("mistral", bits, order, True) for bits in (2, 3, 4, 8) for order in ("group-aware", "activation")),
     ("mistral", 4, "natural", False),
-    ("qwen2", 4, "group-aware", True),
+    *((kind, 4, "group-aware", True) for kind in KINDS if kind != "mistral"),
 ]
+# what auto-gptq, tied to transformers 4.40, has no way to read: llama3 rope scaling, Qwen3, an embedding that is also
+# the head (it stays as it was allocated), linears left in 16 bits
+UNKNOWN = {("auto-gptq", kind) for kind in ("llama", "qwen3", "qwen2", "odd")}
 SETTINGS = {"bits": 4, "group_size": 32, "symmetric": True, "damping": 0.01}
 
 
@@ -42,7 +51,7 @@ def engine(request, kept_engine):
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sources")
-    return {kind: make_tiny(folder / kind, kind, **SHAPE, **ROPE) for kind in ("mistral", "qwen2")}
+    return {name: make_tiny(folder / name, kind, **(SHAPE | changes)) for name, (kind, changes) in KINDS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +66,7 @@ def artifacts(sources, tmp_path_factory) -> dict[tuple, Path]:
         for case in CASES:
             kind, bits, order, symmetric = case
             quantize = {"bits": bits, "order": order, "symmetric": symmetric, "group_size": 32, "scale_candidates": 4}
+            quantize["skip"] = SKIP.get(kind, [])
             recipe = Recipe.of(
                 {
                     "format": "gptq",
@@ -97,7 +107,8 @@ def decoded(folder: Path, bits: int) -> dict[str, torch.Tensor]:
 def model_of(source: Path, weights: dict[str, torch.Tensor] | None = None):
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     if weights is not None:
-        model.load_state_dict(weights)
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+        assert set(missing) <= {"lm_head.weight"}, "only a tied head is left out"
     return model
 
 
@@ -155,6 +166,8 @@ def largest_difference(found: list[np.ndarray], expected: list[np.ndarray]) -> f
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(part) for part in case))
 def test_it_reads_our_artifacts_as_an_independent_decode_does(engine, case, sources, artifacts):
     kind, bits, order, _ = case
+    if (engine.name, kind) in UNKNOWN:
+        pytest.skip(f"{engine.name} does not know {kind}")
     folder = artifacts[case]
     if order == "activation":
         g_idx = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.g_idx"]
