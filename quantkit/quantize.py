@@ -52,5 +52,41 @@ class GptqSection(Section):
     )
 
 
-QUANTIZE: dict[str, Section] = {"gptq": GptqSection()}
+class AwqSection(Section):
+    """How channels are scaled, and how GPTQ quantizes what was scaled; 4 bits with zeros is all that AWQ files hold."""
+
+    group_size: Literal[32, 64, 128] = Field(default=128, description="Input channels per scale and zero.")
+    scaling_steps: int = Field(
+        default=20,
+        ge=0,
+        le=200,
+        description="Exponents of the search for activation-aware channel scales, evenly from 0 (no scaling) to 1; 0 "
+        "leaves the model's channels as they are.",
+    )
+    scaling_windows: int = Field(
+        default=8, ge=1, description="Calibration windows the scaling search looks at, evenly spaced."
+    )
+    order: Literal["natural", "group-aware"] = Field(
+        default="group-aware", description="Order in which input channels are solved; the file does not tell."
+    )
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
+    )
+    scale_candidates: int = Field(
+        default=20,
+        ge=0,
+        le=200,
+        description="Shrunken ranges (clipping) tried per group, weighted by the Hessian's diagonal; 0 is none.",
+    )
+    skip: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
+    )
+
+
+QUANTIZE: dict[str, Section] = {"gptq": GptqSection(), "awq": AwqSection()}
 """Each format's table with its defaults, by the format's name."""

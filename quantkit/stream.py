@@ -49,7 +49,7 @@ class Preparation(Protocol):
     """Rewrites a decoder layer before it is solved, without changing what the layer computes."""
 
     def prepare(self, layer: DecoderLayer, batches: Sequence[Tensor], rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Dense tensors that replace the layer's own, by checkpoint name, in the compute dtype.
+        """Dense tensors that replace the layer's own, by checkpoint name, in the compute dtype or a wider one.
 
         Args:
             layer: holding the source's weights; may be altered, the stream makes itself another.

@@ -32,6 +32,27 @@ GATED_STAGES = (
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A stage whose input channels can be multiplied, because what makes its input can be divided by the same.
+
+    Attributes:
+        stage: the stage's name.
+        producer: the module of the layer whose output channels are divided, weight and bias.
+    """
+
+    stage: str
+    producer: str
+
+
+GATED_FOLDS = (
+    Fold("qkv", "input_layernorm"),
+    Fold("o", "self_attn.v_proj"),
+    Fold("gate_up", "post_attention_layernorm"),
+    Fold("down", "mlp.up_proj"),
+)
+
+
+@dataclass(frozen=True)
 class Family:
     """One model architecture.
 
@@ -39,11 +60,13 @@ class Family:
         model_type: `model_type` in config.json.
         architecture: the class name in config.json's `architectures`.
         stages: the linears of a decoder layer, in the order data flows through them.
+        folds: where scales of input channels can be hidden without changing what the layer computes.
     """
 
     model_type: str
     architecture: str
     stages: tuple[Stage, ...] = GATED_STAGES
+    folds: tuple[Fold, ...] = GATED_FOLDS
 
     @property
     def linears(self) -> tuple[str, ...]:

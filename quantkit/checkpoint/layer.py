@@ -70,9 +70,7 @@ class DecoderLayer:
         layer = self.module
         normed = layer.input_layernorm(hidden_BTD)  # type: ignore[operator]
         yield qkv, normed
-        attended, _ = layer.self_attn(  # type: ignore[operator]
-            hidden_states=normed, position_embeddings=rope, attention_mask=None
-        )
+        attended = self._attended(normed, rope)
         del normed
         yield o, attended
         hidden_BTD = hidden_BTD + self.linears["self_attn.o_proj"](attended)
@@ -83,6 +81,34 @@ class DecoderLayer:
         del normed
         yield down, gated
         return hidden_BTD + self.linears["mlp.down_proj"](gated)
+
+    def _attended(self, normed_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """What o_proj reads, [B, T, F]."""
+        attended: Tensor = self.module.self_attn(  # type: ignore[operator]
+            hidden_states=normed_BTD, position_embeddings=rope, attention_mask=None
+        )[0]
+        return attended
+
+    def block_output(self, stage: Stage, inputs_BTF: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Output [B, T, D] of the block that a stage stands in, attention or MLP, given the stage's input."""
+        qkv, _, gate_up, _ = self.family.stages
+        if stage == qkv:
+            inputs_BTF = self._attended(inputs_BTF, rope)
+        elif stage == gate_up:
+            inputs_BTF = self.module.mlp(inputs_BTF)  # type: ignore[operator]
+        closing = "self_attn.o_proj" if stage in self.family.stages[:2] else "mlp.down_proj"
+        output: Tensor = self.linears[closing](inputs_BTF)
+        return output
+
+    def producer(self, name: str) -> nn.Module:
+        """A norm or a linear of the layer by its name inside it."""
+        return self.linears[name] if name in self.linears else self.module.get_submodule(name)
+
+    def replace(self, linear: str, module: nn.Module) -> None:
+        """Put another module in a linear's place."""
+        self.linears[linear] = module  # type: ignore[assignment]
+        if not isinstance(self.module.get_submodule(linear), nn.Identity):
+            self.module.set_submodule(linear, module)
 
     def forward(self, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The layer's output [B, T, D] without stops."""

@@ -1,0 +1,260 @@
+"""The AWQ container in its GEMM layout, as AutoAWQ introduced it (byte layout: docs/formats/awq.md).
+
+Shape legend: O out features, I in features, G groups.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.families import Family, family_of, item_of
+from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
+from quantkit.errors import RefusedError
+from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
+from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.shards import merge
+from quantkit.formats.sidecars import quantized_config, write_sidecars
+from quantkit.grids.affine import AffineGrid
+from quantkit.qtensor import Item, QuantizedLinear
+
+NAME = "awq"
+NATIVE_ENGINE = "autoawq"
+BITS = 4  # the layout has no other width
+STORED = torch.float16  # of scales and of every dense tensor
+PARTS = ("qweight", "qzeros", "scales")
+SETTINGS_FILE = "quant_config.json"  # of artifacts from before config.json carried the settings
+INTERLEAVE = (0, 2, 4, 6, 1, 3, 5, 7)  # the column at each nibble of a word, lowest first
+USE = """```python
+# pip install transformers gptqmodel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+messages = [{{"role": "user", "content": "Jakie mamy pory roku w Polsce?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=200)[0]))
+```
+
+vLLM serves it as it is: `vllm serve {repo}`. Channel scales are folded into norms, `v_proj` and `up_proj`, so these
+differ from the source's.
+"""
+
+
+def encode_linear(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """The tensors of one quantized linear by their names in the file, contiguous."""
+    grid = linear.grid
+    assert isinstance(grid, AffineGrid), "AWQ codes are on an affine grid"
+    assert grid.bits == BITS, "the GEMM layout holds 4-bit codes"
+    group_size = grid.group_I.numel() // grid.scale_OG.shape[1]
+    in_place_I = torch.arange(grid.group_I.numel(), device=grid.group_I.device) // group_size
+    assert torch.equal(grid.group_I.long(), in_place_I), "the layout has no g_idx: groups stand where they are"
+    tensors = {
+        f"{name}.qweight": _pack_columns(linear.codes_OI),
+        f"{name}.qzeros": _pack_columns(grid.zero_OG.to(torch.uint8)),
+        f"{name}.scales": grid.scale_OG.t().to(STORED).contiguous(),
+    }
+    if linear.bias_O is not None:
+        tensors[f"{name}.bias"] = linear.bias_O.to(STORED).contiguous()
+    return tensors
+
+
+def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
+    """One quantized linear from its tensors; scales may be float16 or bfloat16.
+
+    Args:
+        name: full module name.
+        tensors: at least `name`.qweight, .qzeros and .scales.
+    """
+    qweight, qzeros, scales_GO = (tensors[f"{name}.{part}"] for part in PARTS)
+    num_channels, num_groups = qweight.shape[0], scales_GO.shape[0]
+    group_I = torch.arange(num_channels, dtype=torch.int32) // (num_channels // num_groups)
+    scale_OG = scales_GO.t().float().contiguous()
+    grid = AffineGrid(BITS, scale_OG, _unpack_columns(qzeros).float(), group_I)
+    return QuantizedLinear(_unpack_columns(qweight), grid, tensors.get(f"{name}.bias"))
+
+
+def _pack_columns(code_OX: Tensor) -> Tensor:
+    """int32 [X, O / 8] of codes [O, X]."""
+    eights = code_OX.view(-1, len(INTERLEAVE), code_OX.shape[1])
+    return pack(eights[:, list(INTERLEAVE)].reshape(code_OX.shape), BITS).t().contiguous()
+
+
+def _unpack_columns(words: Tensor) -> Tensor:
+    """uint8 codes [O, X] of int32 [X, O / 8]."""
+    code_OX = unpack(words.t().contiguous(), BITS)
+    place = torch.argsort(torch.tensor(INTERLEAVE))
+    return code_OX.view(-1, len(INTERLEAVE), code_OX.shape[1])[:, place].reshape(code_OX.shape)
+
+
+def decode_item(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Dense tensors by checkpoint name: decoded linears in float32, everything else as stored."""
+    quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
+    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    for name in quantized:
+        dense[f"{name}.weight"] = decode_linear(name, tensors).dequantize()
+    return dense
+
+
+@dataclass(frozen=True)
+class AwqFormat:
+    """The writing side, see `quantkit.formats.contract.Format`.
+
+    Attributes:
+        group_size: input channels per scale and zero.
+        skip: name endings of linears that stay dense.
+    """
+
+    group_size: int
+    skip: tuple[str, ...] = ()
+    name: str = NAME
+    stored_dtype: torch.dtype = STORED
+
+    def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
+        """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
+        found = []
+        for name, rows, columns in shapes:
+            if name.endswith(self.skip):
+                continue
+            if columns % self.group_size:
+                reason = f"in_features {columns} is not divisible by group_size {self.group_size}"
+            elif rows % CODES_PER_RUN:
+                reason = f"out_features {rows} is not divisible by {CODES_PER_RUN}, which the kernels need"
+            else:
+                continue
+            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{name.split(".", 3)[-1]}"]')
+        return found
+
+    def stored_bits(self, name: str, rows: int, columns: int) -> int:
+        """Bits that a quantized linear takes in the file: codes, scales and zeros."""
+        return rows * columns * BITS + columns // self.group_size * rows * (16 + BITS)
+
+    def encode_item(self, item: Item) -> dict[str, Tensor]:
+        """All tensors of one item as they stand in the file."""
+        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
+        for name, linear in item.linears.items():
+            tensors |= encode_linear(name, linear)
+        return tensors
+
+    def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors by checkpoint name."""
+        return decode_item(tensors)
+
+    def settings(self, modules: list[str]) -> dict[str, Any]:
+        """`quantization_config` of config.json, with the keys that vLLM, transformers and autoawq read.
+
+        Args:
+            modules: full names of every linear of the decoder layers, quantized or not.
+        """
+        # some readers match these as substrings: full names, none of which is part of another
+        dense = [module for module in modules if module.endswith(self.skip)]
+        return {
+            "quant_method": NAME,
+            "bits": BITS,
+            "group_size": self.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "format": "gemm",
+            "modules_to_not_convert": [*dense, "lm_head"] if dense else None,
+        }
+
+    def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
+        """Weights, config.json and the source's tokenizer files."""
+        written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES)
+        settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
+        write_sidecars(checkpoint.folder, folder, quantized_config(checkpoint.config, settings, "float16"), {})
+        return {NAME: [path.name for path in written]}
+
+
+@dataclass(frozen=True)
+class AwqArtifact:
+    """An AWQ folder as dense weights by item, ours or anybody's.
+
+    Attributes:
+        tensors: the stored tensors.
+        config: config.json.
+        settings: its quantization_config (or quant_config.json).
+        family: the architecture's row.
+    """
+
+    tensors: TensorFolder
+    config: dict
+    settings: dict[str, Any]
+    family: Family
+
+    @property
+    def folder(self) -> Path:
+        return self.tensors.folder
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized linears, scales and all, over their number of weights."""
+        infos = self.tensors.tensors
+        modules = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
+        stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS)
+        return 8 * stored / sum(infos[f"{module}.qweight"].num_elements * 32 // BITS for module in modules)
+
+    def read(self, item: str) -> dict[str, Tensor]:
+        """Dense tensors of an item by checkpoint name, on the CPU."""
+        names = [name for name in self.tensors.tensors if item_of(name) == item]
+        return decode_item(self.tensors.read(names))
+
+
+def open_artifact(folder: Path) -> AwqArtifact:
+    """A reader of an AWQ folder.
+
+    Raises:
+        RefusedError: it is of another layout than GEMM, or misses a tensor.
+    """
+    config = read_json(folder / "config.json")
+    settings = config.get("quantization_config")
+    if settings is None:
+        settings = read_json(folder / SETTINGS_FILE)
+    require_gemm(settings)
+    tensors = open_tensors(folder)
+    for name in tensors.tensors:
+        if name.endswith(".qweight"):
+            module = name.removesuffix(".qweight")
+            for part in PARTS[1:]:
+                if f"{module}.{part}" not in tensors.tensors:
+                    raise RefusedError(
+                        f"{module}.{part} is missing", where=str(folder), fix="download the artifact again"
+                    )
+    return AwqArtifact(tensors, config, settings, family_of(config, where=str(folder / "config.json")))
+
+
+def require_gemm(settings: dict[str, Any]) -> None:
+    """Stop at a layout that is not 4-bit GEMM with zeros.
+
+    Raises:
+        RefusedError: the settings say so.
+    """
+    bits = settings.get("bits", settings.get("w_bit", BITS))
+    layouts = {str(settings[key]).lower() for key in ("version", "format", "checkpoint_format") if settings.get(key)}
+    odd = [f"layout {layout}" for layout in sorted(layouts - {"gemm"})]
+    odd += [f"{bits} bits"] if bits != BITS else []
+    odd += [] if settings.get("zero_point", True) else ["no zero points"]
+    if odd:
+        raise RefusedError(
+            f"quantization_config says {' and '.join(odd)}",
+            where="config.json",
+            fix="quantkit reads AWQ's GEMM layout: 4 bits with zero points",
+        )
+
+
+def recognizes(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a folder says that it is AWQ; older tools say so in quant_config.json only."""
+    settings = config.get("quantization_config") or {}
+    return settings.get("quant_method") == NAME or (not settings and (folder / SETTINGS_FILE).exists())
+
+
+READING = Reading(
+    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "transformers", lambda repo, quantize: USE.format(repo=repo)
+)
