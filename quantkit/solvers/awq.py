@@ -63,9 +63,7 @@ class ChannelScaling:
                 scales[fold] = self.search(layer, fold, inputs[stage], rope)
         return folded(layer, scales)
 
-    def search(
-        self, layer: DecoderLayer, fold: Fold, inputs_BTI: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def search(self, layer: DecoderLayer, fold: Fold, inputs_BTI: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The producer channels' best scales [P], in float32 or wider; all ones if nothing is better than no scaling.
 
         Args:

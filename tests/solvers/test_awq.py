@@ -1,0 +1,289 @@
+"""Channel scales against slow, obvious versions: folding changes nothing, and the search finds brute force's best."""
+
+import errno
+import json
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quantkit import pipeline
+from quantkit.calibration.statistics import Statistics
+from quantkit.checkpoint.families import FAMILIES
+from quantkit.checkpoint.index import open_checkpoint
+from quantkit.checkpoint.layer import Decoder
+from quantkit.errors import RunFailedError
+from quantkit.grids.affine import AffineRule
+from quantkit.methods import awq
+from quantkit.pipeline import build
+from quantkit.progress import Progress
+from quantkit.quantize import AwqSection
+from quantkit.recipe import Recipe
+from quantkit.solvers import awq as module
+from quantkit.solvers.awq import ChannelScaling, evenly_spaced, folded, producer_channels
+from quantkit.stream import Calibration, stream
+from tests.test_pipeline import hashes, killed_at
+from tests.tiny import VARIANTS, WORDS, make_tiny
+
+CPU = torch.device("cpu")
+# grouped-query attention with four query heads per value head; biases wherever a family may have them
+SHAPES = VARIANTS | {
+    "llama": VARIANTS["llama"] | {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"num_key_value_heads": 1},
+}
+
+
+def tokens(windows: int = 6, length: int = 24) -> torch.Tensor:
+    return torch.randint(3, 384, (windows, length), generator=torch.Generator().manual_seed(0))
+
+
+def opened(folder, model_type: str, dtype=torch.float64):
+    """Checkpoint and decoder of a tiny model whose norms and biases are far from one and zero."""
+    make_tiny(folder, model_type, dtype=torch.float32, **SHAPES[model_type])
+    checkpoint = open_checkpoint(folder)
+    return checkpoint, Decoder(checkpoint.config, checkpoint.family, device=CPU, dtype=dtype)
+
+
+def uneven(checkpoint, decoder) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The first layer with a few loud channels, as large models have them, and its input."""
+    tensors = checkpoint.read("layers.0")
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in tensors.items():
+        if "layernorm" in name or name.endswith((".bias", "v_proj.weight", "up_proj.weight")):
+            shape = (len(tensor), *(1,) * (tensor.dim() - 1))
+            tensors[name] = tensor * (1 + 8 * torch.rand(shape, generator=generator) ** 6)
+    return tensors, decoder.embed(checkpoint.read("embedding"), tokens()) * 30
+
+
+def scaling(**options) -> ChannelScaling:
+    return ChannelScaling(AffineRule(4, symmetric=False), **({"group_size": 32, "steps": 8, "windows": 3} | options))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_folding_is_the_identity(model_type, tmp_path):
+    checkpoint, decoder = opened(tmp_path, model_type)
+    tensors, hidden = uneven(checkpoint, decoder)
+    layer, rope = decoder.layer(0, tensors), decoder.rope(hidden.shape[1])
+    generator = torch.Generator().manual_seed(5)
+    scales = {
+        fold: 0.1 + 3 * torch.rand(len(layer.producer(fold.producer).weight), generator=generator).double()
+        for fold in layer.family.folds
+    }
+    changed = folded(layer, scales)
+    weights = {name for name in tensors if name.endswith("_proj.weight") or "layernorm" in name}
+    made = {f"model.layers.0.{linear}.bias" for linear in ("self_attn.v_proj", "mlp.up_proj")}
+    assert changed.keys() == weights | (made & tensors.keys())
+    assert all(not torch.equal(changed[name], tensors[name].double()) for name in changed)
+    before = layer.forward(hidden, rope)
+    after = decoder.layer(0, tensors | changed).forward(hidden, rope)
+    torch.testing.assert_close(after, before, rtol=1e-12, atol=1e-12)
+
+
+def test_query_heads_that_read_one_value_head_share_a_scale(tmp_path):
+    checkpoint, decoder = opened(tmp_path, "qwen2")
+    layer = decoder.layer(0, checkpoint.read("layers.0"))
+    fold = next(fold for fold in layer.family.folds if fold.stage == "o")
+    # four query heads of 16 channels, two value heads
+    expected = [*range(16), *range(16), *range(16, 32), *range(16, 32)]
+    assert producer_channels(layer, fold).tolist() == expected
+
+
+def brute_force(layer, fold, inputs, rope, search: ChannelScaling) -> tuple[torch.Tensor, list[float]]:
+    """The best scales [P] and all losses: one candidate, one group of one row at a time, by the formulas."""
+    stage = next(stage for stage in layer.family.stages if stage.name == fold.stage)
+    weights = {name: layer.linears[name].weight.clone() for name in stage.linears}
+    behind = producer_channels(layer, fold).tolist()
+    size, num_made = search.group_size, max(behind) + 1
+    x_sum, w_sum, count = [0.0] * num_made, [0.0] * num_made, [0] * num_made
+    rows = inputs.flatten(0, -2)
+    every_row = torch.cat(list(weights.values()))
+    for channel, made in enumerate(behind):
+        group = every_row[:, channel // size * size : (channel // size + 1) * size].abs()
+        x_sum[made] += float(rows[:, channel].abs().mean())
+        w_sum[made] += float((every_row[:, channel].abs() / group.amax(1)).mean())
+        count[made] += 1
+    x = torch.tensor(x_sum, dtype=torch.float64) / torch.tensor(count)
+    w = torch.tensor(w_sum, dtype=torch.float64) / torch.tensor(count)
+    exponents = [step / search.steps for step in range(search.steps + 1)]
+    tried = [x**a for a in exponents] + [x**a / w ** (1 - a) for a in exponents[:-1]]
+    tried = [t / (t.max() * t.min()) ** 0.5 for t in tried]
+    expected, losses = layer.block_output(stage, inputs, rope), []
+    for t in tried:
+        for name, weight in weights.items():
+            scaled = weight * t[behind]
+            for row in range(len(scaled)):
+                for start in range(0, scaled.shape[1], size):
+                    group = scaled[row, start : start + size]
+                    low, high = min(0.0, float(group.min())), max(0.0, float(group.max()))
+                    scale = float(torch.tensor((high - low) / 15).half())
+                    zero = min(15, max(0, round(-low / scale)))
+                    group.copy_(((group / scale).round() + zero).clamp(0, 15).sub(zero) * scale)
+            layer.linears[name].weight.data = scaled / t[behind]
+        losses.append(float((layer.block_output(stage, inputs, rope) - expected).square().mean()))
+    for name, weight in weights.items():
+        layer.linears[name].weight.data = weight
+    return tried[losses.index(min(losses))], losses
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen3"])
+@pytest.mark.parametrize("stack", [1 << 28, 1 << 15])
+def test_the_search_finds_what_brute_force_finds(model_type, stack, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LARGEST_STACK", stack)
+    checkpoint, decoder = opened(tmp_path, model_type)
+    tensors, hidden = uneven(checkpoint, decoder)
+    layer, rope = decoder.layer(0, tensors), decoder.rope(hidden.shape[1])
+    search = scaling(steps=3)
+    gains = {}
+    for (stage, inputs), fold in zip(layer.walk(hidden[:2], rope), layer.family.folds, strict=True):
+        assert stage.name == fold.stage
+        expected, losses = brute_force(layer, fold, inputs, rope, search)
+        torch.testing.assert_close(search.search(layer, fold, inputs, rope), expected, rtol=1e-9, atol=0)
+        gains[fold.stage] = min(losses) / losses[0]
+    assert min(gains.values()) < 0.8, "scaling has something to gain here"
+
+
+def test_the_search_leaves_the_layer_as_it_was(tmp_path):
+    checkpoint, decoder = opened(tmp_path, "qwen3")
+    tensors, hidden = uneven(checkpoint, decoder)
+    layer, rope = decoder.layer(0, tensors), decoder.rope(hidden.shape[1])
+    before = layer.forward(hidden, rope)
+    scaling().prepare(layer, [hidden], rope)
+    assert torch.equal(layer.forward(hidden, rope), before)
+
+
+def test_a_channel_that_is_never_active_and_numbers_that_overflow_do_no_harm(tmp_path):
+    checkpoint, decoder = opened(tmp_path, "mistral", torch.float32)
+    tensors, hidden = uneven(checkpoint, decoder)
+    tensors["model.layers.0.input_layernorm.weight"][7] = 0
+    tensors["model.layers.0.self_attn.v_proj.weight"][:, 3] = 0
+    rope = decoder.rope(hidden.shape[1])
+    prepared = scaling().prepare(decoder.layer(0, tensors), [hidden], rope)
+    assert prepared
+    assert all(torch.isfinite(tensor).all() for tensor in prepared.values())
+    tensors["model.layers.0.post_attention_layernorm.weight"][:] = 1e30
+    prepared = scaling().prepare(decoder.layer(0, tensors), [hidden], rope)
+    assert not [name for name in prepared if "mlp" in name or "post" in name], "what cannot be judged is not scaled"
+
+
+def test_linears_that_stay_dense_are_folded_but_not_rounded(tmp_path):
+    checkpoint, decoder = opened(tmp_path, "mistral")
+    tensors, hidden = uneven(checkpoint, decoder)
+    rope = decoder.rope(hidden.shape[1])
+    layer = decoder.layer(0, tensors)
+    part = scaling(skip=("mlp.gate_proj", "self_attn.o_proj")).prepare(layer, [hidden], rope)
+    assert "model.layers.0.self_attn.v_proj.weight" in part  # reads the norm, which is divided
+    assert "model.layers.0.self_attn.o_proj.weight" not in part  # nobody gains
+    after = decoder.layer(0, tensors | part).forward(hidden, rope)
+    torch.testing.assert_close(after, layer.forward(hidden, rope), rtol=1e-12, atol=1e-12)
+
+
+def test_windows_are_evenly_spaced_over_all_batches():
+    batches = [torch.arange(5.0).view(5, 1, 1), torch.arange(5.0, 8.0).view(3, 1, 1)]
+    assert evenly_spaced(batches, 4).flatten().tolist() == [0, 2, 4, 6]
+    assert evenly_spaced(batches, 20).flatten().tolist() == list(range(8))
+
+
+def layer_error(checkpoint, decoder, section: AwqSection) -> float:
+    """Squared change of the first layer's output by building it, on tokens that calibrated nothing."""
+    method = awq(section)
+    tensors, hidden = uneven(checkpoint, decoder)
+    rope = decoder.rope(hidden.shape[1])
+    exact = decoder.layer(0, tensors)
+    seen, unseen = hidden[:4], hidden[4:]
+    prepared = tensors
+    if method.solvers.preparation is not None:
+        prepared = tensors | method.solvers.preparation.prepare(decoder.layer(0, tensors), [seen], rope)
+    layer = decoder.layer(0, prepared)
+    for stage, inputs in layer.walk(seen, rope):
+        statistics = Statistics(method.solvers.layers.needs)
+        statistics.add(inputs)
+        weights = {name: layer.linears[name].weight for name in stage.linears}
+        for name, quantized, _ in method.solvers.layers.solve(weights, statistics):
+            layer.linears[name].weight.data = quantized.dequantize().to(inputs.dtype)
+    return float((layer.forward(unseen, rope) - exact.forward(unseen, rope)).square().mean())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_layers_output_is_nearer_with_scales_than_without(model_type, tmp_path):
+    checkpoint, decoder = opened(tmp_path, model_type)
+    plain = layer_error(checkpoint, decoder, AwqSection(group_size=32, scaling_steps=0))
+    scaled = layer_error(checkpoint, decoder, AwqSection(group_size=32))
+    assert scaled < plain
+
+
+def dense(model_folder, items) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    weights = {}
+    for item in items:
+        weights |= item.tensors
+        weights |= {f"{name}.weight": linear.dequantize() for name, linear in item.linears.items()}
+        weights |= {f"{n}.bias": linear.bias_O for n, linear in item.linears.items() if linear.bias_O is not None}
+    missing = model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
+    assert set(missing.missing_keys) <= {"lm_head.weight"}, "only a tied head is left out"
+    return model
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("from_float", [False, True])
+def test_the_whole_models_logits_stay_near(model_type, from_float, tmp_path):
+    """The folded, quantized model in transformers' own code is the source but for the rounding."""
+    checkpoint, decoder = opened(tmp_path, model_type, torch.float32)
+    method = awq(AwqSection(group_size=32, scaling_steps=6))
+    items = list(
+        stream(
+            checkpoint,
+            method.solvers,
+            Calibration(tokens(), 2, from_float),
+            decoder=decoder,
+            stored_dtype=torch.float16,
+        )
+    )
+    source = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected, found = source(tokens()).logits, dense(tmp_path, items)(tokens()).logits
+    assert (found - expected).norm() / expected.norm() < 0.2
+    norm = items[1].tensors["model.layers.0.input_layernorm.weight"]
+    assert not torch.equal(norm, checkpoint.read("layers.0")["model.layers.0.input_layernorm.weight"].half())
+
+
+@pytest.mark.parametrize(("activations", "whole_process"), [("quantized", False), ("float", True)])
+def test_a_killed_build_ends_in_the_same_bytes(activations, whole_process, tiny_mistral, tmp_path, monkeypatch):
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    recipe = Recipe.of(
+        {
+            "format": "awq",
+            "model": {"id": str(tiny_mistral)},
+            "quantize": {"group_size": 32, "scaling_steps": 4, "scale_candidates": 4},
+            "calibration": {"texts": {str(text): 8}, "window_tokens": 16, "activations": activations},
+            "validation": {"texts": (str(text),), "window_tokens": 32, "generated_tokens": 4},
+        }
+    )
+    whole = build(recipe, out=tmp_path / "whole", device=CPU)
+    assert whole.record["validation"]["gate"]["passed"]
+    assert "AutoModelForCausalLM" in (whole.out / "README.md").read_text()
+    if whole_process:
+        # the 7th rename is the second layer's file
+        assert killed_at(recipe, tmp_path / "out", 7, "before") == -signal.SIGKILL
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "write_item", full_at_the_third())
+            with pytest.raises(RunFailedError, match="the disk is full"):
+                build(recipe, out=tmp_path / "out", device=CPU)
+    solved = []
+    build(recipe, out=tmp_path / "out", device=CPU, validated=False, progress=Progress(linear=solved.append))
+    assert {facts.name.split(".")[2] for facts in solved} == {"1"}, "the first layer was kept"
+    assert hashes(tmp_path / "out") == hashes(whole.out)
+
+
+def full_at_the_third():
+    calls, real = [], pipeline.write_item
+
+    def write(path, tensors):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, tensors)
+
+    return write
