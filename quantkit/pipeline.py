@@ -75,7 +75,7 @@ def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress)
     recipe = settled(recipe)
     use_threads(recipe.compute.threads)
     source = open_source(recipe.model.id, recipe.model.revision, progress)
-    return make_plan(recipe, source.checkpoint, _method(recipe), out=out, device=device)
+    return make_plan(recipe, source.checkpoint, _method(recipe, source), out=out, device=device)
 
 
 def build(
@@ -106,7 +106,7 @@ def build(
     with locked(out):
         source = open_source(recipe.model.id, recipe.model.revision, progress)
         unpinned = source.revision if recipe.model.revision is None else None
-        method = _method(recipe)
+        method = _method(recipe, source)
         texts = {}
         if _reads_text(recipe, method):
             texts = {
@@ -127,8 +127,8 @@ def build(
     return Build(out, record, reused, unpinned)
 
 
-def _method(recipe: Recipe) -> Method:
-    return METHODS[recipe.format](recipe.quantize)
+def _method(recipe: Recipe, source: Source) -> Method:
+    return METHODS[recipe.format](recipe.quantize, source.checkpoint.config)
 
 
 def _reads_text(recipe: Recipe, method: Method) -> bool:

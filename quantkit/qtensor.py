@@ -4,22 +4,10 @@ A solver does not know which format its codes go to; a format does not know how 
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
-
-class Grid(Protocol):
-    """What the codes of one linear mean; see `quantkit.grids`."""
-
-    @property
-    def bits(self) -> int:
-        """Bits per code."""
-        ...
-
-    def decode(self, codes_OI: Tensor) -> Tensor:
-        """float32 [O, I]: the weights that uint8 codes stand for."""
-        ...
+from quantkit.grids.affine import Grid
 
 
 @dataclass(frozen=True)

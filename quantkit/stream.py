@@ -23,26 +23,7 @@ from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
 from quantkit.errors import RefusedError
 from quantkit.qtensor import Item, LinearFacts, QuantizedLinear
-
-
-class Solver(Protocol):
-    """Chooses codes for linears that read the same input."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the statistics it asks for; if empty, no text is read and no forward pass is run."""
-        ...
-
-    def solve(
-        self, weights: dict[str, Tensor], statistics: Statistics
-    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
-        """Solved linears, one by one.
-
-        Args:
-            weights: [O, I] by full module name, in the compute dtype; not modified.
-            statistics: of the input they share.
-        """
-        ...
+from quantkit.solvers.contract import Solver
 
 
 class Preparation(Protocol):

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from quantkit.checkpoint.index import read_json
 from quantkit.errors import RefusedError
-from quantkit.formats import gptq
+from quantkit.formats import gptq, hqq, mlx
 from quantkit.formats.contract import Reading
 
-READERS: dict[str, Reading] = {gptq.NAME: gptq.READING}
+READERS: dict[str, Reading] = {module.NAME: module.READING for module in (gptq, hqq, mlx)}
 
 
 def detect(folder: Path) -> str:
