@@ -71,6 +71,7 @@ class SafeHQQ(AutoHQQHFModel):
             for name, tensor in load_file(path).items():
                 module, part = name.rsplit(".", 1)
                 modules.setdefault(module, {{}})[part] = tensor
+        modules.setdefault("lm_head", modules["model.embed_tokens"])
         return modules
 
 folder = "{repo}"

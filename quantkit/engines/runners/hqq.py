@@ -30,12 +30,11 @@ def load(request):
                 for name, tensor in load_file(path).items():
                     module, part = name.rsplit(".", 1)
                     modules.setdefault(module, {})[part] = tensor
+            # the head of a model with tied embeddings is no module of its own in the file
+            modules.setdefault("lm_head", modules["model.embed_tokens"])
             return modules
 
     model = SafeHQQ.from_quantized(request["artifact"], compute_dtype=torch.float16, device=request["device"])
-    if model.config.tie_word_embeddings:
-        # it keeps the head of a model with tied embeddings on the meta device
-        model.lm_head.weight = model.model.embed_tokens.weight
 
     def logits(ids):
         with torch.inference_mode():
