@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint docs docs-check test-slow test-gpu clean
+.PHONY: setup demo test lint docs docs-check test-engines test-slow test-gpu clean
 
 setup: $(INSTALLED)
 
@@ -31,6 +31,10 @@ docs: setup
 
 docs-check: setup
 	$(BIN)/python docs/generate.py --check
+
+# the upstream packages read what quantkit writes, and build; their environments are made once, under ~/.cache
+test-engines: setup
+	$(BIN)/pytest -m slow tests/engines tests/test_upstream.py
 
 # minutes each; `harness` installs lm-evaluation-harness, which one of them compares with
 test-slow: setup
