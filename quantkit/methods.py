@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from quantkit.formats.contract import Format
+from quantkit.formats.gguf.metadata import About
+from quantkit.formats.gguf.names import Model
+from quantkit.formats.gguf.write import GgufFormat
 from quantkit.formats.gptq import LOWEST_ASYMMETRIC_ZERO, GptqFormat
 from quantkit.formats.hqq import HqqFormat
 from quantkit.formats.mlx import MlxFormat
 from quantkit.grids.affine import AffineRule, BiasRule, FloatZeroRule
-from quantkit.quantize import GptqSection, HqqSection, MlxSection
+from quantkit.quantize import GgufSection, GptqSection, HqqSection, MlxSection
+from quantkit.solvers.blocks import BlockSolver
 from quantkit.solvers.contract import Solver
 from quantkit.solvers.gptq import GptqSolver
 from quantkit.solvers.hqq import HalfQuadratic
@@ -106,4 +110,12 @@ def _raised_by_mlx(num_layers: int) -> frozenset[str]:
     )
 
 
-METHODS: dict[str, Callable[[Any, dict[str, Any]], Method]] = {"gptq": gptq, "hqq": hqq, "mlx": mlx}
+def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
+    """Searched block codes in GGUF files, embedding and head included, every type from one pass."""
+    about = About(section.name, section.license, section.languages, section.base_model, section.quantized_by)
+    written = GgufFormat(section.types, Model.of(config), about, section.imatrix)
+    solver = BlockSolver(written.types, section.imatrix)
+    return Method(Solvers(solver, ends=solver), written)
+
+
+METHODS: dict[str, Callable[[Any, dict[str, Any]], Method]] = {"gptq": gptq, "hqq": hqq, "mlx": mlx, "gguf": gguf}

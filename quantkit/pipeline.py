@@ -13,11 +13,11 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.engines.env import find_engine
 from quantkit.errors import RefusedError
-from quantkit.formats import READERS
+from quantkit.formats import READERS, open_variants
 from quantkit.formats.shards import read_item, write_item
 from quantkit.judgement import check_window, judge, keep
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
-from quantkit.methods import METHODS, Method
+from quantkit.methods import Method, method_of
 from quantkit.plan import Plan, make_plan
 from quantkit.progress import Progress
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
@@ -120,9 +120,9 @@ def build(
             record = _make(recipe, source, method, texts, identity, out, device, fresh, progress)
         if validated and (record["validation"] is None or record["recipe"] != recipe.resolved()):
             record = record | {"recipe": recipe.resolved()}
-            artifact = READERS[recipe.format].open(out)
+            variants = open_variants(recipe.format, out)
             runtimes = tuple(dict.fromkeys((REFERENCE_RUNTIME, *recipe.validation.require)))
-            record["validation"] = judge(artifact, source, recipe, device=device, runtimes=runtimes, progress=progress)
+            record["validation"] = judge(variants, source, recipe, device=device, runtimes=runtimes, progress=progress)
             keep(out, record)
     return Build(out, record, reused, unpinned)
 

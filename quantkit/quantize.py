@@ -118,5 +118,43 @@ class MlxSection(Section):
     )
 
 
-QUANTIZE: dict[str, Section] = {"gptq": GptqSection(), "hqq": HqqSection(), "mlx": MlxSection()}
+FileType = Literal[
+    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M",
+    "Q6_K", "Q8_0",
+]  # fmt: skip
+
+
+class GgufSection(Section):
+    """Which GGUF files are written, and what they say of the model."""
+
+    types: tuple[FileType, ...] = Field(
+        default=("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
+        strict=False,
+        min_length=1,
+        description="File types, one file each; llama-quantize's mixtures of tensor types.",
+    )
+    imatrix: bool = Field(
+        default=True,
+        description="Weight errors by the mean squares of the inputs, collected on the calibration text, and publish "
+        'them as a file. Several types need `calibration.activations = "float"`.',
+    )
+    name: str = Field(
+        default="model",
+        pattern=r"^[\w.+-]+$",
+        description="Model name in the files and of the files, `<name>.<type>.gguf`.",
+    )
+    license: str | None = Field(default=None, description="Licence that the files state.")
+    languages: tuple[str, ...] = Field(
+        default=("pl",), strict=False, description="ISO 639-1 codes that the files state."
+    )
+    base_model: str | None = Field(default=None, description="`org/name` on the Hub that the files state.")
+    quantized_by: str | None = Field(default=None, description="Organization that the files name.")
+
+
+QUANTIZE: dict[str, Section] = {
+    "gptq": GptqSection(),
+    "hqq": HqqSection(),
+    "mlx": MlxSection(),
+    "gguf": GgufSection(),
+}
 """Each format's table with its defaults, by the format's name."""

@@ -11,7 +11,7 @@ Shape legend: W windows, T tokens per window, D hidden size.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -175,7 +175,7 @@ def _solve_item(
         }
         started = time.perf_counter()
         for full, quantized, facts in solvers.layers.solve(weights, statistics):
-            item.linears[full] = QuantizedLinear(quantized.codes_OI, quantized.grid, biases.get(full, quantized.bias_O))
+            item.linears[full] = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
             item.facts.append(facts)
             sinks.linear(facts)
         item.seconds["solve"] = item.seconds.get("solve", 0.0) + time.perf_counter() - started

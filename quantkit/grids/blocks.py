@@ -241,7 +241,7 @@ def _fit_offset(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> tuple[Tensor, 
 
 
 def _fit_ranges(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
-    """Steps and what is subtracted [N, S] of sub-blocks with a min; the latter is not negative where it is an integer."""
+    """Steps and what is subtracted [N, S] of sub-blocks with a min; an integer min is not negative."""
     signed = kind.min_top == 1
     low_NS, high_NS = x_NSL.amin(2), x_NSL.amax(2)
     if not signed:
