@@ -136,13 +136,13 @@ def config_of(header: Header) -> dict[str, Any]:
 
 
 def open_variants(folder: Path) -> dict[str, GgufArtifact]:
-    """Every model file of a folder, by what its name ends in ("Q4_K_M" of "name.Q4_K_M.gguf" or "name-Q4_K_M.gguf").
+    """Every model file of a folder, smallest first, by what its name ends in: "Q4_K_M" of "name.Q4_K_M.gguf".
 
     Raises:
         RefusedError: none is there, or one cannot be read.
     """
     found = {}
-    for path in sorted(folder.glob(f"*{SUFFIX}")):
+    for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: (path.stat().st_size, path.name)):
         header = read_header(path)
         if header.metadata.get("general.type", "model") == "model" and header.tensors:
             found[_variant(path)] = open_file(path)

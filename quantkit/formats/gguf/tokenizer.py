@@ -89,6 +89,9 @@ def vocabulary(folder: Path, config: dict[str, Any], num_rows: int) -> Vocabular
             where=str(folder),
             fix="tokenizer and weights are of different models; download both again",
         )
+    special = _special(settings, config, {text: token for token, (text, _, _) in pieces.items()})
+    if kind == "llama" and (unknown := pieces.get(special.get("unknown", -1))):
+        pieces[special["unknown"]] = (unknown[0], unknown[1], UNKNOWN)
     full = [pieces.get(token, (f"[PAD{token}]", UNUSED_SCORE, UNUSED)) for token in range(num_rows)]
     add_bos, add_eos = _added_at_ends(fast, settings, kind)
     return Vocabulary(
@@ -98,7 +101,7 @@ def vocabulary(folder: Path, config: dict[str, Any], num_rows: int) -> Vocabular
         [number for _, _, number in full],
         [score for _, score, _ in full] if kind == "llama" else None,
         merges,
-        _special(settings, config, {text: token for token, (text, _, _) in pieces.items()}),
+        special,
         add_bos,
         add_eos,
         prefix,
@@ -147,9 +150,7 @@ def _byte_fallback(fast: dict[str, Any]) -> Pieces:
         made.setdefault("".join(pair), rank)
     pieces: Pieces = {}
     for text, token in model["vocab"].items():
-        if text == model.get("unk_token"):
-            pieces[token] = (text, 0.0, UNKNOWN)
-        elif len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+        if len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             pieces[token] = (text, 0.0, BYTE)
         else:
             pieces[token] = (text, -float(made.get(text, len(made))), NORMAL)
