@@ -173,7 +173,8 @@ def _engine_result(
     engine = find_engine(name)
     if reason := why_not(engine, device.type):
         return not_run(name, reason)
-    logits = evaluate(engine, artifact.tensors.folder, text.windows, device=device.type, threads=threads)
+    tensors = artifact.tensors
+    logits = evaluate(engine, tensors.folder, text.windows, files=tensors.files, device=device.type, threads=threads)
     result = logits_result(name, logits, reference, text)
     facts = installed_facts(engine)
     return result | {"package": facts["package"], "version": facts["version"]}
