@@ -8,7 +8,9 @@ them, this one goes on: with rounded scales it tries their neighbours, refits d 
 Shape legend: O rows, I columns, N blocks, S sub-blocks of a block, L weights of a sub-block.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -246,30 +248,35 @@ def _fit_ranges(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> tuple[Tensor, 
     low_NS, high_NS = x_NSL.amin(2), x_NSL.amax(2)
     if not signed:
         low_NS = low_NS.clamp(max=0)
-    span_NS = high_NS - low_NS
-    best = span_NS / kind.top, -low_NS
+    best = (high_NS - low_NS) / kind.top, -low_NS
     error_NS = _error(x_NSL, w_NSL, *best, kind)
     xw_NSL = x_NSL * w_NSL
     sum_w_NS, sum_x_NS = w_NSL.sum(2), xw_NSL.sum(2)
-    # where no rounding of scales follows that would swamp it, a finer search pays
-    fineness = 2 if kind.block == K_BLOCK else 4
-    for candidate in range(10 * fineness):
-        inverse_NS = torch.where(span_NS > 0, (kind.top - 0.9 + 0.2 / fineness * candidate) / span_NS, 0.0)
-        step_NS, less_NS = torch.where(inverse_NS > 0, 1 / inverse_NS, 0.0), -low_NS
-        codes_NSL = _codes(x_NSL, step_NS, less_NS, kind)
-        tried = _least_squares(codes_NSL, w_NSL, xw_NSL, sum_w_NS, sum_x_NS, signed=signed)
-        tried_NS = _error(x_NSL, w_NSL, *tried, kind)
-        better_NS = tried_NS < error_NS
-        error_NS = torch.where(better_NS, tried_NS, error_NS)
-        best = torch.where(better_NS, tried[0], best[0]), torch.where(better_NS, tried[1], best[1])
-    for _ in range(0 if kind.has_sub_scales else 2):
-        codes_NSL = _codes(x_NSL, *best, kind)
+    starts = _starts(low_NS, high_NS, kind)
+    # codes that a fit gives may call for another fit
+    for start in chain(starts, repeat(None, 0 if kind.has_sub_scales else 3)):
+        codes_NSL = _codes(x_NSL, *(start or best), kind)
         tried = _least_squares(codes_NSL, w_NSL, xw_NSL, sum_w_NS, sum_x_NS, signed=signed)
         tried_NS = _error(x_NSL, w_NSL, *tried, kind)
         better_NS = tried_NS < error_NS
         error_NS = torch.where(better_NS, tried_NS, error_NS)
         best = torch.where(better_NS, tried[0], best[0]), torch.where(better_NS, tried[1], best[1])
     return best
+
+
+def _starts(low_NS: Tensor, high_NS: Tensor, kind: BlockType) -> Iterator[tuple[Tensor, Tensor]]:
+    """Steps and subtrahends whose codes are worth fitting."""
+    # where no rounding of scales follows that would swamp it, a finer search pays
+    fineness = 2 if kind.has_sub_scales else 4
+    zero_NS = torch.zeros_like(low_NS)
+    # one weight far from all others, which then are best called the same: that code must stand for about 0
+    for low, high, count in (
+        (low_NS, high_NS, 10 * fineness),
+        (zero_NS, high_NS.clamp(min=0), 4),
+        (low_NS.clamp(max=0), zero_NS, 4),
+    ):
+        for candidate in range(count):
+            yield (high - low) / (kind.top - 0.9 + 2.0 / count * candidate), zero_NS - low
 
 
 def _least_squares(

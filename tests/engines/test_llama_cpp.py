@@ -70,7 +70,7 @@ def within(engine, script: str, *arguments: str) -> str:
 
 def encoder(engine):
     """`ggml_quantize_chunk` of the engine's library, decoded by gguf-py."""
-    (path,) = environment_of(engine).rglob("libggml-base.so")
+    path = next(environment_of(engine).rglob("libggml-base.so"))
     chunk = ctypes.CDLL(str(path)).ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
