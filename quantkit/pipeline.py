@@ -17,7 +17,7 @@ from quantkit.formats import READERS, open_variants
 from quantkit.formats.shards import read_item, write_item
 from quantkit.judgement import check_window, judge, keep
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
-from quantkit.methods import Method, method_of
+from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan
 from quantkit.progress import Progress
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name

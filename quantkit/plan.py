@@ -69,6 +69,13 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     """
     if recipe.engine != OWN_ENGINE:
         require(find_engine(recipe.engine), device.type)
+    several = isinstance(method.format, SeveralVariants) and len(method.format.variants) > 1
+    if several and method.solvers.needs and recipe.calibration.activations != "float":
+        raise RefusedError(
+            "several variants cannot share statistics of a quantized stream, which is different for each",
+            where="calibration.activations",
+            fix='set it to "float", or let the recipe name a single variant',
+        )
     shapes = list(checkpoint.linear_shapes(ends=method.solvers.ends is not None))
     solved = [shape for shape in shapes if not shape[0].endswith(method.format.skip)]
     if problems := method.format.problems(shapes):

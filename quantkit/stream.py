@@ -22,7 +22,7 @@ from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
 from quantkit.errors import RefusedError
-from quantkit.qtensor import Item, LinearFacts, QuantizedLinear
+from quantkit.qtensor import Item, LinearFacts
 from quantkit.solvers.contract import Solver
 
 

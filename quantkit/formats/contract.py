@@ -67,6 +67,11 @@ class Format(Protocol):
 class SeveralVariants(Protocol):
     """A format that writes several variants of the model into one folder; its `stored_bits` counts them all."""
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
     def variant_bits(self, name: str, rows: int, columns: int) -> dict[str, int]:
         """Bits that a quantized linear takes in each variant, by the variant's name."""
         ...

@@ -86,7 +86,8 @@ def test_an_unknown_engine_is_refused_with_a_suggestion():
     with pytest.raises(RefusedError) as caught:
         find_engine("autogptq")
     assert str(caught.value) == (
-        "no engine named 'autogptq'\n  fix: did you mean 'auto-gptq'? there are: auto-gptq, gptqmodel, hqq, llama-cpp, mlx-lm"
+        "no engine named 'autogptq'\n"
+        "  fix: did you mean 'auto-gptq'? there are: auto-gptq, gptqmodel, hqq, llama-cpp, mlx-lm"
     )
 
 

@@ -337,9 +337,9 @@ def test_several_types_want_the_float_stream(sources, text, tmp_path):
     with pytest.raises(RefusedError) as caught:
         build(recipe.model_copy(update={"calibration": section}), out=tmp_path / "a", device=CPU)
     assert str(caught.value) == (
-        "3 file types cannot share statistics of a quantized stream\n"
+        "several variants cannot share statistics of a quantized stream, which is different for each\n"
         "  at:  calibration.activations\n"
-        '  fix: set it to "float", or name a single type in quantize.types'
+        '  fix: set it to "float", or let the recipe name a single variant'
     )
 
 

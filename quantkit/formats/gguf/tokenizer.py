@@ -79,10 +79,10 @@ def vocabulary(folder: Path, config: dict[str, Any], num_rows: int) -> Vocabular
     else:
         pieces, merges, prefix = _byte_level(fast, folder), _merges(fast), None
         kind, pre = "gpt2", pre_tokenizer(fast, folder)
-    for token, (text, special) in _added(fast, settings).items():
+    for token, (text, is_special) in _added(fast, settings).items():
         known = pieces.get(token)
         if known is None or (known[0] == text and known[2] == NORMAL):
-            pieces[token] = (text, ADDED_SCORE, CONTROL if special else USER_DEFINED)
+            pieces[token] = (text, ADDED_SCORE, CONTROL if is_special else USER_DEFINED)
     if pieces and max(pieces) >= num_rows:
         raise RefusedError(
             f"the tokenizer has an id {max(pieces)}, the embedding {num_rows} rows",

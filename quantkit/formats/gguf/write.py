@@ -50,6 +50,10 @@ class GgufFormat:
     name: str = NAME
     stored_dtype: torch.dtype = torch.float32
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return self.file_types
+
     def types(self, module: str, columns: int) -> tuple[str, ...]:
         """The distinct ggml types that a linear is needed in, in the order of the file types."""
         return tuple(dict.fromkeys(self._type(file_type, module, columns) for file_type in self.file_types))
