@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# threads that wait sleep: on a machine that has other work too, spinning ones make everything many times slower
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: setup demo test lint docs docs-check test-engines test-slow test-gpu clean
 
