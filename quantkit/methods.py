@@ -114,7 +114,8 @@ def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
     """Searched block codes in GGUF files, embedding and head included, every type from one pass."""
     about = About(section.name, section.license, section.languages, section.base_model, section.quantized_by)
     written = GgufFormat(section.types, Model.of(config), about, section.imatrix)
-    solver = BlockSolver(written.types, section.imatrix)
+    damping = section.damping if section.solver == "gptq" else None
+    solver = BlockSolver(written.types, section.imatrix, damping)
     return Method(Solvers(solver, ends=solver), written)
 
 

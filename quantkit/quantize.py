@@ -138,6 +138,14 @@ class GgufSection(Section):
         description="Weight errors by the mean squares of the inputs, collected on the calibration text, and publish "
         'them as a file. Several types need `calibration.activations = "float"`.',
     )
+    solver: Literal["search", "gptq"] = Field(
+        default="search",
+        description="`search` chooses scales and codes on the weights; `gptq` lets GPTQ choose the codes, with scales "
+        "searched block by block. The embedding has no calibration and is always searched.",
+    )
+    damping: float = Field(
+        default=0.01, gt=0, lt=1, description="Of `gptq`: fraction of the Hessian's mean diagonal added to it."
+    )
     name: str = Field(
         default="model",
         pattern=r"^[\w.+-]+$",

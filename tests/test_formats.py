@@ -30,6 +30,7 @@ CASES = {
     "mlx": ("mlx", {"group_size": 32, "scale_candidates": 2}),
     "mlx-mixed": ("mlx", {"group_size": 32, "mixed": "mixed_4_6", "scale_candidates": 2, "dtype": "bfloat16"}),
     "gguf": ("gguf", {"types": ["Q4_K_M"]}),
+    "gguf-gptq": ("gguf", {"types": ["Q4_K_M"], "solver": "gptq"}),
     "gguf-unweighted": ("gguf", {"types": ["Q5_0"], "imatrix": False}),
     "mlx-rounded": ("mlx", {"group_size": 32, "solver": "round-to-nearest", "bits": 8}),
 }

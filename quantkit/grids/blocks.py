@@ -177,7 +177,7 @@ def _quantize(weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None) -
         error_weights(weight_OI, kind, importance_I).reshape(parts),
         kind,
     )
-    codes_NSL = _codes(weight_OI.reshape(parts), *_steps(grid), kind)
+    codes_NSL = _codes(weight_OI.reshape(parts), *steps_of(grid), kind)
     num_blocks, num_subs = columns // kind.block, parts[1]
     d_N, dmin_N, scale_NS, min_NS = grid
     return codes_NSL.reshape(rows, columns).to(torch.uint8), BlockGrid(
@@ -324,11 +324,11 @@ def _neighbours(x_NSL: Tensor, w_NSL: Tensor, found: Fitted, kind: BlockType) ->
     """The same with each sub-block's scale and min moved to the best of their neighbours."""
     d_N, dmin_N, scale_NS, min_NS = found
     best = scale_NS, min_NS
-    error_NS = _error(x_NSL, w_NSL, *_steps(found), kind)
+    error_NS = _error(x_NSL, w_NSL, *steps_of(found), kind)
     moves = [(a, b) for a in (-1, 0, 1) for b in ((-1, 0, 1) if kind.min_top else (0,)) if (a, b) != (0, 0)]
     for scale_move, min_move in moves:
         tried = (scale_NS + scale_move).clamp(*kind.scale_range), (min_NS + min_move).clamp(0, kind.min_top)
-        tried_NS = _error(x_NSL, w_NSL, *_steps((d_N, dmin_N, *tried)), kind)
+        tried_NS = _error(x_NSL, w_NSL, *steps_of((d_N, dmin_N, *tried)), kind)
         better_NS = tried_NS < error_NS
         error_NS = torch.where(better_NS, tried_NS, error_NS)
         best = torch.where(better_NS, tried[0], best[0]), torch.where(better_NS, tried[1], best[1])
@@ -338,7 +338,7 @@ def _neighbours(x_NSL: Tensor, w_NSL: Tensor, found: Fitted, kind: BlockType) ->
 def _refit(x_NSL: Tensor, w_NSL: Tensor, found: Fitted, kind: BlockType) -> Fitted:
     """The same with d and dmin fitted to the codes, where that helps once they are float16 again."""
     d_N, dmin_N, scale_NS, min_NS = found
-    a_NSL = (_codes(x_NSL, *_steps(found), kind) - kind.offset) * scale_NS.unsqueeze(2)
+    a_NSL = (_codes(x_NSL, *steps_of(found), kind) - kind.offset) * scale_NS.unsqueeze(2)
     wa_NSL = w_NSL * a_NSL
     aa_N, xa_N = (wa_NSL * a_NSL).sum((1, 2)), (wa_NSL * x_NSL).sum((1, 2))
     if kind.min_top:
@@ -355,12 +355,13 @@ def _refit(x_NSL: Tensor, w_NSL: Tensor, found: Fitted, kind: BlockType) -> Fitt
     else:
         fitted = torch.where(aa_N > 0, xa_N / aa_N, d_N), dmin_N
     tried = _half(fitted[0]), _half(fitted[1]), scale_NS, min_NS
-    before_N = _error(x_NSL, w_NSL, *_steps(found), kind).sum(1)
-    better_N = _error(x_NSL, w_NSL, *_steps(tried), kind).sum(1) < before_N
+    before_N = _error(x_NSL, w_NSL, *steps_of(found), kind).sum(1)
+    better_N = _error(x_NSL, w_NSL, *steps_of(tried), kind).sum(1) < before_N
     return torch.where(better_N, tried[0], d_N), torch.where(better_N, tried[1], dmin_N), scale_NS, min_NS
 
 
-def _steps(found: Fitted) -> tuple[Tensor, Tensor]:
+def steps_of(found: Fitted) -> tuple[Tensor, Tensor]:
+    """The step between codes and what is subtracted, [N, S] each."""
     d_N, dmin_N, scale_NS, min_NS = found
     return d_N.unsqueeze(1) * scale_NS, dmin_N.unsqueeze(1) * min_NS
 

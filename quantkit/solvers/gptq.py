@@ -8,7 +8,7 @@ a third of n^3 instead of four thirds, reads the errors instead of rewriting the
 
 One thing differs from the inverse form: weights of later columns are never updated, so a group's grid cannot be
 fitted on them as they stand. What the paper's form would hold there is W_g plus the solution of a small
-triangular system inside the group (`_updated`), and that is what the grid is fitted on.
+triangular system inside the group (`updated`), and that is what the grid is fitted on.
 
 Shape legend: O out features, I in features. Everything here is transposed (input channel first), because the loop
 walks over input channels and wants each one contiguous.
@@ -169,7 +169,7 @@ def solve_gptq(
         # the part of every column's feedback that comes from earlier groups
         feedback_IO = upper_II[:start, inside].t() @ error_IO[:start]
         scale_O, zero_O = rule.fit(
-            _updated(weight_IO[inside], feedback_IO, upper_II[inside, inside]), factor.importance_I[inside]
+            updated(weight_IO[inside], feedback_IO, upper_II[inside, inside]), factor.importance_I[inside]
         )
         scale_OG[:, group], zero_OG[:, group] = scale_O, zero_O
         for first in range(start, stop, panel):
@@ -314,7 +314,7 @@ class GptqSolver:
             started = finished
 
 
-def _updated(weight_IO: Tensor, feedback_IO: Tensor, upper_II: Tensor) -> Tensor:
+def updated(weight_IO: Tensor, feedback_IO: Tensor, upper_II: Tensor) -> Tensor:
     """A group's weights as the inverse form of GPTQ would have updated them before its first column.
 
     They are what the group would be set to if it were free: the error's image under R, summed over earlier
