@@ -160,13 +160,22 @@ def quantize(
         torch.cat([part.min_ONS for part in grids]),
     )
     assert codes_OI.shape == (rows, columns), "every weight has a code"
+    require_finite(grid, weight_OI, where=where)
+    return codes_OI, grid
+
+
+def require_finite(grid: BlockGrid, weight_OI: Tensor, *, where: str = "") -> None:
+    """Stop where float16 numbers cannot hold a linear's scales.
+
+    Raises:
+        RefusedError: naming the largest weight.
+    """
     if not (torch.isfinite(grid.d_ON).all() and torch.isfinite(grid.dmin_ON).all()):
         raise RefusedError(
-            f"weights up to {float(weight_OI.abs().max()):g} are too large for {kind.name}",
+            f"weights up to {float(weight_OI.abs().max()):g} are too large for {grid.kind.name}",
             where=where,
             fix="the type's scales are 16-bit floats; this model cannot be stored in it",
         )
-    return codes_OI, grid
 
 
 def _quantize(weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None) -> tuple[Tensor, BlockGrid]:

@@ -9,18 +9,24 @@ Shape legend: O out features, I in features, N blocks of a row, S sub-blocks, L 
 import torch
 from torch import Tensor
 
-from quantkit.grids.blocks import BlockGrid, BlockType, fit, steps_of
+from quantkit.grids.blocks import BlockGrid, BlockType, fit, require_finite, steps_of
 from quantkit.qtensor import QuantizedLinear
 from quantkit.solvers.gptq import PANEL, Factor, updated
 
 
-def solve_blocks(weight_OI: Tensor, factor: Factor, kind: BlockType) -> tuple[QuantizedLinear, float]:
+def solve_blocks(
+    weight_OI: Tensor, factor: Factor, kind: BlockType, *, where: str = ""
+) -> tuple[QuantizedLinear, float]:
     """Codes and grid that minimize the linear's output error over the calibration tokens, and the share that was lost.
 
     Args:
         weight_OI: [O, I] in the factor's dtype; I is a multiple of `kind.block`. Not modified.
         factor: the Hessian's factor; its order keeps the columns of a block together.
         kind: the ggml type.
+        where: the linear's name, for the error.
+
+    Raises:
+        RefusedError: weights too large for the type's float16 scales.
     """
     upper_II, order_I = factor.upper_II, factor.order_I
     weight_IO = weight_OI.t()[order_I]
@@ -61,6 +67,7 @@ def solve_blocks(weight_OI: Tensor, factor: Factor, kind: BlockType) -> tuple[Qu
     codes_OI = torch.empty((rows, columns), dtype=torch.uint8, device=weight_IO.device)
     codes_OI[:, order_I] = codes_IO.t()
     grid = BlockGrid(kind, halves_ON[0], halves_ON[1], wholes_ONS[0], wholes_ONS[1])
+    require_finite(grid, weight_OI, where=where)
     return QuantizedLinear(codes_OI, grid), float(lost / energy) if float(energy) else 0.0
 
 

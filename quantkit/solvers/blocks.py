@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
@@ -48,7 +49,9 @@ class BlockSolver:
             solved, loss = [], None
             for kind in (TYPES[each] for each in self.types(name, weight_OI.shape[1])):
                 if self.damping is None or not seen:
-                    solved.append(QuantizedLinear(*quantize(weight_OI, kind, mean_I, where=name)))
+                    solved.append(
+                        QuantizedLinear(*quantize(weight_OI, kind, self._weights(weight_OI, mean_I), where=name))
+                    )
                     continue
                 if kind.block not in factors:
                     # blocks stay where they are in the row; visited by importance, and so are their columns
@@ -60,10 +63,16 @@ class BlockSolver:
                         where=name,
                     )
                 factor = factors[kind.block]
-                linear, share = solve_blocks(weight_OI.to(factor.upper_II.dtype), factor, kind)
+                linear, share = solve_blocks(weight_OI.to(factor.upper_II.dtype), factor, kind, where=name)
                 solved.append(linear)
                 loss = share if loss is None else loss
             first, *others = solved
             damping = max((factor.damping for factor in factors.values()), default=None)
             facts = LinearFacts(name, loss, damping, time.perf_counter() - started)
             yield name, replace(first, others=tuple(others), importance=importance), facts
+
+    def _weights(self, weight_OI: Tensor, mean_I: Tensor | None) -> Tensor | None:
+        """Even weights for what has no input: ggml's own would be the weights' squares, which large columns rule."""
+        if mean_I is None and self.weighted:
+            return torch.ones(weight_OI.shape[1], device=weight_OI.device)
+        return mean_I
