@@ -471,6 +471,8 @@ def test_an_unknown_pre_tokenizer_says_how_to_add_it(tmp_path):
         byte_level(tmp_path / "twice", PRE_TOKENIZERS and next(iter(list(PRE_TOKENIZERS)[2]))) / "tokenizer.json"
     )
     assert pre_tokenizer(fast, folder) == "qwen2"
+    with pytest.raises(RefusedError, match=r"no llama\.cpp name for.*Lowercase"):
+        pre_tokenizer(fast | {"normalizer": {"type": "Lowercase"}}, folder)
     fast["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = True
     with pytest.raises(RefusedError, match=r"no llama\.cpp name for"):
         pre_tokenizer(fast, folder)

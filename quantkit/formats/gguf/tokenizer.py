@@ -203,13 +203,15 @@ def pre_tokenizer(fast: dict[str, Any], folder: Path) -> str:
             patterns.append("digits")
         else:
             known = False
+    # llama.cpp normalizes nothing; NFC, which Qwen asks for, changes only text with combining accents
+    known = known and all(step.get("type") == "NFC" for step in _flat(fast.get("normalizer"), "normalizers"))
     # with a pattern of its own the byte level splits once more
     own = bool(steps) and steps[-1].get("use_regex", True)
     name = PRE_TOKENIZERS.get(tuple(patterns)) if known else None
     if name is None or own != (name in ("gpt-2", "smollm")):
         raise RefusedError(
             "the tokenizer splits text in a way that quantkit has no llama.cpp name for: "
-            + json.dumps(fast.get("pre_tokenizer"), ensure_ascii=False)[:400],
+            + json.dumps({key: fast.get(key) for key in ("normalizer", "pre_tokenizer")}, ensure_ascii=False)[:400],
             where=str(folder / "tokenizer.json"),
             fix="add its patterns with llama.cpp's name for them to PRE_TOKENIZERS in "
             "quantkit/formats/gguf/tokenizer.py, and compare token ids with llama.cpp's on text of every kind",
