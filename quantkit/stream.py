@@ -104,7 +104,7 @@ def stream(
         calibration: None if and only if the solvers need no statistics.
         decoder: the model's code.
         stored_dtype: dtype the format keeps dense tensors in; the stream computes with what the file will hold.
-        skip: suffixes of linears that stay dense.
+        skip: suffixes of linears that stay dense, embedding and head included.
         finished: dense weights of a finished item as read back from disk, or None if it is still to be done.
         sinks: told of progress.
 
@@ -147,7 +147,8 @@ def _solve_item(
     decoder: Decoder,
 ) -> Item:
     if name in (EMBEDDING, HEAD):
-        return _solve_end(name, source, solvers.ends, activations, stored_dtype, sinks, decoder)
+        ends = None if END_MODULES[name].endswith(skip) else solvers.ends
+        return _solve_end(name, source, ends, activations, stored_dtype, sinks, decoder)
     index = int(name.removeprefix("layers."))
     rewritten = source
     if solvers.preparation is not None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.families import EMBEDDING, HEAD
@@ -33,6 +34,7 @@ CASES = [
     *(("mlx", "mistral", {"group_size": 32, "bits": bits}) for bits in (2, 3, 4, 5, 6, 8)),
     ("mlx", "mistral", {"group_size": 64, "mixed": "mixed_3_6", "dtype": "bfloat16"}),
     *(("mlx", kind, {"group_size": 32}) for kind in ("llama", "qwen2", "qwen3")),
+    *(("mlx", "mistral", {"group_size": 32, "skip": [end]}) for end in ("lm_head", "embed_tokens")),
 ]
 BUILT = [
     ("hqq", {"bits": 3, "group_size": 32}),
@@ -112,6 +114,27 @@ def test_what_the_package_builds_is_read_judged_and_recorded(case, sources, kept
     ours, theirs = done.record["validation"]["variants"][0]["results"]
     assert ours["ratio"] == pytest.approx(theirs["ratio"], abs=2e-3)
     assert not [path for path in done.out.rglob("*") if path.suffix == ".json" and str(tmp_path) in path.read_text()]
+
+
+ROUNDED = [
+    *({"bits": bits, "group_size": 32, "dtype": "float16"} for bits in (2, 3, 4, 5, 6, 8)),
+    *({"bits": bits, "group_size": size, "dtype": "bfloat16"} for bits, size in ((3, 64), (4, 128))),
+    {"group_size": 64, "mixed": "mixed_3_6", "dtype": "float16"},
+]
+
+
+@pytest.mark.parametrize("quantize", ROUNDED, ids=lambda quantize: "-".join(map(str, quantize.values())))
+def test_rounding_to_nearest_stores_what_mlx_lm_stores(quantize, sources, kept_engine, tmp_path):
+    kept_engine("mlx-lm")
+    ways = {"ours": {"quantize": quantize | {"solver": "round-to-nearest"}}, "theirs": {"engine": "mlx-lm"}}
+    found = {}
+    for way, keys in ways.items():
+        recipe = recipe_of("mlx", sources["mistral"], **({"quantize": quantize, "folder": tmp_path} | keys))
+        out = build(recipe, out=tmp_path / way, device=CPU, validated=False).out
+        found[way] = load_file(out / "model.safetensors")
+    assert found["ours"].keys() == found["theirs"].keys()
+    assert sum(name.endswith(".scales") for name in found["ours"]) == 2 * 7 + 2
+    assert [name for name, tensor in found["ours"].items() if not torch.equal(tensor, found["theirs"][name])] == []
 
 
 @pytest.mark.parametrize("name", ["hqq", "mlx"])

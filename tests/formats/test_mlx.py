@@ -69,9 +69,53 @@ def test_rounding_to_nearest_gives_mlxs_golden_words(bits, values, sign, words):
     tensors = encode_linear("p", quantized, torch.float16)
     assert tensors["p.scales"].tolist() == [[-sign]]
     assert tensors["p.biases"].tolist() == [[sign * (2**bits - 1)]]
-    if sign > 0:
-        assert [int(word) for word in tensors["p.weight"].view(torch.int32).numpy().view(np.uint32)[0]] == words
+    assert tensors["p.weight"].tolist() == [words]
     torch.testing.assert_close(quantized.dequantize(), torch.tensor([values]))
+
+
+# what mx.quantize of mlx 0.32.4 makes of `uneven()`: words and scale of each row; the first row's negative end is the
+# larger, the second's positive one, so the scales have both signs
+MX_QUANTIZE = {
+    2: ([0xD8B762D9, 0x2D98B621], [0x21D99887, 0xD9887766], [0.625, -1.34375]),
+    3: ([0xDE544EF1, 0x6343EB19, 0x33BCA89D], [0xF2A6981F, 0xE595303E, 0xCB2A609D], [0.25, -0.53759765625]),
+    4: (
+        [0x4A18E5C3, 0xE4B28F6D, 0x8E5C2907, 0x28F6C3A1],
+        [0xC3A2907F, 0x2908F6E5, 0x8F6E5C3B, 0xE5D4B291],
+        [0.125, -0.2442626953125],
+    ),
+    5: (
+        [0x050EAB06, 0x48F99A3D, 0xC80EDA2C, 0x827F1582, 0x1C3CCC9A],
+        [0xAA3901FE, 0xFF3369C1, 0x64F52482, 0x6187DBC5, 0xE2B27B12],
+        [0.0625, -0.12213134765625],
+    ),
+    6: (
+        [0x20ED6C4B, 0xF6743AA1, 0xDD1B478F, 0x302A601C, 0xDA437FA5, 0x1A2F98CC],
+        [0xC69407BD, 0x9DD3C4DA, 0x1E605FF9, 0xB95323AC, 0x89C283F6, 0xE95CCFB4],
+        [0.030487060546875, -0.059722900390625],
+    ),
+    8: (
+        [0xF258C82E, 0x3AAB1181, 0x8EFF64D5, 0xE147B81D, 0x2A9A0071, 0x7DEE54C4, 0xD136A70D, 0x198AFA60],
+        [0x95007BF7, 0xC833AE1A, 0xFB66E24D, 0x1E990480, 0x51CC37B3, 0x84FF6AE6, 0xB7229D09, 0xEA55D13C],
+        [0.00748443603515625, -0.01468658447265625],
+    ),
+}
+
+
+def uneven() -> torch.Tensor:
+    """[2, 32], exact in float16 and bfloat16."""
+    at = torch.arange(32)
+    return torch.stack([((at * 37 + 11) % 64 - 40) / 32, ((at * 29 + 5) % 64 - 20) / 16])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", MX_QUANTIZE)
+def test_rounding_to_nearest_equals_mx_quantize_to_the_bit(bits, dtype):
+    tensors = encode_linear("p", RoundToNearest(bits, 32, dtype).quantize(uneven()), dtype)
+    *words, scales = MX_QUANTIZE[bits]
+    assert tensors["p.weight"].tolist() == words
+    # bfloat16 scales are the same numbers with fewer digits
+    assert torch.equal(tensors["p.scales"], torch.tensor(scales)[:, None].to(dtype))
+    assert tensors["p.biases"].tolist() == [[-1.25], [2.6875]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -155,6 +199,19 @@ def test_embedding_and_head_are_quantized_and_mixtures_keep_their_rule(tied, tex
     }
     assert widths == {"model.embed_tokens": 3, "model.layers.0.self_attn.v_proj": 6}
     assert 3 + 1 < artifact.bits_per_weight < 6 + 1
+
+
+@pytest.mark.parametrize("module", ["model.embed_tokens", "lm_head"])
+def test_an_end_that_is_skipped_stays_dense_in_file_and_config_alike(module, text, tmp_path):
+    source = make_tiny(tmp_path / "m", "mistral", vocab_size=416)
+    recipe = recipe_of(source, text, skip=[module.removeprefix("model.")])
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    assert json.loads((out / "config.json").read_text())["quantization"][module] is False
+    tensors = open_artifact(out).tensors
+    dense = f"{module}.weight"
+    assert [name for name in tensors.tensors if name.startswith(f"{module}.")] == [dense]
+    expected = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).get_parameter(dense)
+    torch.testing.assert_close(tensors.read([dense])[dense].float(), expected.detach(), rtol=1e-3, atol=1e-6)
 
 
 def test_the_head_is_solved_for_its_own_inputs(text, tmp_path):
