@@ -267,10 +267,12 @@ def _insist(call: Callable[[], T], repo: str) -> T:
 
 def _hub_cause(error: BaseException) -> Exception | None:
     """The failure of HTTP or network behind an error, which the Hub's client may have wrapped."""
+    from huggingface_hub.errors import HfHubHTTPError
+
     cause: BaseException | None = error
     while cause is not None:
         library = type(cause).__module__.partition(".")[0]
-        if isinstance(cause, Exception) and library in (*HTTP_LIBRARIES, "huggingface_hub"):
+        if isinstance(cause, HfHubHTTPError) or (isinstance(cause, Exception) and library in HTTP_LIBRARIES):
             return cause
         cause = cause.__cause__
     return None

@@ -147,7 +147,7 @@ class Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)
             name = f"{wanted['organization']}/{wanted['name']}"
             if name in hub.repos:
-                self.fail(409, message="You already created this model repo")
+                self.answer(409, {"error": "You already created this model repo", "url": f"{hub.url}/{name}"})
                 return
             visible = wanted.get("private", wanted.get("visibility") == "private")
             hub.repos[name] = Repo(private=bool(visible))
@@ -208,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
             ]
             self.answer(200, {"files": modes})
         else:
-            self.commit(repo, revision, [json.loads(line) for line in body.splitlines()])
+            self.commit(name, revision, [json.loads(line) for line in body.splitlines()])
 
     def entry(self, path: str, content: bytes, large: bool) -> dict:
         found = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
@@ -216,7 +216,8 @@ class Handler(BaseHTTPRequestHandler):
             found["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
         return found
 
-    def commit(self, repo: Repo, branch: str, lines: list[dict]) -> None:
+    def commit(self, name: str, branch: str, lines: list[dict]) -> None:
+        repo = self.hub.repos[name]
         files = dict(repo.commits[repo.branches[branch]])
         for line in lines:
             value = line["value"]
@@ -232,7 +233,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.fail(400, message=f"{value['path']} was not uploaded")
                 return
         oid = repo.commit(branch, files)
-        self.answer(200, {"commitUrl": f"{self.hub.url}/commit/{oid}", "commitOid": oid, "hookOutput": ""})
+        self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "hookOutput": ""})
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repo = self.hub.repos.get(name)
