@@ -2,13 +2,16 @@
 
 import json
 import os
+import platform
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
@@ -19,6 +22,7 @@ from tests.tiny import WORDS
 
 ROOT = Path(__file__).parent.parent
 REPO = "an-org/tiny-GPTQ"
+PLANTED = "hf_plantedSecret0123456789"
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +39,13 @@ def built(tmp_path_factory, tiny_mistral) -> Path:
             "validation": {"texts": (str(text),), "window_tokens": 32, "generated_tokens": 0},
         }
     )
-    before = os.environ.get("QUANTKIT_HOME")
-    os.environ["QUANTKIT_HOME"] = str(folder / "home")
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTKIT_HOME", str(folder / "home"))
+        for name in ("USER", "LOGNAME", "HOSTNAME", "HF_TOKEN"):
+            patch.setenv(name, PLANTED)
+        patch.setattr(platform, "node", lambda: PLANTED)
+        patch.setattr(socket, "gethostname", lambda: PLANTED)
         return build(recipe, out=folder / "tiny-GPTQ", device=torch.device("cpu")).out
-    finally:
-        os.environ.pop("QUANTKIT_HOME")
-        if before is not None:
-            os.environ["QUANTKIT_HOME"] = before
 
 
 @pytest.fixture
@@ -80,6 +83,36 @@ def on_hub(hub: HubServer, branch: str = "main") -> dict[str, bytes]:
     repo = hub.repos[REPO]
     files = repo.commits[repo.branches[branch]]
     return {path: content for path, (content, _) in files.items() if path != ".gitattributes"}
+
+
+def test_record_and_card_hold_no_secret_and_no_path(built, tiny_mistral):
+    text = "".join(path.read_text("utf-8") for path in built.iterdir() if path.suffix in (".json", ".md", ".jinja"))
+    assert "fingerprint" in text
+    for secret in (
+        PLANTED,
+        str(built.parent),
+        str(tiny_mistral),
+        str(Path.home()) + "/",
+        str(ROOT),
+        socket.gethostname(),
+    ):
+        assert secret not in text, secret
+
+
+def test_the_card_announces_what_passed(built):
+    """The front matter as the Hub reads it: the figures of the record, tags of this format only."""
+    card = ModelCard.load(built / "README.md")
+    result = read_record(built)["validation"]["variants"][0]["results"][0]
+    announced = {found.metric_type: found.metric_value for found in card.data.eval_results}
+    assert announced == {
+        "word_perplexity": round(result["ppl_per_word"], 6),
+        "bits_per_byte": round(result["bits_per_byte"], 6),
+        "kl_divergence": round(result["mean_kld"], 6),
+        "top1_agreement": round(result["top1_agreement"], 6),
+    }
+    assert {"gptq", "quantized"} <= set(card.data.tags)
+    assert not {"gguf", "awq", "mlx", "exl2", "hqq"} & set(card.data.tags)
+    assert card.data.language == ["pl"]
 
 
 def test_everything_arrives_once_in_one_private_commit_and_comes_back_whole(hub, artifact, tmp_path):
