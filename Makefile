@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # threads that wait sleep: on a machine that has other work too, spinning ones make everything many times slower
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint docs docs-check test-engines test-slow test-gpu clean
+.PHONY: setup demo release build publish test lint docs docs-check test-engines test-slow test-gpu clean
 
 setup: $(INSTALLED)
 
@@ -18,6 +18,24 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/quantkit demo
+
+# make release MODEL=bielik-7b-instruct-v0.1 FORMATS="gptq awq": each recipe of the model built, judged and published;
+# a recipe's gate that fails stops its own publication (exit 3). Every step can be run alone, and again. See docs/publish.md.
+MODEL ?= bielik-nano
+FORMATS ?= gptq
+OUT ?= artifacts
+PUBLISH_FLAGS ?=
+
+release: $(FORMATS:%=publish-%)
+build: $(FORMATS:%=build-%)
+publish: $(FORMATS:%=publish-%)
+
+# no file stands for an artifact: quantkit compares the record with recipe and source, and does nothing if they agree
+build-%: setup
+	$(BIN)/quantkit build $(MODEL)/$* --out $(OUT)/$(MODEL)-$*
+
+publish-%: build-%
+	$(BIN)/quantkit publish $(OUT)/$(MODEL)-$* $(PUBLISH_FLAGS)
 
 test: lint docs-check
 	$(BIN)/pytest
