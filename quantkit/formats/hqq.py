@@ -31,6 +31,8 @@ STORED = torch.float16
 CODES_PER_WORD = 10  # of 3-bit codes; the two highest bits of a word stay empty
 FLOATS = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16, "torch.float32": torch.float32}
 PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
+# what a stored word holds: codes, and bits of each
+WORDS = {"8bit_u8": (1, 8), "4bit_u8": (2, 4), "3bit_32": (CODES_PER_WORD, 3), "2bit_u8": (4, 2)}
 VIEWS = {"8bit_u8": "torch.uint8", "4bit_u8": "torch.uint8", "3bit_32": "torch.int32", "2bit_u8": "torch.uint8"}
 TEXTS = ("packing", "unpack_view_dtype", "compute_dtype")
 NUMBERS = ("nbits", "group_size", "axis")
@@ -45,6 +47,7 @@ FLAGS = (
     "optimize",
     "round_zero",
 )
+NEEDED = ("W_q", "scale", "zero", "shape", "packing", *NUMBERS)
 RAISED = ("encoded_state_dict", "stores_quant_config", "channel_wise", "optimize")
 PARTS = ("W_q", "scale", "zero", "shape", *TEXTS, *NUMBERS, *FLAGS)
 USE = """transformers cannot load this folder; the [hqq](https://github.com/mobiusml/hqq) package can, once it is told
@@ -162,11 +165,12 @@ def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
     """One quantized linear from its tensors, ours or hqq's.
 
     Raises:
-        RefusedError: a packing or a quantized scale that is not known; nothing in the file is evaluated.
+        RefusedError: a packing or a quantized scale that is not known, or tensors that contradict each other; nothing
+            in the file is evaluated.
     """
     part = {key: tensors[f"{name}.{key}"] for key in PARTS if f"{name}.{key}" in tensors}
-    packing = bytes(part["packing"].tolist()).decode("ascii", errors="replace")
-    flags = {key for key in ("view_as_float", "quant_scale", "quant_zero") if key in part and int(part[key])}
+    packing = bytes(part["packing"].flatten().tolist()).decode("ascii", errors="replace")
+    flags = {key for key in ("view_as_float", "quant_scale", "quant_zero") if key in part and bool(part[key].any())}
     if packing not in VIEWS or flags:
         found = f"the packing {packing!r}" if packing not in VIEWS else " and ".join(sorted(flags))
         raise RefusedError(
@@ -174,6 +178,8 @@ def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
             where=name,
             fix=f"known packings: {', '.join(VIEWS)}, with plain scales and zeros",
         )
+    if contradiction := _contradiction(part, packing):
+        raise RefusedError(f"{name}: {contradiction}", where=name, fix="download the artifact again")
     bits, size, axis = (int(part[key]) for key in NUMBERS)
     rows, columns = part["shape"].tolist()
     scale, zero = part["scale"].float(), part["zero"].float()
@@ -188,6 +194,27 @@ def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
         group_I = torch.arange(columns, dtype=torch.int32) // size
         grid = AffineGrid(bits, scale.view(shape), zero.view(shape), group_I)
     return QuantizedLinear(codes_OI, grid, bias)
+
+
+def _contradiction(part: dict[str, Tensor], packing: str) -> str | None:
+    """How a linear's tensors do not fit what they say of themselves; None if they do."""
+    if part["shape"].numel() != 2 or any(part[key].numel() != 1 for key in NUMBERS):
+        return f"shape, {', '.join(NUMBERS)} are not two numbers and one each"
+    bits, size, axis = (int(part[key]) for key in NUMBERS)
+    rows, columns = part["shape"].flatten().tolist()
+    per_word, widest = WORDS[packing]
+    if not 1 <= bits <= widest or axis not in (0, 1):
+        return f"{bits} bits along axis {axis} are not in the packing {packing}"
+    if size < 1 or min(rows, columns) < 1 or (columns if axis == 1 else rows) % size:
+        return f"[{rows}, {columns}] has no groups of {size} along axis {axis}"
+    groups = rows * columns // size
+    high, wide = (groups, size) if axis == 1 else (size, groups)
+    expected = {"W_q": (-(-high // per_word), wide)}
+    expected["scale"] = expected["zero"] = (groups, 1) if axis == 1 else (1, groups)
+    for key, shape in expected.items():
+        if tuple(part[key].shape) != shape:
+            return f"{key} is {list(part[key].shape)}, where {list(shape)} belongs"
+    return None
 
 
 def decode_item(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -343,7 +370,7 @@ def open_pickle(folder: Path) -> PickledFolder:
     """The modules of a `qmodel.pt` as named tensors.
 
     Raises:
-        RefusedError: it holds something else than tensors and plain values, or cannot be read.
+        RefusedError: it holds something else than tensors and plain values, is of an old release, or cannot be read.
     """
     path = folder / PICKLE
     try:
@@ -354,6 +381,12 @@ def open_pickle(folder: Path) -> PickledFolder:
             where=str(path),
             fix="only tensors and plain values are read from a pickle; ask for a safetensors version",
         ) from None
+    if any("meta" in parts for parts in modules.values()):
+        raise RefusedError(
+            f"{PICKLE} nests its settings as releases of hqq before 0.2 did, which quantkit does not read",
+            where=str(path),
+            fix="load it with hqq and save it again with `save_quantized`",
+        )
     dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
     dtypes |= {torch.int32: "I32", torch.uint8: "U8"}
     loaded = {
@@ -407,14 +440,22 @@ def open_artifact(folder: Path) -> HqqArtifact:
     """A reader of an HQQ folder: ours, hqq's `qmodel.pt`, or the safetensors that transformers 4 wrote.
 
     Raises:
-        RefusedError: it holds no HQQ weights.
+        RefusedError: it holds no HQQ weights, or misses a tensor.
     """
     config = read_json(folder / "config.json")
     opened = next((opener for name, opener in OPENERS if any(folder.glob(name))), None)
     if opened is None:
         raise RefusedError("no HQQ weights are there", where=str(folder), fix="download the artifact again")
+    tensors = opened(folder)
+    for name in tensors.tensors:
+        module, _, part = name.rpartition(".")
+        missing = [key for key in NEEDED if part == "W_q" and f"{module}.{key}" not in tensors.tensors]
+        if missing:
+            raise RefusedError(
+                f"{module}.{missing[0]} is missing", where=str(folder), fix="download the artifact again"
+            )
     settings = config.get("quantization_config") or {}
-    return HqqArtifact(opened(folder), config, settings, family_of(config, where=str(folder / "config.json")))
+    return HqqArtifact(tensors, config, settings, family_of(config, where=str(folder / "config.json")))
 
 
 OPENERS: tuple[tuple[str, Callable[[Path], TensorFolder]], ...] = (

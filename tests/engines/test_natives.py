@@ -103,6 +103,38 @@ def test_the_native_reader_sees_what_quantkit_decodes(case, sources, kept_engine
     assert difference <= TOLERANCE[engine.name]
 
 
+def test_hqqs_own_loader_opens_the_pickle(sources, kept_engine, tmp_path):
+    quantize = {"group_size": 32, "bits": 3, "qmodel_pt": True}
+    recipe = recipe_of("hqq", sources["mistral"], quantize, tmp_path)
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    expected = decoded_logits(sources["mistral"], READERS["hqq"].open(out))
+    for path in out.glob("*.safetensors"):
+        path.unlink()
+    found = list(runtime.evaluate(kept_engine("hqq"), out, windows()))
+    assert largest_difference(found, expected) <= TOLERANCE["hqq"]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_half_quadratic_codes_lose_no_more_than_the_packages(bits, axis, sources, kept_engine, tmp_path):
+    """The l_0.7 error that both minimize, in every linear of a model that both quantized."""
+    quantize = {"group_size": 32, "bits": bits, "axis": axis, "solver": "half-quadratic"}
+    lost = {}
+    for engine in ("quantkit", kept_engine("hqq").name):
+        # the package has but one solver, which its recipe calls nothing
+        keys = {key: value for key, value in quantize.items() if engine == "quantkit" or key != "solver"}
+        recipe = recipe_of("hqq", sources["mistral"], keys, tmp_path, engine=engine)
+        out = build(recipe, out=tmp_path / engine, device=CPU, validated=False).out
+        weights = READERS["hqq"].open(out).read("layers.0")
+        lost[engine] = {name: tensor.float() for name, tensor in weights.items() if name.endswith("_proj.weight")}
+    model = AutoModelForCausalLM.from_pretrained(sources["mistral"], dtype=torch.float32)
+    assert len(lost["quantkit"]) == 7
+    for name in lost["quantkit"]:
+        weight = model.get_parameter(name).detach()
+        ours, theirs = ((weight - lost[engine][name]).abs().pow(0.7).sum() for engine in ("quantkit", "hqq"))
+        assert ours < theirs, name
+
+
 @pytest.mark.parametrize("case", BUILT, ids=named)
 def test_what_the_package_builds_is_read_judged_and_recorded(case, sources, kept_engine, tmp_path):
     name, quantize = case

@@ -107,6 +107,49 @@ def test_what_is_not_known_is_refused_and_never_evaluated(part, value, what):
         decode_linear("p", tensors)
 
 
+def damaged(part: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    return encode_linear("p", linear(3, 1), 8) | {f"p.{part}": value}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("packing", torch.tensor(list(b"4bit_u8")), r"W_q is \[5, 8\], where \[24, 8\] belongs"),
+        ("nbits", torch.tensor(5), "5 bits along axis 1 are not in the packing 3bit_32"),
+        ("nbits", torch.tensor(list(b"1.58")), "shape, nbits, group_size, axis are not two numbers and one each"),
+        ("axis", torch.tensor(7), "3 bits along axis 7 are not in the packing 3bit_32"),
+        ("group_size", torch.tensor(0), r"\[16, 24\] has no groups of 0 along axis 1"),
+        ("group_size", torch.tensor(16), r"\[16, 24\] has no groups of 16 along axis 1"),
+        ("shape", torch.tensor([16, 32]), r"W_q is \[5, 8\], where \[7, 8\] belongs"),
+        ("W_q", torch.zeros(4, 8, dtype=torch.int32), r"W_q is \[4, 8\], where \[5, 8\] belongs"),
+        ("zero", torch.zeros(1, 48), r"zero is \[1, 48\], where \[48, 1\] belongs"),
+    ],
+)
+def test_tensors_that_contradict_each_other_are_refused(part, value, message):
+    with pytest.raises(RefusedError, match=f"p: {message}"):
+        decode_linear("p", damaged(part, value))
+
+
+@pytest.mark.parametrize("part", ["scale", "zero", "shape", "packing", "nbits", "group_size", "axis"])
+def test_a_missing_tensor_is_named(part, tiny_mistral, tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = encode_linear("model.layers.0.mlp.down_proj", linear(3, 1), 8)
+    del tensors[f"model.layers.0.mlp.down_proj.{part}"]
+    save_file(tensors, tmp_path / "hqq_model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
+    with pytest.raises(RefusedError, match=rf"down_proj\.{part} is missing"):
+        open_artifact(tmp_path)
+
+
+def test_a_pickle_of_an_old_release_is_refused_with_the_remedy(tiny_mistral, tmp_path):
+    nested = {"W_q": torch.zeros(5, 8, dtype=torch.int32), "meta": {"nbits": 3, "packing": "3bit_32"}, "bias": None}
+    torch.save({"model.layers.0.mlp.down_proj": nested}, tmp_path / "qmodel.pt")
+    (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
+    with pytest.raises(RefusedError, match=r"nests its settings as releases of hqq before 0\.2 did"):
+        open_artifact(tmp_path)
+
+
 def test_a_pickle_reads_like_the_safetensors(tiny_mistral, tmp_path):
     from safetensors.torch import save_file
 
