@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# threads that wait sleep: on a machine that has other work too, spinning ones make everything many times slower
+export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo test lint docs docs-check test-slow test-gpu clean
+.PHONY: setup demo release build publish test lint docs docs-check test-engines test-slow test-gpu clean
 
 setup: $(INSTALLED)
 
@@ -16,6 +18,24 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/quantkit demo
+
+# make release MODEL=bielik-7b-instruct-v0.1 FORMATS="gptq awq": each recipe of the model built, judged and published;
+# a recipe's gate that fails stops its own publication (exit 3). Every step can be run alone, and again. See docs/publish.md.
+MODEL ?= bielik-nano
+FORMATS ?= gptq
+OUT ?= artifacts
+PUBLISH_FLAGS ?=
+
+release: $(FORMATS:%=publish-%)
+build: $(FORMATS:%=build-%)
+publish: $(FORMATS:%=publish-%)
+
+# no file stands for an artifact: quantkit compares the record with recipe and source, and does nothing if they agree
+build-%: setup
+	$(BIN)/quantkit build $(MODEL)/$* --out $(OUT)/$(MODEL)-$*
+
+publish-%: build-%
+	$(BIN)/quantkit publish $(OUT)/$(MODEL)-$* $(PUBLISH_FLAGS)
 
 test: lint docs-check
 	$(BIN)/pytest
@@ -31,6 +51,10 @@ docs: setup
 
 docs-check: setup
 	$(BIN)/python docs/generate.py --check
+
+# the upstream packages read what quantkit writes, and build; their environments are made once, under ~/.cache
+test-engines: setup
+	$(BIN)/pytest -m slow tests/engines tests/test_upstream.py
 
 # minutes each; `harness` installs lm-evaluation-harness, which one of them compares with
 test-slow: setup

@@ -66,4 +66,4 @@ def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int) -> 
             f"layer-{index}.safetensors",
             norms | {f"{prefix}.{name}.weight": drawn(*shape) for name, shape in shapes.items()},
         )
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

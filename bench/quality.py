@@ -3,7 +3,8 @@
     python -m bench.quality --model DIR --calibration FILE --validation FILE \
         --way "quantkit:" --way "no search:scale_candidates=0" --way "gptqmodel:engine=gptqmodel" --set bits=3
 
-A way is NAME:KEY=VALUE,... with keys of [quantize], `activations`, `engine` and `format`. An engine gets the same
+A way is NAME:KEY=VALUE,... with keys of [quantize], `activations`, `engine`, `format` and
+`compute_dtype`. An engine gets the same
 calibration tokens, and what it leaves is judged by quantkit's reader and evaluator, like everything else. Every way
 is built for each of several calibration draws (recipe seeds). Losses are compared with the first way document by
 document; the interval is a 95 % bootstrap over documents of the mean difference in nats per token, draws averaged.

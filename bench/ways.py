@@ -15,13 +15,14 @@ class Way:
     activations: str = "quantized"
     engine: str = "quantkit"
     format: str = "gptq"
+    compute_dtype: str = "float32"
 
 
 def parse_way(text: str, common: dict[str, Any]) -> Way:
     """A way from NAME:KEY=VALUE,...; values are JSON, bare words strings."""
     name, _, pairs = text.partition(":")
     keys = common | parse_pairs(pairs)
-    others = {key: keys.pop(key) for key in ("activations", "engine", "format") if key in keys}
+    others = {key: keys.pop(key) for key in ("activations", "engine", "format", "compute_dtype") if key in keys}
     return Way(name.strip(), keys, **others)
 
 
@@ -61,5 +62,5 @@ def recipe_of(
             "seed": seed,
             "activations": way.activations,
         },
-        "compute": {"threads": threads},
+        "compute": {"threads": threads, "dtype": way.compute_dtype},
     }

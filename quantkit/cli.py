@@ -148,6 +148,27 @@ def inspect(
 
 
 @app.command()
+def publish(
+    artifact: Folder,
+    repo: Annotated[
+        str | None, typer.Option("--repo", metavar="ORG/NAME", help="Hub repository [default: the recipe's].")
+    ] = None,
+    revision: Annotated[str, typer.Option("--revision", metavar="BRANCH", help="Branch to commit to.")] = "main",
+    private: Annotated[bool, typer.Option("--private/--public", help="Of a repository that is made now.")] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be uploaded, and upload nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload the variants of an artifact that passed their gates to the Hub, in one commit."""
+    from quantkit.publish import publication_lines
+    from quantkit.publish import publish as run
+
+    found = run(artifact, repo=repo, revision=revision, private=private, dry_run=dry_run, say=_say)
+    _print(found if as_json else None, publication_lines(found))
+
+
+@app.command()
 def plan(
     recipe: Name,
     model: Model = None,

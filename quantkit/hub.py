@@ -1,12 +1,17 @@
-"""All network access but engine installation: pinned downloads from the Hugging Face Hub."""
+"""All network access but engine installation: pinned downloads from the Hugging Face Hub, and uploads to it."""
 
 import fnmatch
-from collections.abc import Iterator
+import hashlib
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from quantkit.errors import RefusedError, UnavailableError
+from quantkit.errors import RefusedError, RunFailedError, UnavailableError
+
+T = TypeVar("T")
 
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md")
 # the Hub's client lets errors of its HTTP library through, which is not the same one in every version
@@ -106,3 +111,168 @@ def _reaching(what: str, *, where: str, fix: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+TRIES = 5
+FIRST_PAUSE_S = 1.0  # doubled after each failed try
+PASSING_STATUS = (408, 429, 500, 502, 503, 504)
+SMALL_BYTES = 10_000_000  # smaller files are read once: the bytes that were hashed are the bytes that are sent
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository: its size, and one of the two hashes that the Hub knows it by."""
+
+    size_bytes: int
+    sha256: str | None
+    blob_id: str
+
+    def holds(self, path: Path, sha256: str) -> bool:
+        """Whether this is the content of a local file whose SHA-256 is known."""
+        if self.size_bytes != path.stat().st_size:
+            return False
+        if self.sha256 is not None:
+            return self.sha256 == sha256
+        content = path.read_bytes()
+        return self.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch of a model repository as it was found: its commit, None where it is not there, and its files."""
+
+    commit: str | None
+    files: dict[str, RemoteFile]
+
+
+def read_branch(repo: str, revision: str) -> Branch:
+    """What a branch holds now; an empty one where repository or branch do not exist.
+
+    Raises:
+        RefusedError: the token may not read it.
+        UnavailableError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    api = HfApi()
+    try:
+        commit = _insist(lambda: api.model_info(repo, revision=revision).sha, repo)
+        tree = _insist(lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)), repo)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return Branch(None, {})
+    found = [entry for entry in tree if isinstance(entry, RepoFile)]
+    files = {file.path: RemoteFile(file.size, file.lfs.sha256 if file.lfs else None, file.blob_id) for file in found}
+    return Branch(commit, files)
+
+
+def upload(repo: str, revision: str, files: dict[str, tuple[Path, str]], *, private: bool, message: str) -> str:
+    """Put files on a branch by one commit; large ones go up first, one by one, and stay there if the run breaks off.
+
+    Args:
+        repo: `org/name`; made if it is not there.
+        revision: branch; made from main if it is not there.
+        files: local path and SHA-256 that it must have, by name in the repository.
+        private: of a repository that is made now.
+        message: of the commit.
+
+    Returns:
+        the hash of the commit.
+
+    Raises:
+        RunFailedError: a file changed while it was being uploaded; nothing is committed.
+        RefusedError: the token may not write there.
+        UnavailableError: the Hub cannot be reached, after several tries.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = HfApi()
+    try:
+        _insist(lambda: api.create_repo(repo, private=private, exist_ok=True), repo)
+        if revision != "main":
+            _insist(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
+        parent = _insist(lambda: api.model_info(repo, revision=revision).sha, repo)
+        operations = []
+        for name, (path, sha256) in files.items():
+            small = path.stat().st_size < SMALL_BYTES
+            operation = CommitOperationAdd(name, path.read_bytes() if small else str(path))
+            _insist(
+                lambda operation=operation: api.preupload_lfs_files(  # type: ignore[misc]
+                    repo, [operation], revision=revision, free_memory=False
+                ),
+                repo,
+            )
+            # the hash that the commit will name, taken from the bytes as they were sent
+            if operation.upload_info.sha256.hex() != sha256:
+                raise RunFailedError(
+                    f"{name} changed while it was being published; nothing was committed",
+                    where=str(path),
+                    fix="build the artifact again, or restore the file",
+                )
+            operations.append(operation)
+        return str(
+            _insist(
+                lambda: (
+                    api.create_commit(
+                        repo, operations, commit_message=message, revision=revision, parent_commit=parent
+                    ).oid
+                ),
+                repo,
+            )
+        )
+    except RepositoryNotFoundError as error:
+        raise RefusedError(
+            f"the Hub has no repository {repo} that this token may write to: {_first_line(error)}",
+            where=repo,
+            fix="log in with `hf auth login` and a token with write permission, or choose another --repo",
+        ) from None
+
+
+def _insist(call: Callable[[], T], repo: str) -> T:
+    """Call the Hub; again, with growing pauses, while it fails in a way that passes.
+
+    Raises:
+        RefusedError: no permission.
+        UnavailableError: it failed to the last try.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    for attempt in range(TRIES):
+        try:
+            return call()
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception as error:
+            cause = _hub_cause(error)
+            if cause is None:
+                raise
+            status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
+            if status in (401, 403):
+                raise RefusedError(
+                    f"the Hub does not let this token do that: {_first_line(cause)}",
+                    where=repo,
+                    fix="log in with `hf auth login` and a token with write permission",
+                ) from None
+            if attempt == TRIES - 1 or (status is not None and status not in PASSING_STATUS):
+                raise UnavailableError(
+                    f"the Hub failed: {_first_line(cause)}",
+                    where=repo,
+                    fix="run the same command again; what was uploaded is not sent twice",
+                ) from None
+        time.sleep(FIRST_PAUSE_S * 2**attempt)
+    raise AssertionError("the last try returns or raises")
+
+
+def _hub_cause(error: BaseException) -> Exception | None:
+    """The failure of HTTP or network behind an error, which the Hub's client may have wrapped."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        library = type(cause).__module__.partition(".")[0]
+        if isinstance(cause, HfHubHTTPError) or (isinstance(cause, Exception) and library in HTTP_LIBRARIES):
+            return cause
+        cause = cause.__cause__
+    return None

@@ -1,6 +1,6 @@
 """An artifact judged against its source, for `build` and for `validate`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.engines.env import find_engine, installed_facts, why_not
 from quantkit.engines.runtime import evaluate
 from quantkit.errors import RefusedError
-from quantkit.formats import READERS, detect
+from quantkit.formats import READERS, detect, open_variants
 from quantkit.formats.contract import Artifact
 from quantkit.machine import deciding_versions, device_model, use_threads
 from quantkit.nano import NAME as NANO
@@ -58,7 +58,7 @@ def validate(
     """
     progress = progress or Progress()
     name = detect(folder)
-    artifact = READERS[name].open(folder)
+    variants = open_variants(name, folder)
     record = read_record(folder)
     if record is not None:
         progress.stage("checking the artifact's hashes")
@@ -80,7 +80,7 @@ def validate(
         )
     earlier = record["validation"] if record is not None else None
     runtimes = _runtimes(runtime, READERS[name].native_engine)
-    result = judge(artifact, source, recipe, device=device, runtimes=runtimes, progress=progress, earlier=earlier)
+    result = judge(variants, source, recipe, device=device, runtimes=runtimes, progress=progress, earlier=earlier)
     if record is not None:
         keep(folder, record | {"validation": result})
     return result
@@ -97,7 +97,7 @@ def check_window(num_tokens: int, decoder: Decoder, key: str) -> None:
 
 
 def judge(
-    artifact: Artifact,
+    variants: Mapping[str, Artifact],
     source: Source,
     recipe: Recipe,
     *,
@@ -109,7 +109,7 @@ def judge(
     """The document of `validate --json` for one artifact.
 
     Args:
-        artifact: opened for reading.
+        variants: the artifact's variants by name, opened for reading.
         source: what it is held against.
         recipe: its validation and compute sections say how.
         device: where to compute.
@@ -142,18 +142,28 @@ def judge(
         ]
     )
     reference = run_reference(source.checkpoint, text, decoder, tokenizer, settings, fingerprint=key)
-    results = []
-    for wanted in runtimes:
-        progress.stage(f"judging the artifact ({wanted})")
-        if wanted == REFERENCE_RUNTIME:
-            results.append(reference_result(artifact, reference, text, decoder, tokenizer, settings))
-        else:
-            results.append(_engine_result(wanted, artifact, reference, text, device, recipe.compute.threads))
-    if earlier is not None and earlier["text"] == text.facts():
-        asked = {result["runtime"] for result in results}
-        kept = [result for result in earlier["variants"][0]["results"] if result["runtime"] not in asked]
-        results = kept + results
-    return _document(artifact, recipe, text, reference_figures(reference, text), results)
+    judged = []
+    for name, artifact in variants.items():
+        results = []
+        for wanted in runtimes:
+            progress.stage(f"judging the artifact ({', '.join((*((name,) if len(variants) > 1 else ()), wanted))})")
+            if wanted == REFERENCE_RUNTIME:
+                results.append(reference_result(artifact, reference, text, decoder, tokenizer, settings))
+            else:
+                results.append(_engine_result(wanted, artifact, reference, text, device, recipe.compute.threads))
+        judged.append((name, artifact, _kept(earlier, name, text, results) + results))
+    return _document(judged, recipe, text, reference_figures(reference, text))
+
+
+def _kept(
+    earlier: dict[str, Any] | None, name: str, text: EvaluationText, results: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """What other runtimes made of a variant before, on the same text."""
+    if earlier is None or earlier["text"] != text.facts():
+        return []
+    asked = {result["runtime"] for result in results}
+    before = [variant for variant in earlier["variants"] if variant["name"] == name]
+    return [result for variant in before for result in variant["results"] if result["runtime"] not in asked]
 
 
 def _engine_result(
@@ -163,7 +173,8 @@ def _engine_result(
     engine = find_engine(name)
     if reason := why_not(engine, device.type):
         return not_run(name, reason)
-    logits = evaluate(engine, artifact.tensors.folder, text.windows, device=device.type, threads=threads)
+    tensors = artifact.tensors
+    logits = evaluate(engine, tensors.folder, text.windows, files=tensors.files, device=device.type, threads=threads)
     result = logits_result(name, logits, reference, text)
     facts = installed_facts(engine)
     return result | {"package": facts["package"], "version": facts["version"]}
@@ -175,13 +186,32 @@ def _runtimes(wanted: str, native: str) -> list[str]:
 
 
 def _document(
-    artifact: Artifact,
+    judged: Sequence[tuple[str, Artifact, list[dict[str, Any]]]],
     recipe: Recipe,
     text: EvaluationText,
     expected: dict[str, Any],
-    results: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    name = recipe.format
+    variants = [_variant(name, artifact, recipe, expected, results) for name, artifact, results in judged]
+    several = len(variants) > 1
+    failures = [
+        f"{variant['name']}: {failure}" if several else failure
+        for variant in variants
+        for failure in variant["gate"]["failures"]
+    ]
+    return {
+        "artifact": judged[0][1].tensors.folder.resolve().name,
+        "format": recipe.format,
+        "engine": recipe.engine,
+        "text": text.facts(),
+        "reference": expected,
+        "variants": variants,
+        "gate": {"passed": not failures, "failures": failures},
+    }
+
+
+def _variant(
+    name: str, artifact: Artifact, recipe: Recipe, expected: dict[str, Any], results: list[dict[str, Any]]
+) -> dict[str, Any]:
     files = artifact.tensors.files
     variant = {
         "name": name,
@@ -192,16 +222,7 @@ def _document(
     }
     section = recipe.validation
     gates = section.gates.model_dump() | _given(section.variant_gates.get(name))
-    judged = gated(variant, expected, gates, section.require)
-    return {
-        "artifact": artifact.tensors.folder.resolve().name,
-        "format": name,
-        "engine": recipe.engine,
-        "text": text.facts(),
-        "reference": expected,
-        "variants": [judged],
-        "gate": judged["gate"],
-    }
+    return gated(variant, expected, gates, section.require)
 
 
 def _given(gates: GatesSection | None) -> dict[str, float]:

@@ -2,17 +2,35 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from quantkit.formats.awq import BITS as AWQ_BITS
 from quantkit.formats.awq import AwqFormat
 from quantkit.formats.contract import Format
+from quantkit.formats.gguf.metadata import About
+from quantkit.formats.gguf.names import Model
+from quantkit.formats.gguf.write import GgufFormat
 from quantkit.formats.gptq import LOWEST_ASYMMETRIC_ZERO, GptqFormat
-from quantkit.grids.affine import AffineRule
-from quantkit.quantize import AwqSection, GptqSection
+from quantkit.formats.hqq import HqqFormat
+from quantkit.formats.mlx import MlxFormat
+from quantkit.grids.affine import AffineRule, BiasRule, FloatZeroRule
+from quantkit.quantize import AwqSection, GgufSection, GptqSection, HqqSection, MlxSection
 from quantkit.solvers.awq import ChannelScaling
+from quantkit.solvers.blocks import BlockSolver
+from quantkit.solvers.contract import Solver
 from quantkit.solvers.gptq import GptqSolver
+from quantkit.solvers.hqq import HalfQuadratic
+from quantkit.solvers.rtn import RoundToNearest
+from quantkit.solvers.weights import ByWidth, WeightSolver, WhereCalibrated
 from quantkit.stream import Solvers
+
+# where a recipe has no key for them
+GPTQ_DAMPING = 0.01
+GPTQ_ASYMMETRIC = 0.5
 
 
 @dataclass(frozen=True)
@@ -23,7 +41,7 @@ class Method:
     format: Format
 
 
-def gptq(section: GptqSection) -> Method:
+def gptq(section: GptqSection, config: dict[str, Any]) -> Method:
     """GPTQ codes in the GPTQ container."""
     rule = AffineRule(
         section.bits,
@@ -37,7 +55,74 @@ def gptq(section: GptqSection) -> Method:
     )
 
 
-def awq(section: AwqSection) -> Method:
+def hqq(section: HqqSection, config: dict[str, Any]) -> Method:
+    """Codes on grids with float zeros, in the HQQ container."""
+    rule = FloatZeroRule(section.bits, candidates=section.scale_candidates)
+    equal_K = torch.ones(section.group_size)
+    solvers: dict[str, Solver] = {
+        "least-squares": WeightSolver(partial(_fit_blindly, rule, equal_K), rule, section.group_size, section.axis),
+        "half-quadratic": WeightSolver(HalfQuadratic(rule).fit, rule, section.group_size, section.axis),
+        "gptq": GptqSolver(rule, section.group_size, "group-aware", GPTQ_DAMPING, GPTQ_ASYMMETRIC),
+    }
+    written = HqqFormat(section.bits, section.group_size, section.axis, section.skip, section.qmodel_pt)
+    return Method(Solvers(solvers[section.solver]), written)
+
+
+def mlx(section: MlxSection, config: dict[str, Any]) -> Method:
+    """Codes on grids of scale and bias, embedding and head included, in the MLX container."""
+    stored: torch.dtype = getattr(torch, section.dtype)
+    low, high = map(int, section.mixed.split("_")[1:]) if section.mixed != "none" else (section.bits, section.bits)
+    raised = _raised_by_mlx(int(config["num_hidden_layers"])) if section.mixed != "none" else frozenset()
+
+    def bits_of(name: str) -> int:
+        return high if name in raised else low
+
+    equal_K = torch.ones(section.group_size)
+    solvers: dict[int, Solver] = {}
+    ends: dict[int, Solver] = {}
+    for bits in {low, high}:
+        rule = BiasRule(bits, candidates=section.scale_candidates, stored=stored)
+        blind: Solver = WeightSolver(
+            partial(_fit_blindly, BiasRule(bits, stored=stored), equal_K), rule, section.group_size
+        )
+        if section.solver == "round-to-nearest":
+            blind = RoundToNearest(bits, section.group_size, stored)
+        solvers[bits] = ends[bits] = blind
+        if section.solver == "gptq":
+            solvers[bits] = GptqSolver(rule, section.group_size, "group-aware", GPTQ_DAMPING, GPTQ_ASYMMETRIC)
+            ends[bits] = WhereCalibrated(solvers[bits], blind)
+    written = MlxFormat(low, section.group_size, bits_of, stored, section.skip)
+    return Method(Solvers(ByWidth(solvers, bits_of), ByWidth(ends, bits_of)), written)
+
+
+def _fit_blindly(rule: FloatZeroRule, equal_K: Tensor, weight_KN: Tensor) -> tuple[Tensor, Tensor]:
+    return rule.fit(weight_KN, equal_K.to(weight_KN))
+
+
+def _raised_by_mlx(num_layers: int) -> frozenset[str]:
+    """Modules that mlx-lm's mixtures give the high bits: those that are known to suffer most."""
+    eighth = num_layers // 8
+    sensitive = [
+        index
+        for index in range(num_layers)
+        if index < eighth or index >= 7 * num_layers // 8 or (index - eighth) % 3 == 2
+    ]
+    return frozenset(
+        {"lm_head"}
+        | {f"model.layers.{index}.{linear}" for index in sensitive for linear in ("self_attn.v_proj", "mlp.down_proj")}
+    )
+
+
+def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
+    """Searched block codes in GGUF files, embedding and head included, every type from one pass."""
+    about = About(section.name, section.license, section.languages, section.base_model, section.quantized_by)
+    written = GgufFormat(section.types, Model.of(config), about, section.imatrix)
+    damping = section.damping if section.solver == "gptq" else None
+    solver = BlockSolver(written.types, section.imatrix, damping)
+    return Method(Solvers(solver, ends=solver), written)
+
+
+def awq(section: AwqSection, config: dict[str, Any]) -> Method:
     """GPTQ codes of weights whose channels were scaled by their activations, in the AWQ container."""
     rule = AffineRule(AWQ_BITS, symmetric=False, candidates=section.scale_candidates)
     scaling = ChannelScaling(
@@ -52,4 +137,10 @@ def awq(section: AwqSection) -> Method:
     )
 
 
-METHODS: dict[str, Callable[[Any], Method]] = {"gptq": gptq, "awq": awq}
+METHODS: dict[str, Callable[[Any, dict[str, Any]], Method]] = {
+    "gptq": gptq,
+    "awq": awq,
+    "hqq": hqq,
+    "mlx": mlx,
+    "gguf": gguf,
+}

@@ -13,7 +13,7 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.engines.env import find_engine
 from quantkit.errors import RefusedError
-from quantkit.formats import READERS
+from quantkit.formats import READERS, open_variants
 from quantkit.formats.shards import read_item, write_item
 from quantkit.judgement import check_window, judge, keep
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
@@ -75,7 +75,7 @@ def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress)
     recipe = settled(recipe)
     use_threads(recipe.compute.threads)
     source = open_source(recipe.model.id, recipe.model.revision, progress)
-    return make_plan(recipe, source.checkpoint, _method(recipe), out=out, device=device)
+    return make_plan(recipe, source.checkpoint, _method(recipe, source), out=out, device=device)
 
 
 def build(
@@ -106,7 +106,7 @@ def build(
     with locked(out):
         source = open_source(recipe.model.id, recipe.model.revision, progress)
         unpinned = source.revision if recipe.model.revision is None else None
-        method = _method(recipe)
+        method = _method(recipe, source)
         texts = {}
         if _reads_text(recipe, method):
             texts = {
@@ -120,15 +120,15 @@ def build(
             record = _make(recipe, source, method, texts, identity, out, device, fresh, progress)
         if validated and (record["validation"] is None or record["recipe"] != recipe.resolved()):
             record = record | {"recipe": recipe.resolved()}
-            artifact = READERS[recipe.format].open(out)
+            variants = open_variants(recipe.format, out)
             runtimes = tuple(dict.fromkeys((REFERENCE_RUNTIME, *recipe.validation.require)))
-            record["validation"] = judge(artifact, source, recipe, device=device, runtimes=runtimes, progress=progress)
+            record["validation"] = judge(variants, source, recipe, device=device, runtimes=runtimes, progress=progress)
             keep(out, record)
     return Build(out, record, reused, unpinned)
 
 
-def _method(recipe: Recipe) -> Method:
-    return METHODS[recipe.format](recipe.quantize)
+def _method(recipe: Recipe, source: Source) -> Method:
+    return METHODS[recipe.format](recipe.quantize, source.checkpoint.config)
 
 
 def _reads_text(recipe: Recipe, method: Method) -> bool:

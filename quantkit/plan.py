@@ -15,6 +15,7 @@ from quantkit.checkpoint.layer import free_bytes
 from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
+from quantkit.formats.contract import Format, SeveralVariants
 from quantkit.methods import Method
 from quantkit.recipe import OWN_ENGINE, Recipe
 
@@ -32,13 +33,14 @@ class Plan:
         linears: how many linears are quantized.
         parameters: of the whole model.
         artifact_bytes: weights on disk.
-        bits_per_weight: over the quantized linears.
+        bits_per_weight: over the quantized linears; the mean of the variants.
         disk_bytes: most that is on disk at once (finished items beside the artifact).
         disk_free_bytes: on the output's disk.
         memory_bytes: peak on the device that solves.
         memory_free_bytes: available there.
         tokens: of calibration.
         seconds: a rough estimate from a short matmul probe.
+        variants: bytes of each variant's weights, where the format writes several.
     """
 
     linears: int
@@ -51,6 +53,7 @@ class Plan:
     memory_free_bytes: int
     tokens: int
     seconds: float
+    variants: dict[str, int]
 
     def facts(self) -> dict[str, Any]:
         """As a table for JSON."""
@@ -66,6 +69,13 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     """
     if recipe.engine != OWN_ENGINE:
         require(find_engine(recipe.engine), device.type)
+    several = isinstance(method.format, SeveralVariants) and len(method.format.variants) > 1
+    if several and method.solvers.needs and recipe.calibration.activations != "float":
+        raise RefusedError(
+            "several variants cannot share statistics of a quantized stream, which is different for each",
+            where="calibration.activations",
+            fix='set it to "float", or let the recipe name a single variant',
+        )
     shapes = list(checkpoint.linear_shapes(ends=method.solvers.ends is not None))
     solved = [shape for shape in shapes if not shape[0].endswith(method.format.skip)]
     if problems := method.format.problems(shapes):
@@ -79,14 +89,16 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     parameters = sum(info.num_elements for info in infos.values())
     quantized = sum(rows * columns for _, rows, columns in solved)
     quantized_bits = sum(method.format.stored_bits(*shape) for shape in solved)
-    artifact_bytes = quantized_bits // 8 + (parameters - quantized) * method.format.stored_dtype.itemsize
+    dense_bytes = (parameters - quantized) * method.format.stored_dtype.itemsize
+    variants = _variants(method.format, solved, dense_bytes)
+    artifact_bytes = quantized_bits // 8 + dense_bytes * max(len(variants), 1)
     reads_text = method.solvers.needs or recipe.engine != OWN_ENGINE
     tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if reads_text else 0
     plan = Plan(
         linears=len(solved),
         parameters=parameters,
         artifact_bytes=artifact_bytes,
-        bits_per_weight=quantized_bits / max(quantized, 1),
+        bits_per_weight=quantized_bits / max(quantized * max(len(variants), 1), 1),
         disk_bytes=2 * artifact_bytes,
         disk_free_bytes=shutil.disk_usage(_existing(out)).free,
         memory_bytes=_memory(recipe, checkpoint, method, tokens)
@@ -97,6 +109,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
         seconds=_flops(checkpoint, solved, tokens, recipe.calibration.window_tokens)
         / _rate(recipe, device)
         / EFFICIENCY,
+        variants=variants,
     )
     if plan.disk_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
         raise RefusedError(
@@ -120,11 +133,23 @@ def plan_lines(plan: Plan) -> list[str]:
         f"linears           {plan.linears}, {plan.bits_per_weight:.3f} bits per weight",
         f"parameters        {plan.parameters / 1e6:.1f} M",
         f"artifact          {_gb(plan.artifact_bytes)}",
+        *(f"  {name:<16}{_gb(size)}" for name, size in plan.variants.items()),
         f"disk              {_gb(plan.disk_bytes)} while building, {_gb(plan.disk_free_bytes)} free",
         f"memory            {_gb(plan.memory_bytes)}, {_gb(plan.memory_free_bytes)} free",
         f"calibration       {plan.tokens} tokens",
         f"time              about {plan.seconds:.0f} s (estimate)",
     ]
+
+
+def _variants(form: Format, solved: list[tuple[str, int, int]], dense_bytes: int) -> dict[str, int]:
+    """Bytes of each variant's weights; empty for a format that writes one."""
+    if not isinstance(form, SeveralVariants):
+        return {}
+    bits: dict[str, int] = {}
+    for shape in solved:
+        for name, stored in form.variant_bits(*shape).items():
+            bits[name] = bits.get(name, 0) + stored
+    return {name: stored // 8 + dense_bytes for name, stored in bits.items()}
 
 
 def _memory(recipe: Recipe, checkpoint: Checkpoint, method: Method, tokens: int) -> int:

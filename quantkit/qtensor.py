@@ -4,22 +4,18 @@ A solver does not know which format its codes go to; a format does not know how 
 """
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
+from quantkit.grids.affine import Grid
 
-class Grid(Protocol):
-    """What the codes of one linear mean; see `quantkit.grids`."""
 
-    @property
-    def bits(self) -> int:
-        """Bits per code."""
-        ...
+@dataclass(frozen=True)
+class Importance:
+    """How strongly each input channel of a linear is driven: float32 [I], the mean of x^2 over so many tokens."""
 
-    def decode(self, codes_OI: Tensor) -> Tensor:
-        """float32 [O, I]: the weights that uint8 codes stand for."""
-        ...
+    mean_square_I: Tensor
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -30,11 +26,16 @@ class QuantizedLinear:
         codes_OI: uint8 [O, I], in the checkpoint's channel order.
         grid: what the codes mean; an affine grid's `group_I` carries an activation order, if any.
         bias_O: [O] in the source's dtype, or None.
+        others: the same linear on further grids, where one pass serves several variants of an artifact; a stream that
+            goes on with quantized weights goes on with this one.
+        importance: what the codes were weighted by, where the format publishes it.
     """
 
     codes_OI: Tensor
     grid: Grid
     bias_O: Tensor | None = None
+    others: tuple["QuantizedLinear", ...] = ()
+    importance: Importance | None = None
 
     def dequantize(self) -> Tensor:
         """float32 [O, I]: the weights every reader of the artifact must see."""

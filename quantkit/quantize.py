@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -52,6 +52,113 @@ class GptqSection(Section):
     )
 
 
+class HqqSection(Section):
+    """How weights are put on grids with float zeros."""
+
+    bits: Literal[2, 3, 4, 8] = Field(default=3, description="Bits per code.")
+    group_size: Literal[16, 32, 64, 128] = Field(
+        default=64, description="Weights per scale and zero; 3 bits with 64 are 3.7 bits per weight."
+    )
+    axis: Literal[0, 1] = Field(
+        default=1, description="1 groups inputs of a row, which fast kernels need; 0 groups rows of a column."
+    )
+    solver: Literal["least-squares", "half-quadratic", "gptq"] = Field(
+        default="least-squares",
+        description="`least-squares` and `half-quadratic` (HQQ's own, p = 0.7) see the weights alone; `gptq` lets GPTQ "
+        "choose codes on the same grid from calibration text (axis 1 only).",
+    )
+    scale_candidates: int = Field(
+        default=0,
+        ge=0,
+        le=200,
+        description="Shrunken ranges the scale search tries per group beside the full one.",
+    )
+    qmodel_pt: bool = Field(
+        default=False, description="Also write `qmodel.pt`, the pickle that hqq's own `from_quantized` opens."
+    )
+    skip: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
+    )
+
+    @model_validator(mode="after")
+    def _gptq_needs_rows(self) -> "HqqSection":
+        if self.solver == "gptq" and self.axis == 0:
+            raise ValueError('solver = "gptq" needs axis = 1: GPTQ goes through the inputs of a row')
+        return self
+
+
+class MlxSection(Section):
+    """How every matrix, embedding and head included, is put on grids of scale and bias."""
+
+    bits: Literal[2, 3, 4, 5, 6, 8] = Field(default=4, description="Bits per code, where `mixed` says nothing else.")
+    group_size: Literal[32, 64, 128] = Field(default=64, description="Input channels per scale and bias.")
+    mixed: Literal["none", "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"] = Field(
+        default="none",
+        description="mlx-lm's mixtures of low and high bits: the head, and v_proj and down_proj of the first and last "
+        "eighth and every third layer between get the high ones.",
+    )
+    solver: Literal["gptq", "least-squares", "round-to-nearest"] = Field(
+        default="gptq",
+        description="`gptq` chooses codes from calibration text; the others see the weights alone, `round-to-nearest` "
+        "as `mx.quantize` does. The embedding has no calibration and gets least squares with `gptq`.",
+    )
+    scale_candidates: int = Field(
+        default=5,
+        ge=0,
+        le=200,
+        description="Shrunken ranges the scale search of `gptq` tries per group beside the full one.",
+    )
+    dtype: Literal["float16", "bfloat16"] = Field(
+        default="float16", description="Of scales, biases and what stays dense; float16 keeps scales finer."
+    )
+    skip: tuple[str, ...] = Field(
+        default=(), strict=False, description='Name endings of matrices to leave in 16 bits, such as "lm_head".'
+    )
+
+
+FileType = Literal[
+    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M",
+    "Q6_K", "Q8_0",
+]  # fmt: skip
+
+
+class GgufSection(Section):
+    """Which GGUF files are written, and what they say of the model."""
+
+    types: tuple[FileType, ...] = Field(
+        default=("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0"),
+        strict=False,
+        min_length=1,
+        description="File types, one file each; llama-quantize's mixtures of tensor types.",
+    )
+    imatrix: bool = Field(
+        default=True,
+        description="Weight errors by the mean squares of the inputs, collected on the calibration text, and publish "
+        'them as a file. Several types need `calibration.activations = "float"`.',
+    )
+    solver: Literal["search", "gptq"] = Field(
+        default="search",
+        description="`search` chooses scales and codes on the weights; `gptq` lets GPTQ choose the codes, with scales "
+        "searched block by block. The embedding has no calibration and is always searched.",
+    )
+    damping: float = Field(
+        default=0.01, gt=0, lt=1, description="Of `gptq`: fraction of the Hessian's mean diagonal added to it."
+    )
+    name: str = Field(
+        default="model",
+        pattern=r"^[\w.+-]+$",
+        description="Model name in the files and of the files, `<name>.<type>.gguf`.",
+    )
+    license: str | None = Field(default=None, description="Licence that the files state.")
+    languages: tuple[str, ...] = Field(
+        default=("pl",), strict=False, description="ISO 639-1 codes that the files state."
+    )
+    base_model: str | None = Field(default=None, description="`org/name` on the Hub that the files state.")
+    quantized_by: str | None = Field(default=None, description="Organization that the files name.")
+
+
 class AwqSection(Section):
     """How channels are scaled, and how GPTQ quantizes what was scaled; 4 bits with zeros is all that AWQ files hold."""
 
@@ -88,5 +195,11 @@ class AwqSection(Section):
     )
 
 
-QUANTIZE: dict[str, Section] = {"gptq": GptqSection(), "awq": AwqSection()}
+QUANTIZE: dict[str, Section] = {
+    "awq": AwqSection(),
+    "gptq": GptqSection(),
+    "hqq": HqqSection(),
+    "mlx": MlxSection(),
+    "gguf": GgufSection(),
+}
 """Each format's table with its defaults, by the format's name."""

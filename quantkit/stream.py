@@ -11,7 +11,7 @@ Shape legend: W windows, T tokens per window, D hidden size.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,27 +22,8 @@ from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
 from quantkit.errors import RefusedError
-from quantkit.qtensor import Item, LinearFacts, QuantizedLinear
-
-
-class Solver(Protocol):
-    """Chooses codes for linears that read the same input."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Names of the statistics it asks for; if empty, no text is read and no forward pass is run."""
-        ...
-
-    def solve(
-        self, weights: dict[str, Tensor], statistics: Statistics
-    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
-        """Solved linears, one by one.
-
-        Args:
-            weights: [O, I] by full module name, in the compute dtype; not modified.
-            statistics: of the input they share.
-        """
-        ...
+from quantkit.qtensor import Item, LinearFacts
+from quantkit.solvers.contract import Solver
 
 
 class Preparation(Protocol):
@@ -123,7 +104,7 @@ def stream(
         calibration: None if and only if the solvers need no statistics.
         decoder: the model's code.
         stored_dtype: dtype the format keeps dense tensors in; the stream computes with what the file will hold.
-        skip: suffixes of linears that stay dense.
+        skip: suffixes of linears that stay dense, embedding and head included.
         finished: dense weights of a finished item as read back from disk, or None if it is still to be done.
         sinks: told of progress.
 
@@ -166,7 +147,8 @@ def _solve_item(
     decoder: Decoder,
 ) -> Item:
     if name in (EMBEDDING, HEAD):
-        return _solve_end(name, source, solvers.ends, activations, stored_dtype, sinks, decoder)
+        ends = None if END_MODULES[name].endswith(skip) else solvers.ends
+        return _solve_end(name, source, ends, activations, stored_dtype, sinks, decoder)
     index = int(name.removeprefix("layers."))
     rewritten = source
     if solvers.preparation is not None:
@@ -194,7 +176,7 @@ def _solve_item(
         }
         started = time.perf_counter()
         for full, quantized, facts in solvers.layers.solve(weights, statistics):
-            item.linears[full] = QuantizedLinear(quantized.codes_OI, quantized.grid, biases.get(full, quantized.bias_O))
+            item.linears[full] = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
             item.facts.append(facts)
             sinks.linear(facts)
         item.seconds["solve"] = item.seconds.get("solve", 0.0) + time.perf_counter() - started

@@ -8,6 +8,7 @@ from torch import Tensor
 
 HESSIAN = "hessian"
 DEVIATION = "deviation"
+SQUARES = "squares"
 ACTIVATIONS = "activations"  # no sum: the forward pass itself
 BLOCK = 512  # of a symmetric sum; what lies above the diagonal blocks is not computed
 
@@ -17,7 +18,8 @@ class Statistics:
 
     Args:
         needs: which sums to keep: "hessian" (sum of x x^T, float32 [I, I]), "deviation" (sum of (x' - x) x^T with
-            x' the same token's input in the unquantized stream, float32 [I, I]). Float64 inputs are summed in float64.
+            x' the same token's input in the unquantized stream, float32 [I, I]), "squares" (sum of x^2,
+            float32 [I]). Float64 inputs are summed in float64.
     """
 
     def __init__(self, needs: frozenset[str]) -> None:
@@ -43,6 +45,14 @@ class Statistics:
             assert exact_inputs is not None, "the unquantized stream was not run"
             exact_NI = _multipliable(exact_inputs.flatten(0, -2))
             _add_product(self._total(DEVIATION, x_NI), exact_NI - x_NI, x_NI)
+
+        if SQUARES in self.needs:
+            total_I = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0)
+            self._sums[SQUARES] = self._sums[SQUARES] + total_I if SQUARES in self._sums else total_I
+
+    def mean_square(self) -> Tensor:
+        """The mean of x^2, [I]."""
+        return self._sums[SQUARES] / self.num_tokens
 
     def hessian(self) -> Tensor:
         """The sum of x x^T, [I, I]."""

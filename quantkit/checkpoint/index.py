@@ -13,8 +13,8 @@ from torch import Tensor
 from quantkit.checkpoint.families import END_MODULES, Family, family_of, item_names, item_of
 from quantkit.errors import RefusedError
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+STEM = "model"
+INDEX_NAME = f"{STEM}.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {
     "F32": torch.float32,
@@ -152,16 +152,21 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def open_tensors(folder: Path) -> TensorFolder:
+def open_tensors(folder: Path, stem: str = STEM) -> TensorFolder:
     """The tensors of a safetensors folder, sharded or single; only headers are read.
+
+    Args:
+        folder: where they lie.
+        stem: what their file names start with.
 
     Raises:
         RefusedError: no weights, pickles only, a missing or truncated shard, an index that names an absent tensor.
     """
     if not folder.is_dir():
         raise RefusedError(f"no such folder: {folder}", fix="give a folder with config.json and *.safetensors")
-    index_path = folder / INDEX_NAME
-    if not index_path.exists() and not (folder / SINGLE_NAME).exists():
+    single = f"{stem}.safetensors"
+    index_path = folder / f"{single}.index.json"
+    if not index_path.exists() and not (folder / single).exists():
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
             raise RefusedError(
@@ -170,24 +175,24 @@ def open_tensors(folder: Path) -> TensorFolder:
                 fix="convert it to safetensors first (transformers: save_pretrained(..., safe_serialization=True))",
             )
         raise RefusedError(
-            f"neither {SINGLE_NAME} nor {INDEX_NAME} is there",
+            f"neither {single} nor {index_path.name} is there",
             where=str(folder),
             fix="give a complete checkpoint",
         )
     if not index_path.exists():
-        return TensorFolder(folder, _headers(folder, SINGLE_NAME))
+        return TensorFolder(folder, _headers(folder, single))
     weight_map = read_json(index_path).get("weight_map", {})
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
         if not (folder / file).exists():
             raise RefusedError(
-                f"shard {file} is missing", where=str(folder), fix=f"download it again; {INDEX_NAME} names it"
+                f"shard {file} is missing", where=str(folder), fix=f"download it again; {index_path.name} names it"
             )
         tensors |= _headers(folder, file)
     absent = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file)
     if absent:
         raise RefusedError(
-            f"{INDEX_NAME} names {absent[0]} in {weight_map[absent[0]]}, but it is not there",
+            f"{index_path.name} names {absent[0]} in {weight_map[absent[0]]}, but it is not there",
             where=str(index_path),
             fix="download the checkpoint again: index and shards are of different versions",
         )

@@ -107,13 +107,20 @@ def run(engine: Engine, verb: str, request: dict[str, Any], arrays: dict[str, np
 
 
 def evaluate(
-    engine: Engine, artifact: Path, windows: Sequence[Window], *, device: str = "cpu", threads: int = THREADS
+    engine: Engine,
+    artifact: Path,
+    windows: Sequence[Window],
+    *,
+    files: Sequence[str] = (),
+    device: str = "cpu",
+    threads: int = THREADS,
 ) -> Iterator[np.ndarray]:
     """Logits float32 [N, V] of each window's predicted positions, in window order; each array is the caller's own.
 
     Args:
         artifact: a folder of a format that the engine reads.
         windows: at least one.
+        files: names of the weight files that are meant, where the folder holds several variants.
         device: "cpu" or "cuda".
         threads: of the CPU.
 
@@ -127,7 +134,7 @@ def evaluate(
     padded = np.zeros((len(windows), int(lengths.max())), dtype=np.int32)
     for row, window in zip(padded, windows, strict=True):
         row[: len(window.inputs)] = window.inputs
-    request = {"artifact": str(artifact.resolve()), "device": device, "threads": threads}
+    request = {"artifact": str(artifact.resolve()), "files": list(files), "device": device, "threads": threads}
     return _logits(engine, windows, request, {"windows": padded, "lengths": lengths})
 
 
@@ -196,10 +203,18 @@ def check(engine: Engine, checkpoint: Path, *, device: str = "cpu") -> dict[str,
 
     Raises:
         UnavailableError: it cannot run here.
+        RefusedError: it only reads.
         RunFailedError: it does not work.
     """
     import time
 
+    if not engine.builds:
+        require(engine, device)
+        raise RefusedError(
+            f"the engine {engine.name} builds nothing that it could be checked with",
+            where=engine.name,
+            fix=f"give it an artifact to read: `quantkit validate ARTIFACT --runtime {engine.name}`",
+        )
     vocabulary = int(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"])
     tokens = np.random.default_rng(0).integers(3, vocabulary, (8, CHECK_TOKENS))
     with tempfile.TemporaryDirectory(prefix="quantkit-check-") as folder:

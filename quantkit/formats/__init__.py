@@ -4,10 +4,10 @@ from pathlib import Path
 
 from quantkit.checkpoint.index import read_json
 from quantkit.errors import RefusedError
-from quantkit.formats import awq, gptq
-from quantkit.formats.contract import Reading
+from quantkit.formats import awq, gguf, gptq, hqq, mlx
+from quantkit.formats.contract import Artifact, Reading
 
-READERS: dict[str, Reading] = {module.NAME: module.READING for module in (gptq, awq)}
+READERS: dict[str, Reading] = {module.NAME: module.READING for module in (gptq, awq, hqq, mlx, gguf)}
 
 
 def detect(folder: Path) -> str:
@@ -18,10 +18,12 @@ def detect(folder: Path) -> str:
     """
     if not folder.is_dir():
         raise RefusedError(f"no such folder: {folder}", fix="give the folder of an artifact")
-    config = read_json(folder / "config.json")
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
     for name, reading in READERS.items():
         if reading.recognizes(folder, config):
             return name
+    config = read_json(path)
     settings = config.get("quantization_config") or {}
     found = (
         f"quant_method is {settings.get('quant_method')!r}" if settings else "config.json has no quantization_config"
@@ -31,3 +33,9 @@ def detect(folder: Path) -> str:
         where=str(folder),
         fix="known: " + ", ".join(sorted(READERS)),
     )
+
+
+def open_variants(name: str, folder: Path) -> dict[str, Artifact]:
+    """What an artifact folder of the format `name` holds, by variant; one under the format's name for most formats."""
+    reading = READERS[name]
+    return dict(reading.variants(folder)) if reading.variants else {name: reading.open(folder)}

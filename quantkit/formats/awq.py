@@ -21,7 +21,7 @@ from quantkit.grids.affine import AffineGrid
 from quantkit.qtensor import Item, QuantizedLinear
 
 NAME = "awq"
-NATIVE_ENGINE = "autoawq"
+NATIVE_ENGINE = "gptqmodel"
 BITS = 4  # the layout has no other width
 STORED = torch.float16  # of scales and of every dense tensor
 PARTS = ("qweight", "qzeros", "scales")

@@ -1,9 +1,9 @@
 """What the pipeline asks of a format; a new one is a file beside this and a row in `quantkit/methods.py`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -63,6 +63,20 @@ class Format(Protocol):
         ...
 
 
+@runtime_checkable
+class SeveralVariants(Protocol):
+    """A format that writes several variants of the model into one folder; its `stored_bits` counts them all."""
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Their names."""
+        ...
+
+    def variant_bits(self, name: str, rows: int, columns: int) -> dict[str, int]:
+        """Bits that a quantized linear takes in each variant, by the variant's name."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reading:
     """How a format is told, read and presented.
@@ -74,6 +88,7 @@ class Reading:
         tags: for the model card.
         library: `library_name` of the model card; None where no library of the Hub's list loads it.
         use: how the card says it is loaded, given the repository's name and the recipe's [quantize].
+        variants: the folder's variants by name, where it may hold several; None where the folder is the one variant.
     """
 
     recognizes: Callable[[Path, dict[str, Any]], bool]
@@ -82,6 +97,7 @@ class Reading:
     tags: tuple[str, ...]
     library: str | None
     use: Callable[[str, dict[str, Any]], str]
+    variants: "Callable[[Path], Mapping[str, Artifact]] | None" = None
 
 
 class Artifact(WeightSource, Protocol):

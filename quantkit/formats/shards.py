@@ -11,11 +11,11 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from quantkit.checkpoint.index import DTYPES, INDEX_NAME, SINGLE_NAME
+from quantkit.checkpoint.index import DTYPES, STEM
 
 METADATA = {"format": "pt"}
 COPY_BYTES = 1 << 22
@@ -65,12 +65,23 @@ def extents(path: Path) -> list[Extent]:
     ]
 
 
-def merge(items: Iterable[Path], folder: Path, *, max_shard_bytes: int) -> list[Path]:
-    """Join item files into `model.safetensors`, or into shards with an index; returns the files written.
+def merge(
+    items: Iterable[Path],
+    folder: Path,
+    *,
+    max_shard_bytes: int,
+    stem: str = STEM,
+    metadata: dict[str, str] = METADATA,
+    index: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Join item files into `<stem>.safetensors`, or into shards with an index; returns the files written.
 
     Args:
         items: files in stream order; an item is never split between shards.
         folder: where to write; must exist.
+        stem: what the file names start with.
+        metadata: of every file; one key, because the library writes several in random order.
+        index: written for a single file too, with these facts in its metadata; None only indexes shards.
         max_shard_bytes: a shard is closed before it would grow beyond this.
     """
     shards: list[list[Extent]] = [[]]
@@ -83,24 +94,25 @@ def merge(items: Iterable[Path], folder: Path, *, max_shard_bytes: int) -> list[
             size = 0
         shards[-1] += found
         size += item_bytes
-    if len(shards) == 1:
-        return [_write(folder / SINGLE_NAME, shards[0])]
     written = []
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        written.append(_write(folder / name, shard))
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        name = f"{stem}{part}.safetensors"
+        written.append(_write(folder / name, shard, metadata))
         weight_map |= {extent.name: name for extent in shard}
+    if len(shards) == 1 and index is None:
+        return written
     total = sum(extent.size_bytes for shard in shards for extent in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    index_path = folder / INDEX_NAME
-    index_path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    content = {"metadata": {"total_size": total} | (index or {}), "weight_map": dict(sorted(weight_map.items()))}
+    index_path = folder / f"{stem}.safetensors.index.json"
+    index_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return [*written, index_path]
 
 
-def _write(path: Path, tensors: list[Extent]) -> Path:
+def _write(path: Path, tensors: list[Extent], metadata: dict[str, str]) -> Path:
     ordered = sorted(tensors, key=lambda extent: (-DTYPES[extent.dtype].itemsize, extent.name))
-    header: dict[str, object] = {"__metadata__": METADATA}
+    header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
     for extent in ordered:
         expected = math.prod(extent.shape) * DTYPES[extent.dtype].itemsize

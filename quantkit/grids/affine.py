@@ -8,11 +8,26 @@ Shape legend: O out features, I in features of one group, G groups.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros still needs a scale
+LARGEST_ZERO = 1024
+
+
+class Grid(Protocol):
+    """What the codes of one linear mean."""
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        ...
+
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        """float32 [O, I]: the weights that uint8 codes stand for."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +53,78 @@ class AffineGrid:
 
     def to(self, device: torch.device | str) -> "AffineGrid":
         return AffineGrid(self.bits, self.scale_OG.to(device), self.zero_OG.to(device), self.group_I.to(device))
+
+
+@dataclass(frozen=True)
+class BiasGrid(AffineGrid):
+    """An affine grid as MLX stores it: code q stands for scale * q + bias, with bias = -scale * zero as it is stored.
+
+    Attributes:
+        stored: dtype that the bias is rounded to.
+    """
+
+    stored: torch.dtype = torch.float16
+
+    @classmethod
+    def of(cls, bits: int, scale_OG: Tensor, bias_OG: Tensor, group_I: Tensor) -> "BiasGrid":
+        """The grid of stored scales and biases [O, G]; the bias's dtype is the stored one."""
+        scale_OG = scale_OG.float()
+        return cls(bits, scale_OG, -bias_OG.float() / scale_OG, group_I, bias_OG.dtype)
+
+    def biases(self) -> Tensor:
+        """float32 [O, G], exactly representable in the stored dtype."""
+        return -(self.zero_OG * self.scale_OG).to(self.stored).float()
+
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
+        group_I = self.group_I.long()
+        return codes_OI.float() * self.scale_OG[:, group_I] + self.biases()[:, group_I]
+
+
+@dataclass(frozen=True)
+class StridedGrid:
+    """An affine grid whose groups run over rows: HQQ's axis 0, one scale and zero per column and group.
+
+    Row r of O belongs to the group r mod G of its column, G = O / group_size.
+
+    Attributes:
+        bits: bits per code.
+        scale_GI: float32 [G, I], every value exactly representable in the format's stored dtype.
+        zero_GI: float32 [G, I], in units of codes.
+    """
+
+    bits: int
+    scale_GI: Tensor
+    zero_GI: Tensor
+
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
+        codes_KGI = codes_OI.float().view(-1, *self.scale_GI.shape)
+        return ((codes_KGI - self.zero_GI) * self.scale_GI).view(codes_OI.shape)
+
+
+class Rule(Protocol):
+    """How a group's grid is chosen; solvers call `fit` once per group, then `encode` as they go."""
+
+    @property
+    def bits(self) -> int: ...
+
+    def fit(self, weight_IO: Tensor, importance_I: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale [O] and zero [O] of one group, in the dtype of the weights.
+
+        Args:
+            weight_IO: [I, O], one group's weights, input channels first; not modified.
+            importance_I: [I], non-negative weight of each channel's squared error (the Hessian's diagonal).
+        """
+        ...
+
+    def encode(self, weight_IO: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
+        """The nearest code of each weight, still in the weights' dtype (whole numbers)."""
+        ...
+
+    def grid(self, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor) -> AffineGrid:
+        """What the codes of a whole linear mean."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -81,15 +168,19 @@ class AffineRule:
             return best
         importance_1I = importance_I.unsqueeze(0)
         scratch = (torch.empty_like(weight_IO), torch.empty_like(weight_IO))
-        best_error_O = self._error(weight_IO, importance_1I, *best, scratch)
+        best_error_O = _error(weight_IO, importance_1I, *best, self.highest_code, scratch)
         for step in range(1, self.candidates + 1):
             fraction = 1 - (1 - self.shrink) * step / self.candidates
             tried = self._grid(low_O * fraction, high_O * fraction)
-            error_O = self._error(weight_IO, importance_1I, *tried, scratch)
+            error_O = _error(weight_IO, importance_1I, *tried, self.highest_code, scratch)
             better_O = error_O < best_error_O
             best_error_O = torch.where(better_O, error_O, best_error_O)
-            best = (torch.where(better_O, tried[0], best[0]), torch.where(better_O, tried[1], best[1]))
+            best = where(better_O, tried, best)
         return best
+
+    def grid(self, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor) -> AffineGrid:
+        """What the codes of a whole linear mean."""
+        return AffineGrid(self.bits, scale_OG.float(), zero_OG.float(), group_I)
 
     def encode(self, weight_IO: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
         """The nearest code of each weight, still in the weights' dtype (whole numbers)."""
@@ -107,15 +198,113 @@ class AffineRule:
     def _stored(self, scale_O: Tensor) -> Tensor:
         return scale_O.clamp(min=SMALLEST_SCALE).to(self.stored).to(scale_O.dtype)
 
-    def _error(
-        self,
-        weight_IO: Tensor,
-        importance_1I: Tensor,
-        scale_O: Tensor,
-        zero_O: Tensor,
-        scratch: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Weighted squared rounding error [O]; `scratch` is twice the weights' shape, for this runs per candidate."""
-        ratio_IO = torch.div(weight_IO, scale_O, out=scratch[0])
-        nearest_IO = torch.round(ratio_IO, out=scratch[1]).clamp_(-zero_O, self.highest_code - zero_O)
-        return (importance_1I @ ratio_IO.sub_(nearest_IO).square_()).squeeze(0) * scale_O.square()
+
+@dataclass(frozen=True)
+class FloatZeroRule:
+    """A grid with a zero that need not be a whole number (HQQ, MLX), fitted by weighted least squares.
+
+    Starting from the group's range and from shrunken ranges, scale and zero are refitted to the codes they give
+    (weighted linear regression of the weights on their codes) and codes taken again; the best of all that was seen,
+    after rounding to what the file stores, is kept per row.
+
+    Attributes:
+        bits: bits per code.
+        candidates: how many shrunken ranges are tried besides the full one.
+        refits: regressions after the search.
+        shrink: the smallest fraction of the full range that is tried.
+        stored: dtype of scale and zero in the file.
+    """
+
+    bits: int
+    candidates: int = 0
+    refits: int = 2
+    shrink: float = 0.5
+    stored: torch.dtype = torch.float16
+
+    @property
+    def highest_code(self) -> int:
+        return 2**self.bits - 1
+
+    def fit(self, weight_IO: Tensor, importance_I: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale [O] and zero [O] of one group; see `Rule.fit`."""
+        low_O, high_O = weight_IO.amin(0), weight_IO.amax(0)
+        middle_O, span_O = (low_O + high_O) / 2, high_O - low_O
+        importance_1I = importance_I.unsqueeze(0)
+        scratch = (torch.empty_like(weight_IO), torch.empty_like(weight_IO))
+        best: tuple[Tensor, Tensor] | None = None
+        best_error_O = torch.full_like(low_O, torch.inf)
+        for step in range(self.candidates + self.refits + 1):
+            if best is None or step <= self.candidates:
+                fraction = 1 - (1 - self.shrink) * step / max(self.candidates, 1)
+                tried = self.as_stored(span_O * fraction / self.highest_code, middle_O - span_O * fraction / 2)
+            else:
+                tried = self._refitted(weight_IO, importance_1I, *best)
+            error_O = _error(weight_IO, importance_1I, *tried, self.highest_code, scratch)
+            better_O = error_O < best_error_O
+            best_error_O = torch.where(better_O, error_O, best_error_O)
+            best = tried if best is None else where(better_O, tried, best)
+        assert best is not None, "the full range was tried"
+        return best
+
+    def encode(self, weight_IO: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
+        """The nearest code of each weight, still in the weights' dtype (whole numbers)."""
+        return weight_IO.div(scale_O).add_(zero_O).round_().clamp_(0, self.highest_code)
+
+    def grid(self, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor) -> AffineGrid:
+        """What the codes of a whole linear mean."""
+        return AffineGrid(self.bits, scale_OG.float(), zero_OG.float(), group_I)
+
+    def as_stored(self, scale_O: Tensor, low_O: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero as the file will hold them, of a grid whose code 0 stands for `low_O`."""
+        # weights that are all but equal and far from 0 would need a zero beyond float16
+        wide_O = torch.maximum(scale_O, low_O.abs() / LARGEST_ZERO)
+        rounded_O = wide_O.clamp(min=SMALLEST_SCALE).to(self.stored).to(scale_O.dtype)
+        return rounded_O, (-low_O / rounded_O).to(self.stored).to(scale_O.dtype)
+
+    def _refitted(
+        self, weight_IO: Tensor, importance_1I: Tensor, scale_O: Tensor, zero_O: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The grid that fits the weights best if their codes stay as they are."""
+        code_IO = self.encode(weight_IO, scale_O, zero_O)
+        share_1I = importance_1I / importance_1I.sum()
+        code_O, mean_O = (share_1I @ code_IO).squeeze(0), (share_1I @ weight_IO).squeeze(0)
+        code_IO -= code_O
+        spread_O = (share_1I @ code_IO.square()).squeeze(0)
+        together_O = (share_1I @ (code_IO * weight_IO)).squeeze(0)
+        # a row whose codes are all the same has nothing to fit a slope on
+        slope_O = torch.where(spread_O > 0, together_O / spread_O, scale_O)
+        slope_O = torch.where(slope_O > 0, slope_O, scale_O)
+        return self.as_stored(slope_O, mean_O - slope_O * code_O)
+
+
+@dataclass(frozen=True)
+class BiasRule(FloatZeroRule):
+    """The same search where the file stores scale and bias instead of scale and zero (MLX)."""
+
+    def grid(self, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor) -> AffineGrid:
+        """What the codes of a whole linear mean."""
+        return BiasGrid(self.bits, scale_OG.float(), zero_OG.float(), group_I, self.stored)
+
+    def as_stored(self, scale_O: Tensor, low_O: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero of a grid whose code 0 stands for `low_O`, both after rounding scale and bias."""
+        rounded_O = scale_O.clamp(min=SMALLEST_SCALE).to(self.stored).to(scale_O.dtype)
+        return rounded_O, -low_O.to(self.stored).to(scale_O.dtype) / rounded_O
+
+
+def where(chosen_O: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Scale and zero of the first grid for chosen rows, of the second for all others."""
+    return torch.where(chosen_O, first[0], second[0]), torch.where(chosen_O, first[1], second[1])
+
+
+def _error(
+    weight_IO: Tensor,
+    importance_1I: Tensor,
+    scale_O: Tensor,
+    zero_O: Tensor,
+    highest_code: int,
+    scratch: tuple[Tensor, Tensor],
+) -> Tensor:
+    """Weighted squared rounding error [O]; `scratch` is twice the weights' shape, for this runs per candidate."""
+    ratio_IO = torch.div(weight_IO, scale_O, out=scratch[0]).add_(zero_O)
+    nearest_IO = torch.round(ratio_IO, out=scratch[1]).clamp_(0, highest_code)
+    return (importance_1I @ ratio_IO.sub_(nearest_IO).square_()).squeeze(0) * scale_O.square()

@@ -1,9 +1,19 @@
 """The model card, README.md of an artifact: a view of its record."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import READERS
 from quantkit.report.table import COLUMNS, rows
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+METRICS = (
+    ("ppl_per_word", "word_perplexity", "Perplexity per word"),
+    ("bits_per_byte", "bits_per_byte", "Bits per byte"),
+    ("mean_kld", "kl_divergence", "Mean KL divergence from the source, nats per token"),
+    ("top1_agreement", "top1_agreement", "Same most likely token as the source"),
+)
 
 
 def card(record: dict[str, Any]) -> str:
@@ -18,7 +28,11 @@ def card(record: dict[str, Any]) -> str:
     recipe = record["recipe"]
     release = recipe["release"]
     source = record["source"]
+    name = release["repo"] or f"{source['id'].rsplit('/')[-1]}-{record['format'].upper()}"
+    results = _results(record)
     data = ModelCardData(
+        model_name=name.rsplit("/")[-1] if results else None,
+        eval_results=results or None,
         language=release["languages"],
         license=release["license"],
         library_name=reading.library,
@@ -28,7 +42,6 @@ def card(record: dict[str, Any]) -> str:
         base_model_relation="quantized" if source["on_hub"] else None,
         quantized_by=release["quantized_by"],
     )
-    name = release["repo"] or f"{source['id'].rsplit('/')[-1]}-{record['format'].upper()}"
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {name.rsplit('/')[-1]}\n",
@@ -43,6 +56,30 @@ def card(record: dict[str, Any]) -> str:
         _making(record),
     ]
     return "\n".join(parts)
+
+
+def _results(record: dict[str, Any]) -> "list[EvalResult]":
+    """The figures of the reference runtime as entries of model-index; variants that did not pass are not announced."""
+    from huggingface_hub import EvalResult
+
+    validation = record["validation"]
+    if validation is None:
+        return []
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=validation["text"]["name"],
+            dataset_name=f"{validation['text']['name']} (Polish)",
+            metric_type=metric,
+            metric_name=f"{title}, {variant['name']}",
+            metric_value=round(result[key], 6),
+        )
+        for variant in validation["variants"]
+        if variant["gate"]["passed"]
+        for result in variant["results"]
+        if result["runtime"] == "reference" and result["status"] == "ok"
+        for key, metric, title in METRICS
+    ]
 
 
 def _maker(record: dict[str, Any]) -> str:

@@ -173,7 +173,7 @@ def producer_channels(layer: DecoderLayer, fold: Fold) -> Tensor:
     stage = next(stage for stage in layer.family.stages if stage.name == fold.stage)
     weight_OI = layer.linears[stage.linears[0]].weight
     channels = torch.arange(weight_OI.shape[1], device=weight_OI.device)
-    num_made = layer.producer(fold.producer).weight.shape[0]  # type: ignore[union-attr,index]
+    num_made = layer.producer(fold.producer).weight.shape[0]  # type: ignore[index]
     if num_made == len(channels):
         return channels
     # grouped-query attention: consecutive query heads read one value head

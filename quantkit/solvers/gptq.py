@@ -8,7 +8,7 @@ a third of n^3 instead of four thirds, reads the errors instead of rewriting the
 
 One thing differs from the inverse form: weights of later columns are never updated, so a group's grid cannot be
 fitted on them as they stand. What the paper's form would hold there is W_g plus the solution of a small
-triangular system inside the group (`_updated`), and that is what the grid is fitted on.
+triangular system inside the group (`updated`), and that is what the grid is fitted on.
 
 Shape legend: O out features, I in features. Everything here is transposed (input channel first), because the loop
 walks over input channels and wants each one contiguous.
@@ -16,14 +16,14 @@ walks over input channels and wants each one contiguous.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics
 from quantkit.errors import RunFailedError
-from quantkit.grids.affine import AffineGrid, AffineRule
+from quantkit.grids.affine import AffineGrid, Rule
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 
 DAMPING_STEP = 2.0
@@ -137,7 +137,7 @@ def factorize(hessian_II: Tensor, *, order: str, group_size: int, damping: float
 def solve_gptq(
     weight_OI: Tensor,
     factor: Factor,
-    rule: AffineRule,
+    rule: Rule,
     *,
     group_size: int,
     panel: int = PANEL,
@@ -169,7 +169,7 @@ def solve_gptq(
         # the part of every column's feedback that comes from earlier groups
         feedback_IO = upper_II[:start, inside].t() @ error_IO[:start]
         scale_O, zero_O = rule.fit(
-            _updated(weight_IO[inside], feedback_IO, upper_II[inside, inside]), factor.importance_I[inside]
+            updated(weight_IO[inside], feedback_IO, upper_II[inside, inside]), factor.importance_I[inside]
         )
         scale_OG[:, group], zero_OG[:, group] = scale_O, zero_O
         for first in range(start, stop, panel):
@@ -186,7 +186,7 @@ def solve_gptq(
     group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
     codes_OI = torch.empty((rows, num_channels), dtype=torch.uint8, device=weight_IO.device)
     codes_OI[:, order_I] = codes_IO.t()
-    grid = AffineGrid(rule.bits, scale_OG.float(), zero_OG.float(), group_I)
+    grid = rule.grid(scale_OG, zero_OG, group_I)
     return GptqSolution(codes_OI, grid, float(lost / energy) if float(energy) else 0.0, factor.damping)
 
 
@@ -195,7 +195,7 @@ def _solve_panel(
     feedback_PO: Tensor,
     upper_PP: Tensor,
     error_PO: Tensor,
-    rule: AffineRule,
+    rule: Rule,
     scale_O: Tensor,
     zero_O: Tensor,
 ) -> Tensor:
@@ -236,11 +236,11 @@ def in_file_order(solution: GptqSolution) -> GptqSolution:
     visited_at = torch.argsort(first)
     place = torch.empty_like(visited_at)
     place[visited_at] = torch.arange(num_groups, device=place.device)
-    renumbered = AffineGrid(
-        grid.bits,
-        grid.scale_OG[:, visited_at],
-        grid.zero_OG[:, visited_at],
-        place[grid.group_I.long()].to(torch.int32),
+    renumbered = replace(
+        grid,
+        scale_OG=grid.scale_OG[:, visited_at],
+        zero_OG=grid.zero_OG[:, visited_at],
+        group_I=place[grid.group_I.long()].to(torch.int32),
     )
     return GptqSolution(solution.codes_OI, renumbered, solution.loss, solution.damping)
 
@@ -273,7 +273,7 @@ class GptqSolver:
         asymmetric: share of the correction towards the float model's outputs (see `drift`); 0 is plain GPTQ.
     """
 
-    rule: AffineRule
+    rule: Rule
     group_size: int
     order: str
     damping: float
@@ -286,7 +286,7 @@ class GptqSolver:
     def solve(
         self, weights: dict[str, Tensor], statistics: Statistics
     ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
-        """Solved linears, one by one; see `quantkit.stream.Solver`."""
+        """Solved linears, one by one; see `quantkit.solvers.contract.Solver`."""
         if not weights:
             return
         started = time.perf_counter()
@@ -314,7 +314,7 @@ class GptqSolver:
             started = finished
 
 
-def _updated(weight_IO: Tensor, feedback_IO: Tensor, upper_II: Tensor) -> Tensor:
+def updated(weight_IO: Tensor, feedback_IO: Tensor, upper_II: Tensor) -> Tensor:
     """A group's weights as the inverse form of GPTQ would have updated them before its first column.
 
     They are what the group would be set to if it were free: the error's image under R, summed over earlier

@@ -61,7 +61,7 @@ def fake(tmp_path, monkeypatch):
 
 def test_the_table_is_whole():
     engines = list_engines()
-    assert [engine.name for engine in engines] == ["auto-gptq", "gptqmodel"]
+    assert [engine.name for engine in engines] == ["auto-gptq", "gptqmodel", "hqq", "llama-cpp", "mlx-lm"]
     for engine in engines:
         assert engine.reads
         assert set(engine.hardware) <= {"cpu", "cuda"}
@@ -86,7 +86,8 @@ def test_an_unknown_engine_is_refused_with_a_suggestion():
     with pytest.raises(RefusedError) as caught:
         find_engine("autogptq")
     assert str(caught.value) == (
-        "no engine named 'autogptq'\n  fix: did you mean 'auto-gptq'? there are: auto-gptq, gptqmodel"
+        "no engine named 'autogptq'\n"
+        "  fix: did you mean 'auto-gptq'? there are: auto-gptq, gptqmodel, hqq, llama-cpp, mlx-lm"
     )
 
 

@@ -186,7 +186,7 @@ def test_windows_are_evenly_spaced_over_all_batches():
 
 def layer_error(checkpoint, decoder, section: AwqSection) -> float:
     """Squared change of the first layer's output by building it, on tokens that calibrated nothing."""
-    method = awq(section)
+    method = awq(section, {})
     tensors, hidden = uneven(checkpoint, decoder)
     rope = decoder.rope(hidden.shape[1])
     exact = decoder.layer(0, tensors)
@@ -229,7 +229,7 @@ def dense(model_folder, items) -> torch.nn.Module:
 def test_the_whole_models_logits_stay_near(model_type, from_float, tmp_path):
     """The folded, quantized model in transformers' own code is the source but for the rounding."""
     checkpoint, decoder = opened(tmp_path, model_type, torch.float32)
-    method = awq(AwqSection(group_size=32, scaling_steps=6))
+    method = awq(AwqSection(group_size=32, scaling_steps=6), {})
     items = list(
         stream(
             checkpoint,

@@ -13,7 +13,7 @@ import torch
 
 def load(request):
     """Read an artifact the way most people do: transformers, which calls gptqmodel for the quantized linears."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GPTQConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AwqConfig, GPTQConfig
 
     torch.set_num_threads(request["threads"])
     folder = request["artifact"]
@@ -23,14 +23,14 @@ def load(request):
         with open(os.path.join(folder, "quantize_config.json"), encoding="utf-8") as file:
             settings = json.load(file)
     settings = dict(settings)
-    settings.pop("quant_method", None)
-    # "torch" is the one kernel that needs no compiler; the automatic choice compiles with g++ or nvcc at first use
-    settings["backend"] = "torch"
-    config.quantization_config = {**settings, "quant_method": "gptq"}
+    method = settings.pop("quant_method", "gptq")
+    # these are the kernels that need no compiler; the automatic choice compiles with g++ or nvcc at first use
+    settings["backend"] = {"gptq": "torch", "awq": "torch_awq"}[method]
+    config.quantization_config = {**settings, "quant_method": method}
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
-        quantization_config=GPTQConfig(**settings),
+        quantization_config={"gptq": GPTQConfig, "awq": AwqConfig}[method](**settings),
         dtype=torch.float16,
         device_map={"": request["device"]},
         local_files_only=True,

@@ -1,0 +1,242 @@
+"""MLX folders: every linear, the embedding and the head packed for mlx-lm (docs/formats/mlx.md).
+
+Shape legend: O out features, I in features, G groups.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.families import Family, family_of, item_of
+from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
+from quantkit.errors import RefusedError
+from quantkit.formats.bitstream import pack, unpack
+from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.shards import merge
+from quantkit.formats.sidecars import quantized_config, write_sidecars
+from quantkit.grids.affine import BiasGrid
+from quantkit.qtensor import Item, QuantizedLinear
+
+NAME = "mlx"
+NATIVE_ENGINE = "mlx-lm"
+AFFINE = "affine"  # the mode with a scale and a bias per group; others have tensors of their own
+METADATA = {"format": "mlx"}
+PARTS = ("weight", "scales", "biases")
+USE = """```python
+# pip install mlx-lm            (on Linux: pip install "mlx[cpu]" mlx-lm)
+from mlx_lm import generate, load
+
+model, tokenizer = load("{repo}")
+messages = [{{"role": "user", "content": "Jakie mamy pory roku w Polsce?"}}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+print(generate(model, tokenizer, prompt=prompt, max_tokens=200))
+```
+"""
+
+
+def encode_linear(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one quantized matrix by their names in the file.
+
+    Args:
+        name: full module name.
+        linear: on a grid of scale and bias.
+        dtype: of scales and biases.
+    """
+    grid = linear.grid
+    assert isinstance(grid, BiasGrid), "MLX stores scale and bias"
+    words_OW = pack(linear.codes_OI.t().contiguous(), grid.bits).t().contiguous()
+    tensors = {
+        f"{name}.weight": words_OW.view(torch.uint32),
+        f"{name}.scales": grid.scale_OG.to(dtype).contiguous(),
+        f"{name}.biases": grid.biases().to(dtype).contiguous(),
+    }
+    if linear.bias_O is not None:
+        tensors[f"{name}.bias"] = linear.bias_O.to(dtype).contiguous()
+    return tensors
+
+
+def decode_linear(name: str, tensors: dict[str, Tensor], settings: dict[str, Any]) -> QuantizedLinear:
+    """One quantized matrix from its tensors.
+
+    Args:
+        name: full module name.
+        tensors: at least its weight, scales and biases.
+        settings: the folder's `quantization`.
+
+    Raises:
+        RefusedError: a mode without biases, or shapes that do not fit together.
+    """
+    own = module_settings(name, settings)
+    if own.get("mode", AFFINE) != AFFINE or f"{name}.biases" not in tensors:
+        raise RefusedError(
+            f"{name} is in the mode {own.get('mode')!r}", where=name, fix=f"quantkit reads the mode {AFFINE!r} only"
+        )
+    words_OW, scales_OG = tensors[f"{name}.weight"], tensors[f"{name}.scales"].float()
+    columns = scales_OG.shape[1] * int(own["group_size"])
+    bits = int(own["bits"])
+    if words_OW.shape[1] * 32 != columns * bits:
+        raise RefusedError(
+            f"{name} has {words_OW.shape[1]} words per row; {columns} codes of {bits} bits need {columns * bits // 32}",
+            where=name,
+            fix="config.json and weights are of different conversions; download both again",
+        )
+    codes_OI = unpack(words_OW.view(torch.int32).t().contiguous(), bits).t().contiguous()
+    group_I = torch.arange(columns, dtype=torch.int32) // int(own["group_size"])
+    grid = BiasGrid.of(bits, scales_OG, tensors[f"{name}.biases"], group_I)
+    return QuantizedLinear(codes_OI, grid, tensors.get(f"{name}.bias"))
+
+
+def module_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """group_size, bits and mode of one module: the folder's own, and over them what it says of the module."""
+    common: dict[str, Any] = {key: settings[key] for key in ("group_size", "bits", "mode") if key in settings}
+    own = settings.get(name)
+    if not isinstance(own, dict):
+        return common
+    # mlx-lm writes null for a group size that is the folder's
+    return common | {key: value for key, value in own.items() if value is not None}
+
+
+def decode_item(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+    """Dense tensors by checkpoint name: decoded matrices in float32, everything else as stored."""
+    quantized = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
+    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
+    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    return dense | {f"{name}.weight": decode_linear(name, tensors, settings).dequantize() for name in quantized}
+
+
+@dataclass(frozen=True)
+class MlxFormat:
+    """The writing side, see `quantkit.formats.contract.Format`.
+
+    Attributes:
+        bits: of every matrix that `bits_of` says nothing else of.
+        group_size: input channels per scale and bias.
+        bits_of: a module's bits by its full name.
+        stored_dtype: of scales, biases and dense tensors.
+        skip: name endings of matrices that stay dense.
+    """
+
+    bits: int
+    group_size: int
+    bits_of: Callable[[str], int]
+    stored_dtype: torch.dtype
+    skip: tuple[str, ...] = ()
+    name: str = NAME
+
+    def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
+        """Why matrices of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
+        return [
+            f"{name}: in_features {columns} is not divisible by group_size {self.group_size}; leave it in 16 bits "
+            f'with quantize.skip = ["{name.split(".", 3)[-1]}"]'
+            for name, _, columns in shapes
+            if columns % self.group_size and not name.endswith(self.skip)
+        ]
+
+    def stored_bits(self, name: str, rows: int, columns: int) -> int:
+        """Bits that a quantized matrix takes in the file: codes, scales and biases."""
+        return rows * columns * self.bits_of(name) + rows * (columns // self.group_size) * 32
+
+    def encode_item(self, item: Item) -> dict[str, Tensor]:
+        """All tensors of one item as they stand in the file."""
+        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
+        for name, linear in item.linears.items():
+            tensors |= encode_linear(name, linear, self.stored_dtype)
+        return tensors
+
+    def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors by checkpoint name."""
+        return decode_item(tensors, self.settings([name.removesuffix(".scales") for name in tensors]))
+
+    def settings(self, modules: list[str]) -> dict[str, Any]:
+        """`quantization` of config.json.
+
+        Args:
+            modules: full names of every matrix, quantized or not.
+        """
+        common = {"group_size": self.group_size, "bits": self.bits, "mode": AFFINE}
+        settings: dict[str, Any] = dict(common)
+        for name in modules:
+            if self.skip and name.endswith(self.skip):
+                settings[name] = False
+            elif self.bits_of(name) != self.bits:
+                settings[name] = common | {"bits": self.bits_of(name)}
+        return settings
+
+    def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
+        """Weights with their index, config.json and the source's tokenizer files."""
+        parameters = sum(info.num_elements for info in checkpoint.tensors.tensors.values())
+        written = merge(
+            items,
+            folder,
+            max_shard_bytes=MAX_SHARD_BYTES,
+            metadata=METADATA,
+            index={"total_parameters": parameters},
+        )
+        settings = self.settings([name for name, _, _ in checkpoint.linear_shapes(ends=True)])
+        dtype = str(self.stored_dtype).removeprefix("torch.")
+        config = quantized_config(checkpoint.config, settings, dtype) | {"quantization": settings}
+        write_sidecars(checkpoint.folder, folder, config, {})
+        return {NAME: [path.name for path in written]}
+
+
+@dataclass(frozen=True)
+class MlxArtifact:
+    """An MLX folder as dense weights by item, ours or anybody's.
+
+    Attributes:
+        tensors: the stored tensors.
+        config: config.json.
+        settings: its `quantization`.
+        family: the architecture's row.
+    """
+
+    tensors: TensorFolder
+    config: dict
+    settings: dict[str, Any]
+    family: Family
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized matrices, scales and biases included, over their number of weights."""
+        infos = self.tensors.tensors
+        modules = [name.removesuffix(".scales") for name in infos if name.endswith(".scales")]
+        stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS)
+        sizes = (int(module_settings(module, self.settings)["group_size"]) for module in modules)
+        weights = sum(
+            infos[f"{module}.scales"].num_elements * size for module, size in zip(modules, sizes, strict=True)
+        )
+        return 8 * stored / weights
+
+    def read(self, item: str) -> dict[str, Tensor]:
+        """Dense tensors of an item by checkpoint name, on the CPU."""
+        names = [name for name in self.tensors.tensors if item_of(name) == item]
+        return decode_item(self.tensors.read(names), self.settings)
+
+
+def open_artifact(folder: Path) -> MlxArtifact:
+    """A reader of an MLX folder.
+
+    Raises:
+        RefusedError: a file is missing or damaged.
+    """
+    config = read_json(folder / "config.json")
+    settings = config.get("quantization") or config["quantization_config"]
+    return MlxArtifact(open_tensors(folder), config, settings, family_of(config, where=str(folder / "config.json")))
+
+
+def recognizes(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a folder's config.json has MLX's own key with what it always holds."""
+    return {"group_size", "bits"} <= (config.get("quantization") or {}).keys()
+
+
+READING = Reading(
+    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "mlx", lambda repo, quantize: USE.format(repo=repo)
+)

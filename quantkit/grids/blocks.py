@@ -1,0 +1,398 @@
+"""ggml's block grids: weight = d * scale * (code - offset) - dmin * min, with integer scales inside a block.
+
+A block of 256 weights (K-quants) has sub-blocks with small integer scales and mins under two float16 numbers; a block
+of 32 (the older types) has the float16 numbers alone. The search minimizes the squared error in the weighting that
+ggml's own encoder uses (ggml-quants.c, MIT), so that the two can be compared; where that one fits scales, then rounds
+them, this one goes on: with rounded scales it tries their neighbours, refits d and dmin to the codes and encodes again.
+
+Shape legend: O rows, I columns, N blocks, S sub-blocks of a block, L weights of a sub-block.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, repeat
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import RefusedError
+
+K_BLOCK = 256
+BLOCK = 32
+CHUNK_WEIGHTS = 1 << 21  # searched together; bounds memory, and is fixed because it could decide rounding
+REFINEMENTS = 2
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """One ggml type.
+
+    Attributes:
+        name: ggml's spelling.
+        block: weights per block.
+        sub: weights per sub-block; `block` where there is one scale only.
+        bits: of a code.
+        offset: subtracted from a code before scaling.
+        scale_range: lowest and highest integer scale of a sub-block; (1, 1) where there is none.
+        min_top: highest integer min; 0 where the type has no min, 1 where the min is a float16 of either sign.
+        size_bytes: of a block in the file.
+    """
+
+    name: str
+    block: int
+    sub: int
+    bits: int
+    offset: int
+    scale_range: tuple[int, int]
+    min_top: int
+    size_bytes: int
+
+    @property
+    def top(self) -> int:
+        """The highest code."""
+        return 2**self.bits - 1
+
+    @property
+    def has_sub_scales(self) -> bool:
+        return self.scale_range != (1, 1)
+
+
+TYPES = {
+    kind.name: kind
+    for kind in (
+        BlockType("Q4_0", BLOCK, BLOCK, 4, 8, (1, 1), 0, 18),
+        BlockType("Q4_1", BLOCK, BLOCK, 4, 0, (1, 1), 1, 20),
+        BlockType("Q5_0", BLOCK, BLOCK, 5, 16, (1, 1), 0, 22),
+        BlockType("Q5_1", BLOCK, BLOCK, 5, 0, (1, 1), 1, 24),
+        BlockType("Q8_0", BLOCK, BLOCK, 8, 128, (1, 1), 0, 34),
+        BlockType("Q2_K", K_BLOCK, 16, 2, 0, (0, 15), 15, 84),
+        BlockType("Q3_K", K_BLOCK, 16, 3, 4, (-32, 31), 0, 110),
+        BlockType("Q4_K", K_BLOCK, 32, 4, 0, (0, 63), 63, 144),
+        BlockType("Q5_K", K_BLOCK, 32, 5, 0, (0, 63), 63, 176),
+        BlockType("Q6_K", K_BLOCK, 16, 6, 32, (-128, 127), 0, 210),
+    )
+}
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """What the codes of one linear mean.
+
+    Attributes:
+        kind: the ggml type.
+        d_ON: float32 [O, N], every value a float16.
+        dmin_ON: float32 [O, N], likewise; 0 where the type has no min.
+        scale_ONS: int16 [O, N, S]; 1 where the type has no scales of sub-blocks.
+        min_ONS: int16 [O, N, S].
+    """
+
+    kind: BlockType
+    d_ON: Tensor
+    dmin_ON: Tensor
+    scale_ONS: Tensor
+    min_ONS: Tensor
+
+    @property
+    def bits(self) -> int:
+        return self.kind.bits
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """float32 [O, N, S] each: the step between codes, and what is subtracted."""
+        return self.d_ON.unsqueeze(2) * self.scale_ONS, self.dmin_ON.unsqueeze(2) * self.min_ONS
+
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        """float32 [O, I]: the weights that uint8 codes stand for, in the order of operations of ggml's readers."""
+        step_ONS, less_ONS = self.steps()
+        codes_ONSL = codes_OI.reshape(*step_ONS.shape, self.kind.sub).float() - self.kind.offset
+        return (step_ONS.unsqueeze(3) * codes_ONSL - less_ONS.unsqueeze(3)).reshape(codes_OI.shape)
+
+
+def error_weights(weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None) -> Tensor:
+    """float32 [O, I]: the weight of each squared error, as ggml's encoder of the type has it.
+
+    Args:
+        weight_OI: float32.
+        kind: the type; Q8_0 weighs all errors alike.
+        importance_I: mean square of every input; None weighs by the weights alone.
+    """
+    square_OI = weight_OI.square()
+    if kind.name == "Q8_0":
+        return torch.ones_like(weight_OI)
+    if importance_I is None:
+        if kind.name in ("Q4_K", "Q5_K"):
+            mean = square_OI.unflatten(1, (-1, kind.sub)).mean(2, keepdim=True).sqrt()
+            return (mean + weight_OI.unflatten(1, (-1, kind.sub)).abs()).flatten(1)
+        if kind.name == "Q2_K":
+            return weight_OI.abs()
+        return square_OI if kind.block == K_BLOCK else torch.ones_like(weight_OI)
+    if kind.name == "Q6_K":
+        return importance_I.expand_as(weight_OI)
+    if kind.block == K_BLOCK:
+        mean = square_OI.unflatten(1, (-1, K_BLOCK)).mean(2, keepdim=True)
+        spread = mean * (1 if kind.name == "Q2_K" else 2) + square_OI.unflatten(1, (-1, K_BLOCK))
+        return importance_I * spread.sqrt().flatten(1)
+    return importance_I * (square_OI.mean(1, keepdim=True) + square_OI).sqrt()
+
+
+def quantize(
+    weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None = None, *, where: str = ""
+) -> tuple[Tensor, BlockGrid]:
+    """Codes uint8 [O, I] and grid that keep the weighted squared error small.
+
+    Args:
+        weight_OI: any float dtype; I is a multiple of `kind.block`. Not modified.
+        kind: the type.
+        importance_I: mean square of every input, float32 [I]; None where it is not known.
+        where: the linear's name, for the error.
+
+    Raises:
+        RefusedError: weights too large for the type's float16 scales.
+    """
+    rows, columns = weight_OI.shape
+    step = max(1, CHUNK_WEIGHTS // columns)
+    parts = [_quantize(part.float(), kind, importance_I) for part in weight_OI.split(step)]
+    codes_OI, grids = torch.cat([codes for codes, _ in parts]), [grid for _, grid in parts]
+    grid = BlockGrid(
+        kind,
+        torch.cat([part.d_ON for part in grids]),
+        torch.cat([part.dmin_ON for part in grids]),
+        torch.cat([part.scale_ONS for part in grids]),
+        torch.cat([part.min_ONS for part in grids]),
+    )
+    assert codes_OI.shape == (rows, columns), "every weight has a code"
+    require_finite(grid, weight_OI, where=where)
+    return codes_OI, grid
+
+
+def require_finite(grid: BlockGrid, weight_OI: Tensor, *, where: str = "") -> None:
+    """Stop where float16 numbers cannot hold a linear's scales.
+
+    Raises:
+        RefusedError: naming the largest weight.
+    """
+    if not (torch.isfinite(grid.d_ON).all() and torch.isfinite(grid.dmin_ON).all()):
+        raise RefusedError(
+            f"weights up to {float(weight_OI.abs().max()):g} are too large for {grid.kind.name}",
+            where=where,
+            fix="the type's scales are 16-bit floats; this model cannot be stored in it",
+        )
+
+
+def _quantize(weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None) -> tuple[Tensor, BlockGrid]:
+    rows, columns = weight_OI.shape
+    parts = (-1, kind.block // kind.sub, kind.sub)
+    grid = fit(
+        weight_OI.reshape(parts),
+        error_weights(weight_OI, kind, importance_I).reshape(parts),
+        kind,
+    )
+    codes_NSL = _codes(weight_OI.reshape(parts), *steps_of(grid), kind)
+    num_blocks, num_subs = columns // kind.block, parts[1]
+    d_N, dmin_N, scale_NS, min_NS = grid
+    return codes_NSL.reshape(rows, columns).to(torch.uint8), BlockGrid(
+        kind,
+        d_N.reshape(rows, num_blocks),
+        dmin_N.reshape(rows, num_blocks),
+        scale_NS.reshape(rows, num_blocks, num_subs).to(torch.int16),
+        min_NS.reshape(rows, num_blocks, num_subs).to(torch.int16),
+    )
+
+
+Fitted = tuple[Tensor, Tensor, Tensor, Tensor]
+"""d [N], dmin [N], scale [N, S] and min [N, S], all float32, the last two whole numbers."""
+
+
+def fit(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> Fitted:
+    """Scales and mins of blocks.
+
+    Args:
+        x_NSL: float32, the weights of N blocks.
+        w_NSL: the weight of each squared error, non-negative.
+        kind: the type.
+    """
+    # a sub-block whose errors weigh nothing would have no best scale
+    w_NSL = w_NSL + 1e-6 * w_NSL.mean((1, 2), keepdim=True) + 1e-30
+    step_NS, less_NS = _fit_offset(x_NSL, w_NSL, kind) if kind.offset else _fit_ranges(x_NSL, w_NSL, kind)
+    if not kind.has_sub_scales:
+        ones_NS = torch.ones_like(step_NS)
+        return _half(step_NS[:, 0]), _half(less_NS[:, 0]), ones_NS, ones_NS if kind.min_top else ones_NS * 0
+    total_NS = w_NSL.sum(2)
+    d_N, scale_NS = _round_scales(step_NS, total_NS, *kind.scale_range)
+    if kind.min_top:
+        dmin_N, min_NS = _round_scales(less_NS, total_NS, 0, kind.min_top)
+    else:
+        dmin_N, min_NS = torch.zeros_like(d_N), torch.zeros_like(scale_NS)
+    found = d_N, dmin_N, scale_NS, min_NS
+    for _ in range(REFINEMENTS):
+        found = _refit(x_NSL, w_NSL, _neighbours(x_NSL, w_NSL, found, kind), kind)
+    return found
+
+
+def _fit_offset(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
+    """Steps [N, S] of sub-blocks without a min; of either sign, because one more code lies below zero than above."""
+    most = kind.offset
+    if kind.name == "Q8_0":
+        # 127 on either side as every writer does it; the gain of a search is below what float16 loses
+        step_NS = x_NSL.abs().amax(2) / (most - 1)
+        return step_NS, torch.zeros_like(step_NS)
+    at = x_NSL.abs().argmax(2, keepdim=True)
+    largest_NS = x_NSL.gather(2, at).squeeze(2)
+    xw_NSL = x_NSL * w_NSL
+    best_NS, gain_NS = torch.zeros_like(largest_NS), torch.zeros_like(largest_NS)
+    for code in [-(most + 0.1 * step) for step in range(-9, 10)] + [most - 1 + 0.1 * step for step in range(-9, 10, 3)]:
+        inverse_NS = torch.where(largest_NS == 0, 0.0, code / largest_NS)
+        codes_NSL = (x_NSL * inverse_NS.unsqueeze(2)).round_().clamp_(-most, most - 1)
+        along_NS = (xw_NSL * codes_NSL).sum(2)
+        length_NS = codes_NSL.square_().mul_(w_NSL).sum(2)
+        tried_NS = along_NS.square() / length_NS
+        better_NS = (length_NS > 0) & (tried_NS > gain_NS)
+        gain_NS = torch.where(better_NS, tried_NS, gain_NS)
+        best_NS = torch.where(better_NS, along_NS / length_NS, best_NS)
+    return best_NS, torch.zeros_like(best_NS)
+
+
+def _fit_ranges(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
+    """Steps and what is subtracted [N, S] of sub-blocks with a min; an integer min is not negative."""
+    signed = kind.min_top == 1
+    low_NS, high_NS = x_NSL.amin(2), x_NSL.amax(2)
+    if not signed:
+        low_NS = low_NS.clamp(max=0)
+    best = (high_NS - low_NS) / kind.top, -low_NS
+    error_NS = _error(x_NSL, w_NSL, *best, kind)
+    xw_NSL = x_NSL * w_NSL
+    sum_w_NS, sum_x_NS = w_NSL.sum(2), xw_NSL.sum(2)
+    starts = _starts(low_NS, high_NS, kind)
+    # codes that a fit gives may call for another fit
+    for start in chain(starts, repeat(None, 0 if kind.has_sub_scales else 3)):
+        codes_NSL = _codes(x_NSL, *(start or best), kind)
+        tried = _least_squares(codes_NSL, w_NSL, xw_NSL, sum_w_NS, sum_x_NS, signed=signed)
+        tried_NS = _error(x_NSL, w_NSL, *tried, kind)
+        better_NS = tried_NS < error_NS
+        error_NS = torch.where(better_NS, tried_NS, error_NS)
+        best = torch.where(better_NS, tried[0], best[0]), torch.where(better_NS, tried[1], best[1])
+    return best
+
+
+def _starts(low_NS: Tensor, high_NS: Tensor, kind: BlockType) -> Iterator[tuple[Tensor, Tensor]]:
+    """Steps and subtrahends whose codes are worth fitting."""
+    # where no rounding of scales follows that would swamp it, a finer search pays
+    fineness = 2 if kind.has_sub_scales else 4
+    zero_NS = torch.zeros_like(low_NS)
+    # one weight far from all others, which then are best called the same: that code must stand for about 0
+    for low, high, count in (
+        (low_NS, high_NS, 10 * fineness),
+        (zero_NS, high_NS.clamp(min=0), 4),
+        (low_NS.clamp(max=0), zero_NS, 4),
+    ):
+        for candidate in range(count):
+            yield (high - low) / (kind.top - 0.9 + 2.0 / count * candidate), zero_NS - low
+
+
+def _least_squares(
+    codes_NSL: Tensor, w_NSL: Tensor, xw_NSL: Tensor, sum_w_NS: Tensor, sum_x_NS: Tensor, *, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """The step and the subtrahend [N, S] that fit given codes best."""
+    wl_NSL = w_NSL * codes_NSL
+    sum_l_NS, sum_ll_NS = wl_NSL.sum(2), (wl_NSL * codes_NSL).sum(2)
+    sum_xl_NS = (xw_NSL * codes_NSL).sum(2)
+    determinant_NS = sum_w_NS * sum_ll_NS - sum_l_NS.square()
+    solvable_NS = determinant_NS > 1e-7 * sum_w_NS * sum_ll_NS
+    safe_NS = torch.where(solvable_NS, determinant_NS, 1.0)
+    step_NS = (sum_w_NS * sum_xl_NS - sum_x_NS * sum_l_NS) / safe_NS
+    less_NS = (sum_l_NS * sum_xl_NS - sum_ll_NS * sum_x_NS) / safe_NS
+    if not signed:
+        # the min that the type cannot hold is left out, and the step fitted alone
+        alone_NS = torch.where(sum_ll_NS > 0, sum_xl_NS / sum_ll_NS, 0.0).clamp(min=0)
+        bad_NS = (less_NS < 0) | ~solvable_NS
+        step_NS, less_NS = torch.where(bad_NS, alone_NS, step_NS), torch.where(bad_NS, 0.0, less_NS)
+    else:
+        step_NS = torch.where(solvable_NS, step_NS, 0.0)
+        less_NS = torch.where(solvable_NS, less_NS, -sum_x_NS / sum_w_NS)
+    return step_NS, less_NS
+
+
+def _round_scales(value_NS: Tensor, weight_NS: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """A float16 number [N] and integers [N, S] whose products are near the values."""
+    at = value_NS.abs().argmax(1, keepdim=True)
+    largest_N = value_NS.gather(1, at).squeeze(1)
+    limit = high if low == 0 else low
+    best_N, best_NS = torch.zeros_like(largest_N), torch.zeros_like(value_NS)
+    error_N = torch.full_like(largest_N, torch.inf)
+    for step in range(-4, 5):
+        d_N = _half(largest_N / (limit + (0.1 if low == 0 else -0.1) * step))
+        whole_NS = _ratio(value_NS, d_N.unsqueeze(1)).round_().clamp_(low, high)
+        tried_N = (weight_NS * (value_NS - d_N.unsqueeze(1) * whole_NS).square()).sum(1)
+        better_N = tried_N < error_N
+        error_N = torch.where(better_N, tried_N, error_N)
+        best_N = torch.where(better_N, d_N, best_N)
+        best_NS = torch.where(better_N.unsqueeze(1), whole_NS, best_NS)
+    return best_N, best_NS
+
+
+def _neighbours(x_NSL: Tensor, w_NSL: Tensor, found: Fitted, kind: BlockType) -> Fitted:
+    """The same with each sub-block's scale and min moved to the best of their neighbours."""
+    d_N, dmin_N, scale_NS, min_NS = found
+    best = scale_NS, min_NS
+    error_NS = _error(x_NSL, w_NSL, *steps_of(found), kind)
+    moves = [(a, b) for a in (-1, 0, 1) for b in ((-1, 0, 1) if kind.min_top else (0,)) if (a, b) != (0, 0)]
+    for scale_move, min_move in moves:
+        tried = (scale_NS + scale_move).clamp(*kind.scale_range), (min_NS + min_move).clamp(0, kind.min_top)
+        tried_NS = _error(x_NSL, w_NSL, *steps_of((d_N, dmin_N, *tried)), kind)
+        better_NS = tried_NS < error_NS
+        error_NS = torch.where(better_NS, tried_NS, error_NS)
+        best = torch.where(better_NS, tried[0], best[0]), torch.where(better_NS, tried[1], best[1])
+    return d_N, dmin_N, *best
+
+
+def _refit(x_NSL: Tensor, w_NSL: Tensor, found: Fitted, kind: BlockType) -> Fitted:
+    """The same with d and dmin fitted to the codes, where that helps once they are float16 again."""
+    d_N, dmin_N, scale_NS, min_NS = found
+    a_NSL = (_codes(x_NSL, *steps_of(found), kind) - kind.offset) * scale_NS.unsqueeze(2)
+    wa_NSL = w_NSL * a_NSL
+    aa_N, xa_N = (wa_NSL * a_NSL).sum((1, 2)), (wa_NSL * x_NSL).sum((1, 2))
+    if kind.min_top:
+        ab_N = (wa_NSL.sum(2) * min_NS).sum(1)
+        bb_N = (w_NSL.sum(2) * min_NS.square()).sum(1)
+        xb_N = ((w_NSL * x_NSL).sum(2) * min_NS).sum(1)
+        determinant_N = aa_N * bb_N - ab_N.square()
+        solvable_N = determinant_N > 1e-7 * aa_N * bb_N
+        safe_N = torch.where(solvable_N, determinant_N, 1.0)
+        fitted = (
+            torch.where(solvable_N, (xa_N * bb_N - xb_N * ab_N) / safe_N, d_N),
+            torch.where(solvable_N, (xa_N * ab_N - xb_N * aa_N) / safe_N, dmin_N),
+        )
+    else:
+        fitted = torch.where(aa_N > 0, xa_N / aa_N, d_N), dmin_N
+    tried = _half(fitted[0]), _half(fitted[1]), scale_NS, min_NS
+    before_N = _error(x_NSL, w_NSL, *steps_of(found), kind).sum(1)
+    better_N = _error(x_NSL, w_NSL, *steps_of(tried), kind).sum(1) < before_N
+    return torch.where(better_N, tried[0], d_N), torch.where(better_N, tried[1], dmin_N), scale_NS, min_NS
+
+
+def steps_of(found: Fitted) -> tuple[Tensor, Tensor]:
+    """The step between codes and what is subtracted, [N, S] each."""
+    d_N, dmin_N, scale_NS, min_NS = found
+    return d_N.unsqueeze(1) * scale_NS, dmin_N.unsqueeze(1) * min_NS
+
+
+def _codes(x_NSL: Tensor, step_NS: Tensor, less_NS: Tensor, kind: BlockType) -> Tensor:
+    """The nearest codes, float32 whole numbers 0 .. top; the code of zero where the step is 0."""
+    inverse_NS1 = _ratio(torch.ones_like(step_NS), step_NS).unsqueeze(2)
+    return ((x_NSL + less_NS.unsqueeze(2)) * inverse_NS1).round_().add_(kind.offset).clamp_(0, kind.top)
+
+
+def _error(x_NSL: Tensor, w_NSL: Tensor, step_NS: Tensor, less_NS: Tensor, kind: BlockType) -> Tensor:
+    """The weighted squared error [N, S] of the nearest codes."""
+    codes_NSL = _codes(x_NSL, step_NS, less_NS, kind).sub_(kind.offset)
+    off_NSL = codes_NSL.mul_(step_NS.unsqueeze(2)).sub_(less_NS.unsqueeze(2)).sub_(x_NSL)
+    return off_NSL.square_().mul_(w_NSL).sum(2)
+
+
+def _ratio(value: Tensor, divisor: Tensor) -> Tensor:
+    """value / divisor, 0 where the divisor is 0."""
+    return torch.where(divisor == 0, 0.0, value / torch.where(divisor == 0, 1.0, divisor))
+
+
+def _half(value: Tensor) -> Tensor:
+    """As float16 holds it; the sum makes -0 a 0."""
+    return value.to(torch.float16).float() + 0.0

@@ -1,0 +1,94 @@
+"""GPTQ on ggml's block grids: error feedback through the columns, with scales searched for each block as it is reached.
+
+The mathematics is that of `quantkit.solvers.gptq`; a group is a block, and its columns have the steps and mins of their
+sub-blocks. Columns of a block may be visited in any order, for its scales are settled before the first of them.
+
+Shape legend: O out features, I in features, N blocks of a row, S sub-blocks, L weights of a sub-block, P a panel.
+"""
+
+import torch
+from torch import Tensor
+
+from quantkit.grids.blocks import BlockGrid, BlockType, fit, require_finite, steps_of
+from quantkit.qtensor import QuantizedLinear
+from quantkit.solvers.gptq import PANEL, Factor, updated
+
+
+def solve_blocks(
+    weight_OI: Tensor, factor: Factor, kind: BlockType, *, where: str = ""
+) -> tuple[QuantizedLinear, float]:
+    """Codes and grid that minimize the linear's output error over the calibration tokens, and the share that was lost.
+
+    Args:
+        weight_OI: [O, I] in the factor's dtype; I is a multiple of `kind.block`. Not modified.
+        factor: the Hessian's factor; its order keeps the columns of a block together.
+        kind: the ggml type.
+        where: the linear's name, for the error.
+
+    Raises:
+        RefusedError: weights too large for the type's float16 scales.
+    """
+    upper_II, order_I = factor.upper_II, factor.order_I
+    weight_IO = weight_OI.t()[order_I]
+    columns, rows = weight_IO.shape
+    num_blocks, num_subs = columns // kind.block, kind.block // kind.sub
+    error_IO = torch.empty_like(weight_IO)
+    codes_IO = torch.empty((columns, rows), dtype=torch.uint8, device=weight_IO.device)
+    halves_ON = [torch.empty((rows, num_blocks), device=weight_IO.device) for _ in range(2)]
+    wholes_ONS = [
+        torch.empty((rows, num_blocks, num_subs), dtype=torch.int16, device=weight_IO.device) for _ in range(2)
+    ]
+    lost, energy = weight_IO.new_zeros(()), weight_IO.new_zeros(())
+    for start in range(0, columns, kind.block):
+        inside = slice(start, start + kind.block)
+        block, place_I = int(order_I[start]) // kind.block, order_I[inside] % kind.block
+        feedback_IO = upper_II[:start, inside].t() @ error_IO[:start]
+        free_IO = torch.empty_like(feedback_IO)
+        free_IO[place_I] = updated(weight_IO[inside], feedback_IO, upper_II[inside, inside])
+        importance_I = torch.empty_like(factor.importance_I[inside])
+        importance_I[place_I] = factor.importance_I[inside]
+        parts = (rows, num_subs, kind.sub)
+        w_NSL = importance_I.float().view(1, num_subs, kind.sub).expand(parts)
+        found = fit(free_IO.t().float().reshape(parts), w_NSL, kind)
+        for store, value in zip((*halves_ON, *wholes_ONS), found, strict=True):
+            store[:, block] = value.to(store.dtype)
+        step_IO, less_IO = (value.t()[place_I // kind.sub].to(weight_IO.dtype) for value in steps_of(found))
+        for first in range(0, kind.block, PANEL):
+            panel = slice(first, min(first + PANEL, kind.block))
+            here = slice(start + panel.start, start + panel.stop)
+            feedback_PO = feedback_IO[panel]
+            feedback_PO += upper_II[start : here.start, here].t() @ error_IO[start : here.start]
+            upper_PP = upper_II[here, here]
+            codes_IO[here] = _solve_panel(
+                weight_IO[here], feedback_PO, upper_PP, error_IO[here], kind, step_IO[panel], less_IO[panel]
+            )
+            lost += torch.addmm(feedback_PO, upper_PP.t(), error_IO[here]).square_().sum()
+            energy += (upper_II[: here.stop, here].t() @ weight_IO[: here.stop]).square_().sum()
+    codes_OI = torch.empty((rows, columns), dtype=torch.uint8, device=weight_IO.device)
+    codes_OI[:, order_I] = codes_IO.t()
+    grid = BlockGrid(kind, halves_ON[0], halves_ON[1], wholes_ONS[0], wholes_ONS[1])
+    require_finite(grid, weight_OI, where=where)
+    return QuantizedLinear(codes_OI, grid), float(lost / energy) if float(energy) else 0.0
+
+
+def _solve_panel(
+    weight_PO: Tensor,
+    feedback_PO: Tensor,
+    upper_PP: Tensor,
+    error_PO: Tensor,
+    kind: BlockType,
+    step_PO: Tensor,
+    less_PO: Tensor,
+) -> Tensor:
+    """Codes [P, O], as whole numbers, of P columns; fills `error_PO` with the weights minus what they stand for."""
+    codes_PO = torch.empty_like(weight_PO)
+    inverse_PO = torch.where(step_PO == 0, 0.0, 1 / torch.where(step_PO == 0, 1.0, step_PO))
+    for i in range(weight_PO.shape[0]):
+        pull_O = feedback_PO[i]
+        if i:
+            pull_O = torch.addmv(pull_O, error_PO[:i].t(), upper_PP[:i, i])
+        wanted_O = torch.addcdiv(weight_PO[i], pull_O, upper_PP[i, i]).add_(less_PO[i])
+        code_O = wanted_O.mul_(inverse_PO[i]).round_().clamp_(-kind.offset, kind.top - kind.offset)
+        torch.sub(weight_PO[i], code_O * step_PO[i] - less_PO[i], out=error_PO[i])
+        codes_PO[i] = code_O + kind.offset
+    return codes_PO

@@ -1,0 +1,78 @@
+"""ggml's block types as the stream's solver: every type that some variant needs, from one read of the weights."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
+from quantkit.grids.blocks import TYPES, quantize
+from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
+from quantkit.solvers.block_gptq import solve_blocks
+from quantkit.solvers.gptq import Factor, factorize
+
+
+@dataclass(frozen=True)
+class BlockSolver:
+    """Searches each type's scales on the weights, or lets GPTQ choose codes with them.
+
+    Attributes:
+        types: the ggml types that a linear is needed in, by its full name and its row length; the first is the one
+            that a stream goes on with.
+        weighted: collect the mean squares of the inputs, weight errors by them and hand them on.
+        damping: of GPTQ, see `quantkit.solvers.gptq.factorize`; None searches on the weights alone.
+    """
+
+    types: Callable[[str, int], tuple[str, ...]]
+    weighted: bool
+    damping: float | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset(
+            name for name, wanted in ((SQUARES, self.weighted), (HESSIAN, self.damping is not None)) if wanted
+        )
+
+    def solve(
+        self, weights: dict[str, Tensor], statistics: Statistics
+    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
+        """Solved linears, one by one; see `quantkit.solvers.contract.Solver`."""
+        # an embedding has no input whose squares could weigh its columns
+        seen = statistics.num_tokens
+        mean_I = statistics.mean_square() if self.weighted and seen else None
+        importance = None if mean_I is None else Importance(mean_I, seen)
+        factors: dict[int, Factor] = {}
+        for name, weight_OI in weights.items():
+            started = time.perf_counter()
+            solved, loss = [], None
+            for kind in (TYPES[each] for each in self.types(name, weight_OI.shape[1])):
+                if self.damping is None or not seen:
+                    solved.append(
+                        QuantizedLinear(*quantize(weight_OI, kind, self._weights(weight_OI, mean_I), where=name))
+                    )
+                    continue
+                if kind.block not in factors:
+                    # blocks stay where they are in the row; visited by importance, and so are their columns
+                    factors[kind.block] = factorize(
+                        statistics.hessian(),
+                        order="group-aware",
+                        group_size=kind.block,
+                        damping=self.damping,
+                        where=name,
+                    )
+                factor = factors[kind.block]
+                linear, share = solve_blocks(weight_OI.to(factor.upper_II.dtype), factor, kind, where=name)
+                solved.append(linear)
+                loss = share if loss is None else loss
+            first, *others = solved
+            damping = max((factor.damping for factor in factors.values()), default=None)
+            facts = LinearFacts(name, loss, damping, time.perf_counter() - started)
+            yield name, replace(first, others=tuple(others), importance=importance), facts
+
+    def _weights(self, weight_OI: Tensor, mean_I: Tensor | None) -> Tensor | None:
+        """Even weights for what has no input: ggml's own would be the weights' squares, which large columns rule."""
+        if mean_I is None and self.weighted:
+            return torch.ones(weight_OI.shape[1], device=weight_OI.device)
+        return mean_I

@@ -1,0 +1,29 @@
+"""What the stream asks of a solver."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from quantkit.calibration.statistics import Statistics
+from quantkit.qtensor import LinearFacts, QuantizedLinear
+
+
+class Solver(Protocol):
+    """Chooses codes for linears that read the same input."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics it asks for; if empty, no text is read and no forward pass is run."""
+        ...
+
+    def solve(
+        self, weights: dict[str, Tensor], statistics: Statistics
+    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
+        """Solved linears, one by one.
+
+        Args:
+            weights: [O, I] by full module name, in the compute dtype; not modified.
+            statistics: of the input they share.
+        """
+        ...

@@ -1,0 +1,124 @@
+"""Solvers that need no calibration, and those that choose between others.
+
+Shape legend: K weights of one group, N groups, O out features, I in features.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantkit.calibration.statistics import Statistics
+from quantkit.grids.affine import FloatZeroRule, StridedGrid
+from quantkit.qtensor import LinearFacts, QuantizedLinear
+from quantkit.solvers.contract import Solver
+
+CHUNK_GROUPS = 1 << 15  # groups solved together: bounds memory, and keeps the working set in cache
+
+
+@dataclass(frozen=True)
+class WeightSolver:
+    """Codes from the weights alone, all groups of a linear at once.
+
+    Attributes:
+        fit: chooses scale and zero [N] for groups [K, N]: `HalfQuadratic.fit`, or a rule's with equal importances.
+        rule: encodes on that grid.
+        group_size: K.
+        axis: 1 groups consecutive inputs of a row; 0 groups rows r with equal r mod (O / K) of a column.
+    """
+
+    fit: Callable[[Tensor], tuple[Tensor, Tensor]]
+    rule: FloatZeroRule
+    group_size: int
+    axis: int = 1
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset()
+
+    def solve(
+        self, weights: dict[str, Tensor], statistics: Statistics
+    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
+        """Solved linears, one by one, with the loss of their weights; see `quantkit.solvers.contract.Solver`."""
+        for name, weight in weights.items():
+            started = time.perf_counter()
+            quantized = self.quantize(weight.float())
+            lost = float((weight - quantized.dequantize()).square().sum() / weight.square().sum().clamp(min=1e-30))
+            yield name, quantized, LinearFacts(name, lost, None, time.perf_counter() - started)
+
+    def quantize(self, weight_OI: Tensor) -> QuantizedLinear:
+        """Codes and grid of one linear.
+
+        Args:
+            weight_OI: float32 [O, I]; I (axis 1) or O (axis 0) in multiples of the group size.
+        """
+        size = self.group_size
+        rows, columns = weight_OI.shape
+        groups_KN = weight_OI.view(-1, size).t() if self.axis == 1 else weight_OI.view(size, -1)
+        parts = [self._solve_groups(part.contiguous()) for part in groups_KN.split(CHUNK_GROUPS, dim=1)]
+        codes_KN = torch.cat([codes for codes, _, _ in parts], dim=1)
+        scale_N, zero_N = (torch.cat([part[place] for part in parts]) for place in (1, 2))
+        if self.axis == 0:
+            shape = (rows // size, columns)
+            strided = StridedGrid(self.rule.bits, scale_N.view(shape), zero_N.view(shape))
+            return QuantizedLinear(codes_KN.view(rows, columns), strided)
+        group_I = torch.arange(columns, device=weight_OI.device, dtype=torch.int32) // size
+        shape = (rows, columns // size)
+        grid = self.rule.grid(scale_N.view(shape), zero_N.view(shape), group_I)
+        return QuantizedLinear(codes_KN.t().reshape(rows, columns), grid)
+
+    def _solve_groups(self, weight_KN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale_N, zero_N = self.fit(weight_KN)
+        return self.rule.encode(weight_KN, scale_N, zero_N).to(torch.uint8), scale_N, zero_N
+
+
+@dataclass(frozen=True)
+class WhereCalibrated:
+    """One solver for linears whose inputs were collected, another for what has none, such as an embedding.
+
+    Attributes:
+        calibrated: asks for statistics.
+        blind: asks for none.
+    """
+
+    calibrated: Solver
+    blind: Solver
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return self.calibrated.needs
+
+    def solve(
+        self, weights: dict[str, Tensor], statistics: Statistics
+    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
+        """Solved linears, one by one; see `quantkit.solvers.contract.Solver`."""
+        chosen = self.calibrated if statistics.num_tokens else self.blind
+        return chosen.solve(weights, statistics)
+
+
+@dataclass(frozen=True)
+class ByWidth:
+    """Linears of one stage at several widths: each goes to the solver of its own.
+
+    Attributes:
+        solvers: by bits.
+        bits_of: a linear's bits by its full name.
+    """
+
+    solvers: dict[int, Solver]
+    bits_of: Callable[[str], int]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(solver.needs for solver in self.solvers.values()))
+
+    def solve(
+        self, weights: dict[str, Tensor], statistics: Statistics
+    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
+        """Solved linears, one by one; see `quantkit.solvers.contract.Solver`."""
+        for bits, solver in self.solvers.items():
+            yield from solver.solve(
+                {name: weight for name, weight in weights.items() if self.bits_of(name) == bits}, statistics
+            )

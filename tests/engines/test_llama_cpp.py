@@ -1,0 +1,202 @@
+"""llama.cpp itself: its encoder's error, its choice of types, its token ids and its logits, held against ours."""
+
+import ctypes
+import json
+import shutil
+import subprocess
+import unicodedata
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from quantkit.engines.env import environment_of, environment_python
+from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS
+from quantkit.grids.blocks import TYPES, error_weights, quantize
+from quantkit.judgement import validate
+from quantkit.pipeline import build
+from quantkit.recipe import Recipe, find_recipe, load_recipe
+from tests.formats.test_gguf import byte_level
+from tests.tiny import VARIANTS, WORDS, make_tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+CPU = torch.device("cpu")
+NASTY = [
+    "Zażółć gęślą jaźń. PCHNĄĆ W TĘ ŁÓDŹ JEŻA!",
+    "  dwie spacje na początku, trzy   w środku i na końcu  ",
+    "1234567890 1 000 000,50 zł (3,14159) 2024-01-31",
+    "def f(x):\n\treturn {'a': x ** 2}  # komentarz\n\n\n",
+    "😀 👩‍👩‍👧 e\u0301 ﬁ № ½ ☃ 漢字 \u00a0",
+    "„cudzysłów” — myślnik… it's",
+    "\n\n\tŚ\r\n",
+]
+TOKENIZE = """
+import json, sys
+from llama_cpp import Llama
+model = Llama(sys.argv[1], vocab_only=True, verbose=False)
+print(json.dumps([model.tokenize(text.encode(), add_bos=False, special=False) for text in json.loads(sys.argv[2])]))
+"""
+REQUANTIZE = """
+import ctypes, sys
+import llama_cpp
+llama_cpp.llama_backend_init()
+params = llama_cpp.llama_model_quantize_default_params()
+params.allow_requantize = True
+params.nthread = 1
+params.ftype = int(sys.argv[3])
+sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
+"""
+
+
+@pytest.fixture
+def engine(kept_engine):
+    return kept_engine("llama-cpp")
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    return path
+
+
+def within(engine, script: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [str(environment_python(engine)), "-I", "-c", script, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def encoder(engine):
+    """`ggml_quantize_chunk` of the engine's library, decoded by gguf-py."""
+    path = next(environment_of(engine).rglob("libggml-base.so"))
+    chunk = ctypes.CDLL(str(path)).ggml_quantize_chunk
+    chunk.restype = ctypes.c_size_t
+    chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+
+    def encode(weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> torch.Tensor:
+        kind = gguf.GGMLQuantizationType[name]
+        values = np.ascontiguousarray(weight.numpy())
+        out = np.zeros((values.shape[0], values.shape[1] // TYPES[name].block * TYPES[name].size_bytes), np.uint8)
+        given = None if importance is None else np.ascontiguousarray(importance.numpy())
+        pointer = None if given is None else given.ctypes.data
+        chunk(int(kind), values.ctypes.data, out.ctypes.data, 0, *values.shape, pointer)
+        return torch.from_numpy(gguf.dequantize(out, kind))
+
+    return encode
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_our_weighted_error_is_not_above_ggmls(name, weighted, engine, nano):
+    from safetensors import safe_open
+
+    kind, encode = TYPES[name], encoder(engine)
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(0)) ** 3 * 4 + 1e-3
+    ours = theirs = 0.0
+    for path in sorted(nano.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                weight = file.get_tensor(key).float()
+                if weight.dim() != 2:
+                    continue
+                given = importance[: weight.shape[1]].contiguous() if weighted else None
+                w = error_weights(weight, kind, given)
+                codes, grid = quantize(weight, kind, given)
+                mine = float((w * (grid.decode(codes) - weight).square()).sum())
+                other = float((w * (encode(weight, name, given) - weight).square()).sum())
+                assert mine <= other * 1.005, key
+                ours, theirs = ours + mine, theirs + other
+    assert ours <= theirs
+
+
+@pytest.mark.parametrize("shape", [(256, 512), (96, 160)])
+def test_llama_quantize_chooses_the_same_types(shape, engine, text, tmp_path):
+    """With rows of 256 and more, and with rows that make every type fall back."""
+    hidden, inner = shape
+    sizes = {"hidden_size": hidden, "intermediate_size": inner, "head_dim": 32, "vocab_size": 416, "sharded": False}
+    from quantkit.formats.gguf.mixtures import MIXTURES
+
+    source = make_tiny(tmp_path / "model", "mistral", layers=9, **sizes)
+    recipe = Recipe.of(
+        {
+            "format": "gguf",
+            "model": {"id": str(source)},
+            "quantize": {"types": tuple(MIXTURES), "imatrix": False, "name": "tiny"},
+        }
+    )
+    ours = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    for name, mixture in MIXTURES.items():
+        within(engine, REQUANTIZE, str(ours / "tiny.Q8_0.gguf"), str(tmp_path / "theirs.gguf"), str(mixture.number))
+        found, expected = (
+            {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+            for path in (ours / f"tiny.{name}.gguf", tmp_path / "theirs.gguf")
+        )
+        assert found == expected, name
+        assert len(found) == 9 * 9 + 3
+
+
+@pytest.fixture(params=["tokenizer.model", "tokenizer.json alone", "gpt-2", "llama-bpe", "qwen2"])
+def tokenized(request, nano, tmp_path) -> Path:
+    """A checkpoint with a tokenizer of each kind."""
+    folder = tmp_path / "model"
+    if request.param.startswith("tokenizer"):
+        shutil.copytree(nano, folder)
+        if request.param != "tokenizer.model":
+            (folder / "tokenizer.model").unlink()
+        return folder
+    make_tiny(folder, "qwen2", vocab_size=320)
+    (pattern,) = (patterns for patterns, name in PRE_TOKENIZERS.items() if name == request.param)
+    for path in byte_level(tmp_path / "words", pattern[0] if pattern else None).iterdir():
+        shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+def test_token_ids_are_those_of_the_checkpoints_tokenizer(engine, tokenized, tmp_path):
+    quantize = {"types": ("Q4_0",), "imatrix": False}
+    recipe = Recipe.of({"format": "gguf", "model": {"id": str(tokenized)}, "quantize": quantize})
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    (path,) = out.glob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(tokenized)
+    # llama.cpp has no Unicode normalization, so a letter with a combining accent is given as one
+    lines = [unicodedata.normalize("NFC", line) for line in NASTY]
+    found = json.loads(within(engine, TOKENIZE, str(path), json.dumps(lines)))
+    for line, ids in zip(lines, found, strict=True):
+        assert ids == tokenizer.encode(line, add_special_tokens=False), line
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_llama_cpp_computes_what_our_decode_computes(kind, engine, text, tmp_path):
+    changes = VARIANTS[kind] | ({"head_dim": 128} if kind == "qwen3" else {})
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 416, "sharded": False}
+    source = make_tiny(tmp_path / "model", kind, **(sizes | changes))
+    recipe = Recipe.of(
+        {
+            "format": "gguf",
+            "model": {"id": str(source)},
+            "quantize": {"types": ("Q2_K", "Q4_K_M", "Q8_0"), "name": "tiny"},
+            "calibration": {"texts": {str(text): 8}, "window_tokens": 32, "activations": "float"},
+            "validation": {"texts": (str(text),), "window_tokens": 128, "generated_tokens": 0},
+        }
+    )
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    result = validate(out, model=str(source), texts=(str(text),), runtime="both", device=CPU)
+    for variant in result["variants"]:
+        ours, theirs = variant["results"]
+        assert (theirs["runtime"], theirs["status"]) == ("llama-cpp", "ok"), theirs
+        assert theirs["package"] == "llama-cpp-python"
+        # llama.cpp rounds activations to 8 bits in front of every product, which a random model makes much of
+        assert theirs["ppl_per_token"] == pytest.approx(ours["ppl_per_token"], rel=1e-2)
+        assert theirs["mean_kld"] == pytest.approx(ours["mean_kld"], rel=0.03, abs=1e-3)
+
+
+def test_the_shipped_recipe_passes_its_gates_natively_too(engine, nano, tmp_path, monkeypatch):
+    recipe = load_recipe(find_recipe("bielik-nano/gguf"), ('validation.require=["reference", "llama-cpp"]',))
+    done = build(recipe, out=tmp_path / "out", device=CPU)
+    assert done.record["validation"]["gate"] == {"passed": True, "failures": []}
+    assert len(done.record["validation"]["variants"]) == 10

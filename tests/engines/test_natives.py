@@ -1,0 +1,190 @@
+"""Each format's own package: reads what quantkit wrote, runs the card's snippet, and builds what quantkit reads."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from quantkit.checkpoint.families import EMBEDDING, HEAD
+from quantkit.engines import runtime
+from quantkit.engines.env import environment_python, own_variables
+from quantkit.formats import READERS
+from quantkit.formats.contract import Artifact
+from quantkit.pipeline import build
+from quantkit.recipe import Recipe
+from tests.tiny import VARIANTS, WORDS, make_tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+CPU = torch.device("cpu")
+SHAPE = {"vocab_size": 416, "hidden_size": 128, "intermediate_size": 256, "sharded": False}
+# of the largest logit: what half precision costs a reader; mlx-lm computes in float32 here
+TOLERANCE = {"gptqmodel": 0.004, "hqq": 0.006, "mlx-lm": 1e-4}
+CASES = [
+    *(("awq", kind, {"group_size": 32, "scaling_windows": 4}) for kind in VARIANTS),
+    ("awq", "mistral", {"group_size": 64, "scaling_steps": 0}),
+    *(("hqq", "mistral", {"group_size": 32, "bits": bits}) for bits in (2, 3, 4, 8)),
+    ("hqq", "mistral", {"group_size": 32, "bits": 3, "axis": 0}),
+    ("hqq", "qwen2", {"group_size": 64, "bits": 3, "solver": "gptq"}),
+    *(("mlx", "mistral", {"group_size": 32, "bits": bits}) for bits in (2, 3, 4, 5, 6, 8)),
+    ("mlx", "mistral", {"group_size": 64, "mixed": "mixed_3_6", "dtype": "bfloat16"}),
+    *(("mlx", kind, {"group_size": 32}) for kind in ("llama", "qwen2", "qwen3")),
+    *(("mlx", "mistral", {"group_size": 32, "skip": [end]}) for end in ("lm_head", "embed_tokens")),
+]
+BUILT = [
+    ("hqq", {"bits": 3, "group_size": 32}),
+    ("hqq", {"bits": 4, "group_size": 64, "axis": 0}),
+    ("mlx", {"bits": 4, "group_size": 64}),
+    ("mlx", {"group_size": 64, "mixed": "mixed_4_6", "dtype": "bfloat16"}),
+]
+
+
+def named(case) -> str:
+    return "-".join(str(part) for part in (*case[:-1], *case[-1].values()))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {kind: make_tiny(folder / kind, kind, **(SHAPE | changes)) for kind, changes in VARIANTS.items()}
+
+
+def recipe_of(name: str, source: Path, quantize: dict, folder: Path, **keys) -> Recipe:
+    text = folder / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    return Recipe.of(
+        {
+            "format": name,
+            "model": {"id": str(source)},
+            "quantize": quantize,
+            "calibration": {"texts": {str(text): 8}, "window_tokens": 32},
+            **keys,
+        }
+    )
+
+
+def windows() -> list[SimpleNamespace]:
+    ids = torch.randint(3, 384, (2, 40), generator=torch.Generator().manual_seed(0)).tolist()
+    return [SimpleNamespace(inputs=row[:-1], targets=row[1:]) for row in ids]
+
+
+def decoded_logits(source: Path, artifact: Artifact) -> list[np.ndarray]:
+    """Of quantkit's decode in transformers' own whole model, float32."""
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    weights = {}
+    for item in (EMBEDDING, "layers.0", "layers.1", HEAD):
+        weights |= {name: tensor.float() for name, tensor in artifact.read(item).items()}
+    found = model.load_state_dict(weights, strict=False)
+    assert set(found.missing_keys) <= {"lm_head.weight"}
+    assert not found.unexpected_keys
+    with torch.inference_mode():
+        return [model(torch.tensor([window.inputs])).logits[0].numpy() for window in windows()]
+
+
+def largest_difference(found: list[np.ndarray], expected: list[np.ndarray]) -> float:
+    scale = max(float(np.abs(array).max()) for array in expected)
+    return max(float(np.abs(one - other).max()) for one, other in zip(found, expected, strict=True)) / scale
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_the_native_reader_sees_what_quantkit_decodes(case, sources, kept_engine, tmp_path):
+    name, kind, quantize = case
+    recipe = recipe_of(name, sources[kind], quantize, tmp_path)
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    engine = kept_engine(READERS[name].native_engine)
+    found = list(runtime.evaluate(engine, out, windows()))
+    difference = largest_difference(found, decoded_logits(sources[kind], READERS[name].open(out)))
+    print(f"{named(case)}: {difference:.6f} of the largest logit")
+    assert difference <= TOLERANCE[engine.name]
+
+
+def test_hqqs_own_loader_opens_the_pickle(sources, kept_engine, tmp_path):
+    quantize = {"group_size": 32, "bits": 3, "qmodel_pt": True}
+    recipe = recipe_of("hqq", sources["mistral"], quantize, tmp_path)
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    expected = decoded_logits(sources["mistral"], READERS["hqq"].open(out))
+    for path in out.glob("*.safetensors"):
+        path.unlink()
+    found = list(runtime.evaluate(kept_engine("hqq"), out, windows()))
+    assert largest_difference(found, expected) <= TOLERANCE["hqq"]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_half_quadratic_codes_lose_no_more_than_the_packages(bits, axis, sources, kept_engine, tmp_path):
+    """The l_0.7 error that both minimize, in every linear of a model that both quantized."""
+    quantize = {"group_size": 32, "bits": bits, "axis": axis, "solver": "half-quadratic"}
+    lost = {}
+    for engine in ("quantkit", kept_engine("hqq").name):
+        # the package has but one solver, which its recipe calls nothing
+        keys = {key: value for key, value in quantize.items() if engine == "quantkit" or key != "solver"}
+        recipe = recipe_of("hqq", sources["mistral"], keys, tmp_path, engine=engine)
+        out = build(recipe, out=tmp_path / engine, device=CPU, validated=False).out
+        weights = READERS["hqq"].open(out).read("layers.0")
+        lost[engine] = {name: tensor.float() for name, tensor in weights.items() if name.endswith("_proj.weight")}
+    model = AutoModelForCausalLM.from_pretrained(sources["mistral"], dtype=torch.float32)
+    assert len(lost["quantkit"]) == 7
+    for name in lost["quantkit"]:
+        weight = model.get_parameter(name).detach()
+        ours, theirs = ((weight - lost[engine][name]).abs().pow(0.7).sum() for engine in ("quantkit", "hqq"))
+        assert ours < theirs, name
+
+
+@pytest.mark.parametrize("case", BUILT, ids=named)
+def test_what_the_package_builds_is_read_judged_and_recorded(case, sources, kept_engine, tmp_path):
+    name, quantize = case
+    engine = kept_engine(READERS[name].native_engine)
+    validation = {"texts": [str(tmp_path / "text.jsonl")], "window_tokens": 32, "require": ["reference", engine.name]}
+    recipe = recipe_of(name, sources["mistral"], quantize, tmp_path, engine=engine.name, validation=validation)
+    done = build(recipe, out=tmp_path / "out", device=CPU)
+    assert done.record["engine_facts"]["package"] == engine.package
+    ours, theirs = done.record["validation"]["variants"][0]["results"]
+    assert ours["ratio"] == pytest.approx(theirs["ratio"], abs=2e-3)
+    assert not [path for path in done.out.rglob("*") if path.suffix == ".json" and str(tmp_path) in path.read_text()]
+
+
+ROUNDED = [
+    *({"bits": bits, "group_size": 32, "dtype": "float16"} for bits in (2, 3, 4, 5, 6, 8)),
+    *({"bits": bits, "group_size": size, "dtype": "bfloat16"} for bits, size in ((3, 64), (4, 128))),
+    {"group_size": 64, "mixed": "mixed_3_6", "dtype": "float16"},
+]
+
+
+@pytest.mark.parametrize("quantize", ROUNDED, ids=lambda quantize: "-".join(map(str, quantize.values())))
+def test_rounding_to_nearest_stores_what_mlx_lm_stores(quantize, sources, kept_engine, tmp_path):
+    kept_engine("mlx-lm")
+    ways = {"ours": {"quantize": quantize | {"solver": "round-to-nearest"}}, "theirs": {"engine": "mlx-lm"}}
+    found = {}
+    for way, keys in ways.items():
+        recipe = recipe_of("mlx", sources["mistral"], **({"quantize": quantize, "folder": tmp_path} | keys))
+        out = build(recipe, out=tmp_path / way, device=CPU, validated=False).out
+        found[way] = load_file(out / "model.safetensors")
+    assert found["ours"].keys() == found["theirs"].keys()
+    assert sum(name.endswith(".scales") for name in found["ours"]) == 2 * 7 + 2
+    assert [name for name, tensor in found["ours"].items() if not torch.equal(tensor, found["theirs"][name])] == []
+
+
+@pytest.mark.parametrize("name", ["hqq", "mlx"])
+def test_the_cards_snippet_runs(name, kept_engine, tmp_path):
+    # as many rows as the tokenizer has tokens: a random model says any of them
+    source = make_tiny(tmp_path / "source", "mistral", vocab_size=384)
+    recipe = recipe_of(name, source, {"group_size": 32}, tmp_path)
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    snippet = READERS[name].use(str(out), recipe.quantize.model_dump()).split("```python")[1].split("```")[0]
+    engine = kept_engine(READERS[name].native_engine)
+    done = subprocess.run(
+        [environment_python(engine), "-I", "-c", snippet.replace("=200", "=5")],
+        env=own_variables() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(os.cpu_count())},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip()

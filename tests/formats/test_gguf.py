@@ -1,0 +1,500 @@
+"""GGUF files held against gguf-py's reader, transformers' decode and the rules as the specification has them."""
+
+import json
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from quantkit.checkpoint.index import open_checkpoint, read_json
+from quantkit.errors import RefusedError
+from quantkit.formats import detect
+from quantkit.formats.gguf.metadata import rope_factors
+from quantkit.formats.gguf.mixtures import MIXTURES, tensor_type
+from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, interleave
+from quantkit.formats.gguf.read import open_file, open_variants
+from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, vocabulary
+from quantkit.judgement import validate
+from quantkit.pipeline import build, plan
+from quantkit.progress import Progress
+from quantkit.quantize import GgufSection
+from quantkit.recipe import GatesSection, Recipe
+from quantkit.workdir import hash_files
+from tests.tiny import VARIANTS, WORDS, make_tiny
+
+CPU = torch.device("cpu")
+SHAPE = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 416, "sharded": False}
+TYPES = ("Q2_K", "Q4_K_M", "Q8_0")
+
+
+def recipe_of(source: Path, text: Path, **quantize: object) -> Recipe:
+    return Recipe.of(
+        {
+            "format": "gguf",
+            "model": {"id": str(source)},
+            "quantize": {"types": TYPES, "name": "tiny", "license": "apache-2.0"} | quantize,
+            "calibration": {"texts": {str(text): 8}, "window_tokens": 16, "activations": "float"},
+            "validation": {"texts": (str(text),), "window_tokens": 32, "generated_tokens": 4},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {
+        kind: make_tiny(folder / kind, kind, **SHAPE | changes | ({"head_dim": 128} if kind == "qwen3" else {}))
+        for kind, changes in VARIANTS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def artifacts(sources, text, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("artifacts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTKIT_HOME", str(folder / "home"))
+        return {
+            kind: build(recipe_of(source, text), out=folder / kind, device=CPU, validated=False).out
+            for kind, source in sources.items()
+        }
+
+
+def test_every_file_type_of_a_recipe_has_its_mixture():
+    (inner,) = GgufSection.model_fields["types"].annotation.__args__[:1]
+    assert set(inner.__args__) == MIXTURES.keys()
+    assert all(gguf.LlamaFileType(row.number).name == f"MOSTLY_{name}" for name, row in MIXTURES.items())
+    assert len(GgufSection().types) == 10
+
+
+# what llama-quantize gives; "." stands for the base type
+NANO = Model("llama", 4, 4, 2, tied=False)
+EXPECTED = {
+    # file type: base, attn_v of each layer, ffn_down of each layer, attn_output
+    "Q2_K": ("Q2_K", "Q3_K Q3_K Q3_K Q3_K", "Q3_K Q3_K Q3_K Q3_K", "Q3_K"),
+    "Q3_K_S": ("Q3_K", ". . . .", ". . . .", "."),
+    "Q3_K_M": ("Q3_K", "Q5_K Q5_K Q4_K Q4_K", "Q4_K Q4_K Q4_K Q4_K", "Q4_K"),
+    "Q3_K_L": ("Q3_K", "Q5_K Q5_K Q5_K Q5_K", "Q5_K Q5_K Q5_K Q5_K", "Q5_K"),
+    "Q4_K_S": ("Q4_K", "Q5_K Q5_K Q5_K Q5_K", ". . . .", "."),
+    "Q4_K_M": ("Q4_K", ". . Q6_K Q6_K", ". . Q6_K Q6_K", "."),
+    "Q5_K_S": ("Q5_K", ". . . .", ". . . .", "."),
+    "Q5_K_M": ("Q5_K", ". . Q6_K Q6_K", ". . Q6_K Q6_K", "."),
+    "Q6_K": ("Q6_K", ". . . .", ". . . .", "."),
+    "Q8_0": ("Q8_0", ". . . .", ". . . .", "."),
+}
+
+
+@pytest.mark.parametrize("file_type", EXPECTED)
+def test_types_of_a_four_layer_model(file_type):
+    base, values, downs, output = EXPECTED[file_type]
+
+    def found(module: str) -> str:
+        return tensor_type(file_type, module, 256, NANO, weighted=True).replace(base, ".")
+
+    layers = [f"model.layers.{index}" for index in range(4)]
+    assert " ".join(found(f"{layer}.self_attn.v_proj") for layer in layers) == values
+    assert " ".join(found(f"{layer}.mlp.down_proj") for layer in layers) == downs
+    assert {found(f"{layer}.self_attn.o_proj") for layer in layers} == {output}
+    rest = ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.up_proj")
+    assert {found(f"{layer}.{name}") for layer in layers for name in rest} == {"."}
+    assert found("model.embed_tokens") == "."
+    assert found("lm_head") == ("." if base in ("Q8_0", "Q6_K") else "Q6_K")
+
+
+def test_types_depend_on_depth_heads_and_tying():
+    deep = Model("llama", 32, 32, 8, tied=False)
+    layers = range(32)
+
+    def of(file_type: str, name: str, model: Model = deep) -> list[str]:
+        return [tensor_type(file_type, f"model.layers.{i}.{name}", 4096, model, weighted=True) for i in layers]
+
+    more = [i for i in layers if i < 4 or i >= 28 or (i - 4) % 3 == 2]
+    assert [i for i, kind in enumerate(of("Q4_K_M", "mlp.down_proj")) if kind == "Q6_K"] == more
+    assert [i for i, kind in enumerate(of("Q3_K_M", "mlp.down_proj")) if kind == "Q5_K"] == [0, 1]
+    assert [i for i, kind in enumerate(of("Q4_K_S", "mlp.down_proj")) if kind == "Q5_K"] == [0, 1, 2, 3]
+    assert [i for i, kind in enumerate(of("Q4_0", "mlp.down_proj")) if kind == "Q4_1"] == [0, 1, 2, 3]
+    assert set(of("Q2_K", "self_attn.v_proj")) == {"Q4_K"}  # four query heads share each value head
+    seventy = Model("llama", 80, 64, 8, tied=False)
+    assert set(of("Q4_K_S", "self_attn.v_proj", seventy)) == {"Q5_K"}
+    tied = Model("qwen2", 32, 32, 8, tied=True)
+    assert tensor_type("Q4_K_M", "model.embed_tokens", 4096, tied, weighted=True) == "Q6_K"
+
+
+def test_rows_that_are_no_multiple_of_256_fall_back():
+    found = {name: tensor_type(name, "model.layers.0.mlp.up_proj", 96, NANO, weighted=True) for name in MIXTURES}
+    assert found == {
+        "Q2_K": "Q4_0", "Q3_K_S": "Q4_0", "Q3_K_M": "Q4_0", "Q3_K_L": "Q4_0", "Q4_K_S": "Q5_0", "Q4_K_M": "Q5_0",
+        "Q5_K_S": "Q5_1", "Q5_K_M": "Q5_1", "Q6_K": "Q8_0",
+        "Q8_0": "Q8_0", "Q4_0": "Q4_0", "Q4_1": "Q4_1", "Q5_0": "Q5_0", "Q5_1": "Q5_1",
+    }  # fmt: skip
+    assert tensor_type("Q4_K_M", "lm_head", 96, NANO, weighted=True) == "Q8_0"
+
+
+def test_names_and_rows_go_there_and_back():
+    names = [f"model.layers.7.{inner}.weight" for inner in ("self_attn.k_proj", "mlp.up_proj", "input_layernorm")]
+    for name in [*names, "model.layers.0.self_attn.q_proj.bias", "model.norm.weight", "lm_head.weight"]:
+        assert checkpoint_name(gguf_name(name)) == name
+    assert checkpoint_name("rope_freqs.weight") is None
+    assert interleave(torch.arange(8), 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert halves(interleave(torch.arange(24), 2), 2).tolist() == list(range(24))
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_gguf_py_finds_the_sources_weights(kind, sources, artifacts):
+    """Every tensor, decoded by gguf-py and put back by hand into the checkpoint's row order, is near the source's."""
+    config = read_json(sources[kind] / "config.json")
+    source = open_checkpoint(sources[kind])
+    head = 128 if kind == "qwen3" else 64
+    seen = set()
+    for path in sorted(artifacts[kind].glob("tiny.Q*.gguf")):
+        reader = gguf.GGUFReader(path)
+        for tensor in reader.tensors:
+            if tensor.name == "rope_freqs.weight":
+                continue
+            name = checkpoint_name(tensor.name)
+            seen.add(name)
+            decoded = gguf.dequantize(tensor.data, tensor.tensor_type)
+            if kind in ("mistral", "llama") and tensor.name.split(".")[2:3] in (["attn_q"], ["attn_k"]):
+                count = decoded.shape[0] // head
+                order = [h * head + (j // 2 + (j % 2) * (head // 2)) for h in range(count) for j in range(head)]
+                undone = np.empty_like(decoded)
+                undone[order] = decoded
+                decoded = undone
+            want = source.tensors.read([name])[name].float().numpy()
+            assert decoded.shape == want.shape, name
+            error = np.linalg.norm(decoded - want) / max(np.linalg.norm(want), 1e-9)
+            assert error < (0.35 if tensor.tensor_type.name == "Q2_K" else 0.25), (tensor.name, error)
+            if want.ndim == 1:
+                np.testing.assert_array_equal(decoded, want)
+    assert seen == set(source.tensors.tensors)
+    assert config["tie_word_embeddings"] == ("output.weight" not in {gguf_name(name) for name in seen})
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_transformers_decodes_the_model_that_our_reader_sees(kind, artifacts, sources):
+    """Its loader knows metadata, names and row order by itself; its logits are those of our decode."""
+    variant = open_variants(artifacts[kind])["Q4_K_M"]
+    tokens = torch.randint(3, 380, (1, 24), generator=torch.Generator().manual_seed(0))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        artifacts[kind], gguf_file="tiny.Q4_K_M.gguf", dtype=torch.float32
+    ).eval()
+    ours = AutoModelForCausalLM.from_pretrained(sources[kind], dtype=torch.float32).eval()
+    state = {key: tensor for item in ("embedding", "layers.0", "layers.1", "head") for key, tensor in
+             variant.read(item).items()}  # fmt: skip
+    missing, unexpected = ours.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    if kind == "llama":
+        # it leaves rope_freqs.weight aside; the factors have a test of their own
+        theirs.model.rotary_emb = ours.model.rotary_emb
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(tokens).logits, ours(tokens).logits, rtol=0, atol=2e-5)
+
+
+def test_metadata(artifacts, sources):
+    data = {}
+    for field in gguf.GGUFReader(artifacts["mistral"] / "tiny.Q4_K_M.gguf").fields.values():
+        data[field.name] = field.contents()
+    tokenizer = AutoTokenizer.from_pretrained(sources["mistral"])
+    expected = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.name": "tiny",
+        "general.license": "apache-2.0",
+        "general.languages": ["pl"],
+        "general.file_type": 15,
+        "general.quantization_version": 2,
+        "llama.context_length": 256,
+        "llama.embedding_length": 256,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 256,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.attention.key_length": 64,
+        "llama.rope.dimension_count": 64,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": 416,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.ggml.add_space_prefix": True,
+        "tokenizer.chat_template": tokenizer.chat_template,
+        "quantize.imatrix.file": "tiny.imatrix.gguf",
+    }
+    assert {key: data.get(key) for key in expected} == expected
+    assert data["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    assert data["tokenizer.ggml.tokens"][:384] == tokenizer.convert_ids_to_tokens(range(384))
+    assert data["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert str(sources["mistral"].parent) not in str(data)
+    tied = gguf.GGUFReader(artifacts["qwen2"] / "tiny.Q8_0.gguf")
+    assert "output.weight" not in {tensor.name for tensor in tied.tensors}
+
+
+def test_llama_3_frequencies_are_those_of_transformers(sources, artifacts):
+    config = read_json(sources["llama"] / "config.json")
+    model = AutoModelForCausalLM.from_pretrained(sources["llama"])
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")
+    plain = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
+    factors = rope_factors(config)
+    torch.testing.assert_close(plain / factors, scaled)
+    assert len(factors.unique()) > 2
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(artifacts["llama"] / "tiny.Q8_0.gguf").tensors}
+    np.testing.assert_array_equal(stored["rope_freqs.weight"].data, factors.numpy())
+
+
+def test_the_importance_matrix_is_the_mean_square_of_the_float_models_inputs(artifacts, sources, text):
+    from quantkit.calibration.tokens import calibration_windows
+    from quantkit.checkpoint.tokenizer import load_tokenizer
+    from quantkit.texts import load_text_set
+
+    model = AutoModelForCausalLM.from_pretrained(sources["mistral"], dtype=torch.float32)
+    sums: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda _, inputs, __, name=name: sums.update({name: inputs[0].square().sum((0, 1))})
+            )
+    tokens = calibration_windows(
+        [(load_text_set(str(text), "calibration"), 8)],
+        load_tokenizer(sources["mistral"], vocab_size=416),
+        window_tokens=16,
+        seed=0,
+    )
+    with torch.inference_mode():
+        model(tokens)
+    reader = gguf.GGUFReader(artifacts["mistral"] / "tiny.imatrix.gguf")
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert reader.get_field("general.type").contents() == "imatrix"
+    assert found.keys() == {f"{gguf_name(f'{name}.weight')}.{part}" for name in sums for part in ("in_sum2", "counts")}
+    for name, total in sums.items():
+        short = gguf_name(f"{name}.weight")
+        assert found[f"{short}.counts"].item() == tokens.numel()
+        np.testing.assert_allclose(found[f"{short}.in_sum2"][0], total.numpy(), rtol=1e-4, err_msg=name)
+
+
+def test_one_folder_with_all_variants_judged_and_the_same_bytes_again(sources, text, tmp_path, artifacts):
+    recipe = recipe_of(sources["mistral"], text)
+    limits = {"Q2_K": GatesSection(perplexity_ratio=1.0)}
+    recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"variant_gates": limits})})
+    done = build(recipe, out=tmp_path / "a", device=CPU)
+    files = ["tiny.Q2_K.gguf", "tiny.Q4_K_M.gguf", "tiny.Q8_0.gguf", "tiny.imatrix.gguf"]
+    assert sorted(path.name for path in done.out.iterdir()) == ["README.md", "quantkit.json", *files]
+    assert done.record["variants"] == {kind: [f"tiny.{kind}.gguf"] for kind in TYPES}
+    validation = done.record["validation"]
+    assert [variant["name"] for variant in validation["variants"]] == list(TYPES)
+    ratios = [variant["results"][0]["mean_kld"] for variant in validation["variants"]]
+    assert ratios == sorted(ratios, reverse=True)
+    assert ratios[2] < 1e-3 < ratios[0]
+    assert [variant["gate"]["passed"] for variant in validation["variants"]] == [False, True, True]
+    assert validation["gate"]["failures"][0].startswith("Q2_K: reference: perplexity_ratio")
+    assert hash_files(done.out, files) == hash_files(artifacts["mistral"], files)
+    again = validate(done.out, model=str(sources["mistral"]), texts=(str(text),), runtime="native", device=CPU)
+    assert [result["runtime"] for result in again["variants"][1]["results"]] == ["reference", "llama-cpp"]
+
+
+def test_a_type_alone_follows_the_stream_as_quantized(sources, text, tmp_path):
+    """Interrupted or not: what a finished layer is read back as is what its successors saw."""
+    from quantkit.formats.gguf.write import GgufFormat
+
+    recipe = recipe_of(sources["mistral"], text, types=("Q2_K",))
+    section = recipe.calibration.model_copy(update={"activations": "quantized"})
+    recipe = recipe.model_copy(update={"calibration": section})
+    whole = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+
+    def fail(*_):
+        raise RuntimeError("no further")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GgufFormat, "assemble", fail)
+        with pytest.raises(RuntimeError):
+            build(recipe, out=tmp_path / "b", device=CPU, validated=False)
+    (tmp_path / "b.work" / "items" / "layers.1.safetensors").unlink()
+    (tmp_path / "b.work" / "items" / "head.safetensors").unlink()
+    build(recipe, out=tmp_path / "b", device=CPU, validated=False)
+    files = ["tiny.Q2_K.gguf", "tiny.imatrix.gguf"]
+    assert hash_files(whole, files) == hash_files(tmp_path / "b", files)
+
+
+def test_several_types_want_the_float_stream(sources, text, tmp_path):
+    recipe = recipe_of(sources["mistral"], text)
+    section = recipe.calibration.model_copy(update={"activations": "quantized"})
+    with pytest.raises(RefusedError) as caught:
+        build(recipe.model_copy(update={"calibration": section}), out=tmp_path / "a", device=CPU)
+    assert str(caught.value) == (
+        "several variants cannot share statistics of a quantized stream, which is different for each\n"
+        "  at:  calibration.activations\n"
+        '  fix: set it to "float", or let the recipe name a single variant'
+    )
+
+
+def test_without_an_importance_matrix_no_text_is_read(sources, text, tmp_path):
+    recipe = recipe_of(sources["mistral"], tmp_path / "absent.jsonl", imatrix=False, types=("Q4_0",))
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    assert [path.name for path in out.glob("*.gguf")] == ["tiny.Q4_0.gguf"]
+
+
+def test_the_plan_knows_each_files_size(sources, text, artifacts, tmp_path):
+    found = plan(recipe_of(sources["mistral"], text), out=tmp_path / "a", device=CPU, progress=Progress())
+    for kind, size in found.variants.items():
+        real = (artifacts["mistral"] / f"tiny.{kind}.gguf").stat().st_size
+        words = 12_000  # of the vocabulary and the rest of the head, which is no weight
+        assert abs(real - words - size) < 0.01 * size + 4000, kind
+    assert set(found.variants) == set(TYPES)
+
+
+# what follows is about files of other makers
+
+
+@pytest.fixture
+def damaged(artifacts, tmp_path) -> Path:
+    path = tmp_path / "folder" / "model.Q8_0.gguf"
+    path.parent.mkdir()
+    path.write_bytes((artifacts["mistral"] / "tiny.Q8_0.gguf").read_bytes())
+    return path
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.001, 0.01, 0.1, 0.5, 0.99])
+def test_a_file_cut_short_is_refused(damaged, share):
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(RefusedError, match=r"model\.Q8_0\.gguf is not a GGUF file that can be read"):
+        open_file(damaged)
+
+
+def test_counts_beyond_the_file_take_no_memory(damaged):
+    content = bytearray(damaged.read_bytes())
+    for at in (8, 16):  # tensors, then keys
+        hostile = content.copy()
+        hostile[at : at + 8] = struct.pack("<Q", 2**60)
+        damaged.write_bytes(hostile)
+        with pytest.raises(RefusedError, match="is not a GGUF file that can be read"):
+            open_file(damaged)
+    at = content.index(b"tokenizer.ggml.scores") + len(b"tokenizer.ggml.scores") + 8
+    hostile = content.copy()
+    hostile[at : at + 8] = struct.pack("<Q", 2**59)
+    damaged.write_bytes(hostile)
+    with pytest.raises(RefusedError, match="it ends within its head"):
+        open_file(damaged)
+
+
+def test_random_damage_to_the_head_never_ends_in_a_traceback(damaged):
+    content = damaged.read_bytes()
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        hostile = bytearray(content)
+        for at in generator.integers(0, 2000, 6):
+            hostile[at] = int(generator.integers(0, 256))
+        damaged.write_bytes(hostile)
+        try:
+            artifact = open_file(damaged)
+            assert artifact.num_layers == 2
+        except RefusedError:
+            refused += 1
+    assert refused > 50
+
+
+def test_an_unknown_architecture_is_named(damaged):
+    damaged.write_bytes(damaged.read_bytes().replace(b"llama", b"gemma"))
+    with pytest.raises(RefusedError, match="unknown architecture 'gemma'"):
+        open_file(damaged)
+
+
+def test_a_folder_of_somebody_else_is_told_by_its_files(damaged, sources, text):
+    assert detect(damaged.parent) == "gguf"
+    result = validate(
+        damaged.parent, model=str(sources["mistral"]), texts=(str(text),), runtime="reference", device=CPU
+    )
+    assert [(variant["name"], variant["files"]) for variant in result["variants"]] == [("Q8_0", ["model.Q8_0.gguf"])]
+    assert result["variants"][0]["results"][0]["mean_kld"] < 1e-3
+
+
+def byte_level(folder: Path, pattern: str | None, *, special: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    tokenizer = Tokenizer(models.BPE())
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, own])
+    tokenizer.normalizer = normalizers.NFC()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([WORDS] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    if special:
+        fast.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    fast.save_pretrained(folder)
+    return folder
+
+
+def test_byte_level_bpe(tmp_path):
+    patterns = {
+        name: pattern[0] if pattern else None for pattern, name in PRE_TOKENIZERS.items() if pattern != ("digits",)
+    }
+    assert set(patterns) == {"gpt-2", "llama-bpe", "qwen2"}
+    for name, pattern in patterns.items():
+        words = vocabulary(byte_level(tmp_path / name, pattern), {}, 320)
+        assert (words.model, words.pre, words.scores, words.add_space_prefix) == ("gpt2", name, None, None)
+        assert (words.add_bos, words.add_eos) == (False, False)
+        eos = words.special["eos"]
+        assert (words.tokens[eos], words.types[eos]) == ("<|im_end|>", 3)
+        assert words.tokens[-1] == "[PAD319]"
+        assert words.types[-1] == 5
+        assert all(left + right in words.tokens for left, right in (merge.split(" ") for merge in words.merges))
+        assert len(words.merges) > 20
+
+
+def test_an_unknown_pre_tokenizer_says_how_to_add_it(tmp_path):
+    folder = byte_level(tmp_path / "odd", r"\w+|\s+")
+    with pytest.raises(RefusedError) as caught:
+        vocabulary(folder, {}, 320)
+    assert "no llama.cpp name for" in caught.value.what
+    assert "PRE_TOKENIZERS" in caught.value.fix
+    # the right pattern with a second split behind it is not the same thing
+    fast = read_json(
+        byte_level(tmp_path / "twice", PRE_TOKENIZERS and next(iter(list(PRE_TOKENIZERS)[2]))) / "tokenizer.json"
+    )
+    assert pre_tokenizer(fast, folder) == "qwen2"
+    with pytest.raises(RefusedError, match=r"no llama\.cpp name for.*Lowercase"):
+        pre_tokenizer(fast | {"normalizer": {"type": "Lowercase"}}, folder)
+    fast["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = True
+    with pytest.raises(RefusedError, match=r"no llama\.cpp name for"):
+        pre_tokenizer(fast, folder)
+
+
+def test_sentencepiece_from_its_model_and_from_tokenizer_json(tmp_path):
+    """With tokenizer.model the scores are its own; without, ranks of merges, which order pieces the same way."""
+    from quantkit.nano import NanoSettings, make_tokenizer
+
+    make_tokenizer(tmp_path, [WORDS] * 20, NanoSettings(vocab_size=300))
+    config = {"bos_token_id": 1, "eos_token_id": 2}
+    real = vocabulary(tmp_path, config, 304)
+    assert (real.model, real.add_space_prefix, real.add_bos, real.add_eos) == ("llama", True, True, False)
+    assert real.special == {"bos": 1, "eos": 2, "unknown": 0}
+    assert real.types[:3] + real.types[3:259] + real.types[300:] == [2, 3, 3] + [6] * 256 + [5] * 4
+    (tmp_path / "tokenizer.model").unlink()
+    made = vocabulary(tmp_path, config, 304)
+    assert (made.tokens, made.types, made.special) == (real.tokens, real.types, real.special)
+    pieces = [i for i in range(259, 300) if len(real.tokens[i]) > 1]
+    assert sorted(pieces, key=lambda i: -real.scores[i]) == sorted(pieces, key=lambda i: -made.scores[i])
+
+
+def test_an_id_beyond_the_embedding_is_refused(tmp_path):
+    with pytest.raises(RefusedError, match="the embedding 200 rows"):
+        vocabulary(byte_level(tmp_path / "a", None), {}, 200)

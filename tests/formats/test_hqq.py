@@ -1,0 +1,207 @@
+"""The HQQ container against an independent decode that shares nothing with the writer but the specification."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from quantkit.errors import RefusedError
+from quantkit.formats.hqq import HqqFormat, decode_linear, encode_linear, open_artifact, pack, unpack, write_pickle
+from quantkit.grids.affine import AffineGrid, StridedGrid
+from quantkit.qtensor import QuantizedLinear
+
+SHIFTS = {"8bit_u8": [0], "4bit_u8": [4, 0], "2bit_u8": [6, 4, 2, 0], "3bit_32": list(range(27, -1, -3))}
+WIDTHS = {"8bit_u8": 8, "4bit_u8": 4, "2bit_u8": 2, "3bit_32": 3}
+
+
+def linear(bits: int, axis: int, *, rows: int = 16, columns: int = 24, size: int = 8) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(bits + axis)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    bias = torch.randn(rows, generator=generator)
+    if axis == 0:
+        shape = (rows // size, columns)
+        scale, zero = (torch.rand(shape, generator=generator).half().float() + 0.5 for _ in range(2))
+        return QuantizedLinear(codes, StridedGrid(bits, scale.half().float(), (zero * 3).half().float()), bias)
+    shape = (rows, columns // size)
+    scale, zero = (torch.rand(shape, generator=generator).half().float() + 0.5 for _ in range(2))
+    group = (torch.arange(columns) // size).int()
+    return QuantizedLinear(codes, AffineGrid(bits, scale.half().float(), (zero * 3).half().float(), group), bias)
+
+
+def decoded(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """Weights by nested loops over the grouped matrix, from the specification."""
+    packing = bytes(tensors["p.packing"]).decode()
+    rows, columns = tensors["p.shape"]
+    size, axis = int(tensors["p.group_size"]), int(tensors["p.axis"])
+    high, wide = (size, rows * columns // size) if axis == 0 else (rows * columns // size, size)
+    words, scale, zero = tensors["p.W_q"], tensors["p.scale"].astype(np.float32), tensors["p.zero"].astype(np.float32)
+    shifts, mask = SHIFTS[packing], 2 ** WIDTHS[packing] - 1
+    grouped = np.zeros((high, wide), np.float32)
+    for row in range(high):
+        block, place = divmod(row, words.shape[0])
+        for column in range(wide):
+            code = (int(words[place, column]) >> shifts[block]) & mask
+            at = (0, column) if axis == 0 else (row, 0)
+            grouped[row, column] = (np.float32(code) - zero[at]) * scale[at]
+    return grouped.reshape(rows, columns)
+
+
+@pytest.mark.parametrize(("packing", "rows", "expected"), [
+    ("4bit_u8", [1, 2, 3, 4], [0x13, 0x24]),
+    ("2bit_u8", [3, 2, 1, 0], [0xE4]),
+    ("3bit_32", [row % 8 for row in range(20)], [0x02982982, 0x0BBCBBCB]),
+    ("8bit_u8", [7, 200], [7, 200]),
+])  # fmt: skip
+def test_golden_words(packing, rows, expected):
+    codes = torch.tensor(rows, dtype=torch.uint8)[:, None]
+    assert pack(codes, packing).flatten().tolist() == expected
+    assert torch.equal(unpack(pack(codes, packing), packing, len(rows)), codes)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_what_is_written_decodes_as_the_specification_says(bits, axis):
+    source = linear(bits, axis)
+    tensors = encode_linear("p", source, 8)
+    expected = decoded({name: tensor.numpy() for name, tensor in tensors.items()})
+    np.testing.assert_array_equal(source.dequantize().numpy(), expected)
+    read = decode_linear("p", tensors)
+    assert torch.equal(read.codes_OI, source.codes_OI)
+    assert torch.equal(read.dequantize(), source.dequantize())
+    assert torch.equal(read.bias_O, source.bias_O.half())
+    stored = sum(8 * tensors[f"p.{part}"].nbytes for part in ("W_q", "scale", "zero"))
+    assert HqqFormat(bits, 8, axis).stored_bits("p", 16, 24) == stored
+
+
+def test_shapes_and_keys_are_hqqs():
+    tensors = encode_linear("p", linear(3, 1, rows=128, columns=256, size=64), 64)
+    assert len(tensors) == 19 + 1
+    assert tensors["p.W_q"].shape == (52, 64)
+    assert tensors["p.W_q"].dtype == torch.int32
+    assert tensors["p.scale"].shape == tensors["p.zero"].shape == (512, 1)
+    assert bytes(tensors["p.unpack_view_dtype"].tolist()) == b"torch.int32"
+    tensors = encode_linear("p", linear(3, 0, rows=128, columns=256, size=64), 64)
+    assert tensors["p.W_q"].shape == (7, 512)
+    assert tensors["p.scale"].shape == (1, 512)
+
+
+def test_three_bits_with_groups_of_64_are_3_7():
+    rows = columns = 4096
+    stored = HqqFormat(3, 64, 1).stored_bits("p", rows, columns)
+    assert stored / (rows * columns) == pytest.approx(3.7, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "what"),
+    [
+        ("packing", list(b"__import__('os')"), "the packing"),
+        ("quant_zero", 1, "quant_zero"),
+        ("view_as_float", 1, "view_as_float"),
+    ],
+)
+def test_what_is_not_known_is_refused_and_never_evaluated(part, value, what):
+    tensors = encode_linear("p", linear(4, 1), 8)
+    tensors[f"p.{part}"] = torch.tensor(value, dtype=torch.uint8)
+    with pytest.raises(RefusedError, match=f"p uses {what}"):
+        decode_linear("p", tensors)
+
+
+def damaged(part: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    return encode_linear("p", linear(3, 1), 8) | {f"p.{part}": value}
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("packing", torch.tensor(list(b"4bit_u8")), r"W_q is \[5, 8\], where \[24, 8\] belongs"),
+        ("nbits", torch.tensor(5), "5 bits along axis 1 are not in the packing 3bit_32"),
+        ("nbits", torch.tensor(list(b"1.58")), "shape, nbits, group_size, axis are not two numbers and one each"),
+        ("axis", torch.tensor(7), "3 bits along axis 7 are not in the packing 3bit_32"),
+        ("group_size", torch.tensor(0), r"\[16, 24\] has no groups of 0 along axis 1"),
+        ("group_size", torch.tensor(16), r"\[16, 24\] has no groups of 16 along axis 1"),
+        ("shape", torch.tensor([16, 32]), r"W_q is \[5, 8\], where \[7, 8\] belongs"),
+        ("W_q", torch.zeros(4, 8, dtype=torch.int32), r"W_q is \[4, 8\], where \[5, 8\] belongs"),
+        ("zero", torch.zeros(1, 48), r"zero is \[1, 48\], where \[48, 1\] belongs"),
+    ],
+)
+def test_tensors_that_contradict_each_other_are_refused(part, value, message):
+    with pytest.raises(RefusedError, match=f"p: {message}"):
+        decode_linear("p", damaged(part, value))
+
+
+@pytest.mark.parametrize("part", ["scale", "zero", "shape", "packing", "nbits", "group_size", "axis"])
+def test_a_missing_tensor_is_named(part, tiny_mistral, tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = encode_linear("model.layers.0.mlp.down_proj", linear(3, 1), 8)
+    del tensors[f"model.layers.0.mlp.down_proj.{part}"]
+    save_file(tensors, tmp_path / "hqq_model.safetensors")
+    (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
+    with pytest.raises(RefusedError, match=rf"down_proj\.{part} is missing"):
+        open_artifact(tmp_path)
+
+
+def test_a_pickle_of_an_old_release_is_refused_with_the_remedy(tiny_mistral, tmp_path):
+    nested = {"W_q": torch.zeros(5, 8, dtype=torch.int32), "meta": {"nbits": 3, "packing": "3bit_32"}, "bias": None}
+    torch.save({"model.layers.0.mlp.down_proj": nested}, tmp_path / "qmodel.pt")
+    (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
+    with pytest.raises(RefusedError, match=r"nests its settings as releases of hqq before 0\.2 did"):
+        open_artifact(tmp_path)
+
+
+def test_a_pickle_reads_like_the_safetensors(tiny_mistral, tmp_path):
+    from safetensors.torch import save_file
+
+    from quantkit.checkpoint.index import open_tensors
+
+    tensors = encode_linear("model.layers.0.mlp.down_proj", linear(3, 1), 8)
+    tensors["model.norm.weight"] = torch.ones(4)
+    save_file(tensors, tmp_path / "hqq_model.safetensors")
+    write_pickle(open_tensors(tmp_path, stem="hqq_model"), tmp_path / "qmodel.pt")
+    (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
+    expected = open_artifact(tmp_path).bits_per_weight
+    stored = torch.load(tmp_path / "qmodel.pt", weights_only=True)["model.layers.0.mlp.down_proj"]
+    assert (stored["nbits"], stored["packing"], stored["shape"]) == (3, "3bit_32", torch.Size([16, 24]))
+    assert stored["unpack_view_dtype"] is torch.int32
+    assert stored["stores_quant_config"] is True
+    (tmp_path / "hqq_model.safetensors").unlink()
+    second = open_artifact(tmp_path)
+    assert second.bits_per_weight == expected
+    weight = second.read("layers.0")["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(weight, linear(3, 1).dequantize())
+
+
+def test_a_pickle_with_anything_else_in_it_is_refused(tiny_mistral, tmp_path):
+    class Surprise:
+        def __reduce__(self):
+            return (print, ("ran",))
+
+    torch.save({"model.norm": {"weight": Surprise()}}, tmp_path / "qmodel.pt")
+    (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
+    with pytest.raises(RefusedError, match=r"qmodel\.pt cannot be read"):
+        open_artifact(tmp_path)
+
+
+def test_what_does_not_fit_is_named():
+    shapes = [("model.layers.0.mlp.down_proj", 64, 90), ("model.layers.0.mlp.up_proj", 90, 64)]
+    assert HqqFormat(3, 64, 1).problems(shapes) == [
+        "model.layers.0.mlp.down_proj: in_features 90 is not divisible by group_size 64; leave it in 16 bits with "
+        'quantize.skip = ["mlp.down_proj"]'
+    ]
+    assert len(HqqFormat(3, 64, 0).problems(shapes)) == 1
+    assert HqqFormat(3, 64, 1, skip=("mlp.down_proj",)).problems(shapes) == []
+    assert "do not fill bytes of 4 codes" in HqqFormat(2, 64, 1).problems([("m", 3, 64)])[0]
+
+
+def test_transformers_refuses_the_folder_instead_of_inventing_weights(tiny_mistral, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from quantkit.pipeline import build
+    from quantkit.recipe import Recipe
+
+    recipe = Recipe.of({"format": "hqq", "model": {"id": str(tiny_mistral)}, "quantize": {"group_size": 32}})
+    out = build(recipe, out=tmp_path / "out", device=torch.device("cpu"), validated=False).out
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "hqq"
+    with pytest.raises((ImportError, OSError, ValueError, NotImplementedError)):
+        AutoModelForCausalLM.from_pretrained(out)

@@ -1,0 +1,248 @@
+"""A model hub over real HTTP on this machine, with as much of the Hub's interface as publishing and fetching use.
+
+Repositories live in memory: branches are lists of commits, large files are kept by SHA-256 and checked against it.
+`faults` makes the next requests to a path fail in a chosen way.
+"""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_publishingTestToken0123456789abcdef"
+READ_ONLY = "hf_readingTestToken0123456789abcdefgh"
+
+
+def blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@dataclass
+class Repo:
+    """`branches` names commits; a commit is {path: (content, large)}."""
+
+    private: bool
+    branches: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, tuple[bytes, bool]]] = field(default_factory=dict)
+
+    def commit(self, branch: str, files: dict[str, tuple[bytes, bool]]) -> str:
+        content = sorted((path, hashlib.sha256(data).hexdigest()) for path, (data, _) in files.items())
+        oid = hashlib.sha1(json.dumps([len(self.commits), content]).encode()).hexdigest()
+        self.commits[oid] = files
+        self.branches[branch] = oid
+        return oid
+
+    def find(self, revision: str) -> str | None:
+        return self.branches.get(revision, revision if revision in self.commits else None)
+
+
+@dataclass
+class HubServer:
+    """Attributes:
+    repos: by `org/name`.
+    large: large files by SHA-256.
+    requests: "METHOD /path" of every request, in order.
+    faults: [pattern of "METHOD /path", status or "reset", how often left]; the first that fits is used up.
+    """
+
+    repos: dict[str, Repo] = field(default_factory=dict)
+    large: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    faults: list[list] = field(default_factory=list)
+    url: str = ""
+
+    def sent(self, pattern: str) -> list[str]:
+        return [request for request in self.requests if re.search(pattern, request)]
+
+    def fault(self, request: str) -> int | str | None:
+        for fault in self.faults:
+            if fault[2] > 0 and re.search(fault[0], request):
+                fault[2] -= 1
+                return fault[1]
+        return None
+
+    def __enter__(self) -> "HubServer":
+        handler = type("Bound", (Handler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def answer(self, status: int, content: object = None, headers: dict[str, str] | None = None) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for key, value in (
+            {"Content-Length": str(len(body)), "Content-Type": "application/json"} | (headers or {})
+        ).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def fail(self, status: int, code: str = "", message: str = "failed") -> None:
+        self.answer(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message} if code else None)
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def handle_any(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        request = f"{self.command} {path}"
+        self.hub.requests.append(request)
+        fault = self.hub.fault(request)
+        if fault == "reset":
+            self.rfile.read(1)
+            self.close_connection = True
+            self.connection.close()
+            return
+        body = self.body()
+        if fault is not None:
+            self.fail(int(fault))
+            return
+        self.route(path, body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+
+    def route(self, path: str, body: bytes) -> None:
+        hub = self.hub
+        if self.command == "PUT":
+            oid = path.removeprefix("/lfs/")
+            if hashlib.sha256(body).hexdigest() != oid:
+                self.fail(400, message="the content does not have this SHA-256")
+                return
+            hub.large[oid] = body
+            self.answer(200, {})
+            return
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if token not in (TOKEN, READ_ONLY):
+            self.fail(401, message="Invalid credentials")
+            return
+        if self.command == "POST" and token == READ_ONLY:
+            self.fail(403, message="this token cannot write")
+            return
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            if name in hub.repos:
+                self.answer(409, {"error": "You already created this model repo", "url": f"{hub.url}/{name}"})
+                return
+            visible = wanted.get("private", wanted.get("visibility") == "private")
+            hub.repos[name] = Repo(private=bool(visible))
+            hub.repos[name].commit("main", {".gitattributes": (b"", False)})
+            self.answer(200, {"url": f"{hub.url}/{name}", "id": name, "name": name})
+        elif path == "/api/validate-yaml":
+            self.answer(200, {"errors": [], "warnings": []})
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree|branch|preupload|commit)/([^/]+)", path):
+            self.model(*found.groups(), body)
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            objects = [
+                {"oid": wanted["oid"], "size": wanted["size"]}
+                | (
+                    {}
+                    if wanted["oid"] in hub.large
+                    else {"actions": {"upload": {"href": f"{hub.url}/lfs/{wanted['oid']}"}}}
+                )
+                for wanted in json.loads(body)["objects"]
+            ]
+            self.answer(
+                200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"}
+            )
+        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            self.resolve(*found.groups())
+        else:
+            self.fail(404, "EntryNotFound")
+
+    def model(self, name: str, verb: str, revision: str, body: bytes) -> None:
+        repo = self.hub.repos.get(name)
+        if repo is None:
+            self.fail(404, "RepoNotFound", "Repository not found")
+            return
+        if verb == "branch":
+            if revision in repo.branches:
+                self.fail(409, message="Reference already exists")
+                return
+            repo.branches[revision] = repo.branches["main"]
+            self.answer(200, {})
+            return
+        commit = repo.find(revision)
+        if commit is None:
+            self.fail(404, "RevisionNotFound", "Revision not found")
+            return
+        files = repo.commits[commit]
+        if verb == "revision":
+            siblings = [{"rfilename": path} for path in files]
+            self.answer(200, {"id": name, "sha": commit, "private": repo.private, "siblings": siblings, "tags": []})
+        elif verb == "tree":
+            self.answer(200, [self.entry(path, *stored) for path, stored in files.items()])
+        elif verb == "preupload":
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".gguf")) else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            self.answer(200, {"files": modes})
+        else:
+            self.commit(name, revision, [json.loads(line) for line in body.splitlines()])
+
+    def entry(self, path: str, content: bytes, large: bool) -> dict:
+        found = {"type": "file", "path": path, "size": len(content), "oid": blob_id(content)}
+        if large:
+            found["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+        return found
+
+    def commit(self, name: str, branch: str, lines: list[dict]) -> None:
+        repo = self.hub.repos[name]
+        files = dict(repo.commits[repo.branches[branch]])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                if value.get("parentCommit", repo.branches[branch]) != repo.branches[branch]:
+                    self.fail(412, message="A commit has happened since")
+                    return
+            elif line["key"] == "file":
+                files[value["path"]] = (base64.b64decode(value["content"]), False)
+            elif value["oid"] in self.hub.large:
+                files[value["path"]] = (self.hub.large[value["oid"]], True)
+            else:
+                self.fail(400, message=f"{value['path']} was not uploaded")
+                return
+        oid = repo.commit(branch, files)
+        self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, "hookOutput": ""})
+
+    def resolve(self, name: str, revision: str, path: str) -> None:
+        repo = self.hub.repos.get(name)
+        commit = repo.find(revision) if repo else None
+        if commit is None or path not in repo.commits[commit]:
+            self.fail(404, "EntryNotFound")
+            return
+        content, large = repo.commits[commit][path]
+        etag = hashlib.sha256(content).hexdigest() if large else blob_id(content)
+        self.answer(
+            200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Content-Type": "application/octet-stream"}
+        )
