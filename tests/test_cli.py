@@ -169,7 +169,7 @@ def test_cuda_that_is_not_there_exits_with_4(own_recipe):
 def test_recipes_are_listed_shown_and_checked():
     names = quantkit("recipes", "list").stdout.split()
     assert len(names) >= 3
-    assert 'format = "gptq"' in quantkit("recipes", "show", names[0]).stdout
+    assert 'format = "gptq"' in quantkit("recipes", "show", "gptq").stdout
     assert quantkit("recipes", "check", names[0]).returncode == 0
     assert json.loads(quantkit("recipes", "schema").stdout)["title"] == "Recipe"
 
