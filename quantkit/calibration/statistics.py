@@ -3,6 +3,9 @@
 Shape legend: N tokens, I in features.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ class Statistics:
 
     Args:
         needs: which sums to keep: "hessian" (sum of x x^T, float32 [I, I]), "deviation" (sum of (x' - x) x^T with
-            x' the same token's input in the unquantized stream, float32 [I, I]), "squares" (sum of x^2,
+            x' the same token's input in the unquantized stream, float32 [I, I]; asked for together with "hessian"), "squares" (sum of x^2,
             float32 [I]). Float64 inputs are summed in float64.
     """
 
@@ -36,16 +39,15 @@ class Statistics:
         """
         x_NI = _multipliable(inputs.flatten(0, -2))
         self.num_tokens += x_NI.shape[0]
-        if HESSIAN in self.needs:
-            total_II = self._total(HESSIAN, x_NI)
-            for start in range(0, x_NI.shape[1], BLOCK):
-                stop = min(start + BLOCK, x_NI.shape[1])
-                _add_product(total_II[start:stop, :stop], x_NI[:, start:stop], x_NI[:, :stop])
-        if DEVIATION in self.needs:
-            assert exact_inputs is not None, "the unquantized stream was not run"
-            exact_NI = _multipliable(exact_inputs.flatten(0, -2))
-            _add_product(self._total(DEVIATION, x_NI), exact_NI - x_NI, x_NI)
-
+        with _exact_bfloat16_products(inputs.dtype):
+            if HESSIAN in self.needs:
+                total_II = self._total(HESSIAN, x_NI)
+                for start in range(0, x_NI.shape[1], BLOCK):
+                    stop = min(start + BLOCK, x_NI.shape[1])
+                    _add_product(total_II[start:stop, :stop], x_NI[:, start:stop], x_NI[:, :stop])
+            if DEVIATION in self.needs:
+                assert exact_inputs is not None, "the unquantized stream was not run"
+                _add_product(self._total(DEVIATION, x_NI), _multipliable(exact_inputs.flatten(0, -2)), x_NI)
         if SQUARES in self.needs:
             total_I = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0)
             self._sums[SQUARES] = self._sums[SQUARES] + total_I if SQUARES in self._sums else total_I
@@ -63,8 +65,8 @@ class Statistics:
         return total_II
 
     def deviation(self) -> Tensor:
-        """The sum of (x' - x) x^T, [I, I]."""
-        return self._sums[DEVIATION]
+        """The sum of (x' - x) x^T, [I, I]; x' x^T is what was summed, for its products are exact where x' - x is not."""
+        return self._sums[DEVIATION] - self.hessian()
 
     def _total(self, name: str, like_NI: Tensor) -> Tensor:
         if name not in self._sums:
@@ -75,8 +77,25 @@ class Statistics:
 
 
 def _multipliable(x_NI: Tensor) -> Tensor:
-    """bf16 in float32 where there are no cores that multiply it exactly."""
+    """As it is where torch has a product that takes bf16 and sums in float32; else bf16 in float32's clothes."""
     return x_NI if x_NI.is_cuda else x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
+
+
+@contextmanager
+def _exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
+    """Let the CPU's bf16 units multiply float32 matrices that hold bf16 values: the same products, summed in float32.
+
+    Args:
+        dtype: what the values were computed in; nothing changes for another than bfloat16, whose values would be cut.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _add_product(total: Tensor, left_NI: Tensor, right_NI: Tensor) -> None:

@@ -118,7 +118,7 @@ def factorize(hessian_II: Tensor, *, order: str, group_size: int, damping: float
     order_I = visiting_order(diagonal_I, order, group_size)
     # reversing rows and columns turns the lower factor that the library computes into the upper one wanted here
     backwards_I = order_I.flip(0)
-    permuted_II = hessian_II[backwards_I][:, backwards_I]
+    permuted_II = hessian_II[backwards_I.unsqueeze(1), backwards_I]
     original_I = permuted_II.diagonal().clone()
     for attempt in range(DAMPING_TRIES + 1):
         tried = damping * DAMPING_STEP**attempt
@@ -126,6 +126,7 @@ def factorize(hessian_II: Tensor, *, order: str, group_size: int, damping: float
         lower_II, failed_at = torch.linalg.cholesky_ex(permuted_II)
         if int(failed_at) == 0:
             importance_I = permuted_II.diagonal().flip(0).clone()
+            del permuted_II
             return Factor(lower_II.flip(0, 1), order_I, importance_I, tried)
     raise RunFailedError(
         f"the Hessian is not positive definite with damping up to {tried:g}",
