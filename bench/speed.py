@@ -69,6 +69,7 @@ def prepared(way: Way, options: argparse.Namespace, scratch: Path) -> Run:
     tokens = calibration_windows(parts, tokenizer, window_tokens=options.window_tokens, seed=0)
     np.save(folder / "tokens.npy", tokens.numpy())
     request = {
+        "format": way.format,
         "checkpoint": str(options.model.resolve()),
         "out": str(out),
         "settings": recipe.quantize.model_dump(mode="json"),

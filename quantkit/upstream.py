@@ -41,9 +41,10 @@ def settled(recipe: Recipe) -> Recipe:
             fix=f'choose another, or engine = "{OWN_ENGINE}"',
         )
     left_out = type(recipe.quantize).model_fields.keys() - recipe.quantize.model_fields_set
-    own = {key: engine.settings[key][0] for key in left_out if engine.settings.get(key)}
+    known = engine.settings[recipe.format]
+    own = {key: known[key][0] for key in left_out if known.get(key)}
     quantize = type(recipe.quantize).model_validate(recipe.quantize.model_dump() | own)
-    refusals = engine.refusals(quantize.model_dump(mode="json"))
+    refusals = engine.refusals(recipe.format, quantize.model_dump(mode="json"))
     if recipe.calibration.activations != "quantized":
         refusals.append(f"calibration.activations = {recipe.calibration.activations!r}: {engine.name} has its own way")
     if refusals:
@@ -70,7 +71,14 @@ def quantize_upstream(
     shutil.rmtree(scratch, ignore_errors=True)
     settings = recipe.quantize.model_dump(mode="json")
     return build(
-        engine, checkpoint, tokens_WT.numpy(), settings, scratch, device=device.type, threads=recipe.compute.threads
+        engine,
+        recipe.format,
+        checkpoint,
+        tokens_WT.numpy(),
+        settings,
+        scratch,
+        device=device.type,
+        threads=recipe.compute.threads,
     )
 
 

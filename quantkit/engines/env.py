@@ -41,7 +41,6 @@ class Engine:
     package: str
     runner: str
     reads: tuple[str, ...]
-    builds: tuple[str, ...]
     hardware: tuple[str, ...]
     python: tuple[str, ...]
     first: tuple[str, ...]
@@ -53,7 +52,12 @@ class Engine:
     released: str
     archived: bool
     note: str
-    settings: dict[str, tuple[Any, ...]]
+    settings: dict[str, dict[str, tuple[Any, ...]]]
+
+    @property
+    def builds(self) -> tuple[str, ...]:
+        """Formats it can make."""
+        return tuple(self.settings)
 
     @property
     def pins(self) -> str:
@@ -65,12 +69,18 @@ class Engine:
     def install_command(self) -> str:
         return f"quantkit engines install {self.name}"
 
-    def refusals(self, settings: dict[str, Any]) -> list[str]:
-        """One line for each setting of a build that the engine cannot honour; empty if it can honour all."""
+    def refusals(self, made: str, settings: dict[str, Any]) -> list[str]:
+        """One line for each setting of a build that the engine cannot honour; empty if it can honour all.
+
+        Args:
+            made: the format to be made.
+            settings: the recipe's [quantize].
+        """
+        known = self.settings[made]
         return [
-            f"{key} = {value!r}: {self.name} knows {', '.join(str(known) for known in self.settings[key])}"
+            f"{key} = {value!r}: {self.name} knows {', '.join(str(possible) for possible in known[key])}"
             for key, value in settings.items()
-            if self.settings.get(key) and value not in self.settings[key]
+            if known.get(key) and value not in known[key]
         ]
 
 
@@ -97,7 +107,7 @@ def find_engine(name: str) -> Engine:
 def describe(engine: Engine) -> dict[str, Any]:
     """What `quantkit engines list` says of an engine; `reason` is None where it runs."""
     requirement = next(pin for pin in engine.requirements if pin.startswith(engine.package))
-    return asdict(engine) | {"requirement": requirement, "reason": why_not(engine)}
+    return asdict(engine) | {"builds": engine.builds, "requirement": requirement, "reason": why_not(engine)}
 
 
 def environment_of(engine: Engine) -> Path:
@@ -222,7 +232,9 @@ def _writing(environment: Path) -> Iterator[None]:
 
 def _engine(name: str, table: dict[str, Any]) -> Engine:
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    values["settings"] = {key: tuple(known) for key, known in table["settings"].items()}
+    values["settings"] = {
+        made: {key: tuple(possible) for key, possible in keys.items()} for made, keys in table["settings"].items()
+    }
     return Engine(name, **values)
 
 
@@ -286,7 +298,7 @@ def engine_rows() -> list[dict[str, Any]]:
     """What `quantkit engines list --json` shows: each engine, where it is and why it cannot run (None if it can)."""
     rows = []
     for engine in list_engines():
-        table = asdict(engine)
+        table = asdict(engine) | {"builds": engine.builds}
         shown = {key: table[key] for key in ("name", "package", "reads", "builds", "hardware", "python")}
         shown |= {key: table[key] for key in ("requirements", "download_mb", "released", "archived", "note")}
         version = installed_facts(engine)["version"] if is_installed(engine) else None

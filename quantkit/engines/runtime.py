@@ -27,7 +27,7 @@ from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 THREADS = 2
 RUNNERS = Path(__file__).with_name("runners")
 CHECK_TOKENS = 32
-CHECK_SETTINGS = {"bits": 4, "group_size": 32, "symmetric": True, "order": "natural", "damping": 0.01}
+CHECK_SETTINGS = {"bits": 4, "group_size": 32, "damping": 0.01}
 
 
 class Window(Protocol):
@@ -140,6 +140,7 @@ def evaluate(
 
 def build(
     engine: Engine,
+    made: str,
     checkpoint: Path,
     tokens: np.ndarray,
     settings: dict[str, Any],
@@ -151,6 +152,7 @@ def build(
     """Let the engine quantize a checkpoint; `out` appears whole or not at all.
 
     Args:
+        made: the format.
         checkpoint: its folder.
         tokens: int64 [W, T], the calibration windows.
         settings: the recipe's [quantize], as the engine can honour it (`Engine.refusals`).
@@ -167,7 +169,7 @@ def build(
         RunFailedError: its runner failed.
     """
     require(engine, device)
-    if refusals := engine.refusals(settings):
+    if refusals := engine.refusals(made, settings):
         raise RefusedError(
             f"the engine {engine.name} cannot honour the recipe:\n  " + "\n  ".join(refusals),
             where="quantize",
@@ -178,6 +180,7 @@ def build(
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     request = {
+        "format": made,
         "checkpoint": str(checkpoint.resolve()),
         "out": str((partial / "artifact").resolve()),
         "settings": settings,
@@ -193,7 +196,7 @@ def build(
 
 
 def check(engine: Engine, checkpoint: Path, *, device: str = "cpu") -> dict[str, Any]:
-    """Let the engine build a 4-bit artifact of a small checkpoint and read it back.
+    """Let the engine make the first of its formats from a small checkpoint, in 4 bits, and read it back.
 
     Args:
         checkpoint: a folder; its linears must be in multiples of 32.
@@ -219,7 +222,9 @@ def check(engine: Engine, checkpoint: Path, *, device: str = "cpu") -> dict[str,
     tokens = np.random.default_rng(0).integers(3, vocabulary, (8, CHECK_TOKENS))
     with tempfile.TemporaryDirectory(prefix="quantkit-check-") as folder:
         artifact = Path(folder) / "artifact"
-        facts = build(engine, checkpoint, tokens, CHECK_SETTINGS, artifact, device=device)
+        made, known = next(iter(engine.settings.items()))
+        settings = {key: possible[0] for key, possible in known.items() if possible} | CHECK_SETTINGS
+        facts = build(engine, made, checkpoint, tokens, settings, artifact, device=device)
         started = time.monotonic()
         found = list(evaluate(engine, artifact, [_Tokens(tokens[0].tolist())], device=device))
     if not np.isfinite(found[0]).all():

@@ -61,7 +61,7 @@ def fake(tmp_path, monkeypatch):
 
 def test_the_table_is_whole():
     engines = list_engines()
-    assert [engine.name for engine in engines] == ["auto-gptq", "gptqmodel", "hqq", "llama-cpp", "mlx-lm"]
+    assert [engine.name for engine in engines] == ["auto-gptq", "autoawq", "gptqmodel", "hqq", "llama-cpp", "mlx-lm"]
     for engine in engines:
         assert engine.reads
         assert set(engine.hardware) <= {"cpu", "cuda"}
@@ -87,7 +87,7 @@ def test_an_unknown_engine_is_refused_with_a_suggestion():
         find_engine("autogptq")
     assert str(caught.value) == (
         "no engine named 'autogptq'\n"
-        "  fix: did you mean 'auto-gptq'? there are: auto-gptq, gptqmodel, hqq, llama-cpp, mlx-lm"
+        "  fix: did you mean 'auto-gptq'? there are: auto-gptq, autoawq, gptqmodel, hqq, llama-cpp, mlx-lm"
     )
 
 
@@ -99,7 +99,7 @@ def test_not_installed_names_the_command(tiny_mistral, tmp_path):
     assert caught.value.what == "gptqmodel is not installed: `quantkit engines install gptqmodel`"
     assert caught.value.exit_code == 4
     with pytest.raises(UnavailableError, match="not installed"):
-        runtime.build(engine, tiny_mistral, TOKENS, SETTINGS, tmp_path / "out")
+        runtime.build(engine, "gptq", tiny_mistral, TOKENS, SETTINGS, tmp_path / "out")
     with pytest.raises(UnavailableError, match="not installed"):
         runtime.check(engine, tiny_mistral)
 
@@ -141,7 +141,7 @@ def test_a_failed_install_says_why_and_what_a_killed_one_left_is_thrown_away(tmp
 def test_a_setting_that_the_engine_does_not_know_is_refused(fake, tiny_mistral, tmp_path):
     engine = dataclasses.replace(fake, settings=find_engine("auto-gptq").settings)
     with pytest.raises(RefusedError) as caught:
-        runtime.build(engine, tiny_mistral, TOKENS, SETTINGS | {"order": "group-aware"}, tmp_path / "out")
+        runtime.build(engine, "gptq", tiny_mistral, TOKENS, SETTINGS | {"order": "group-aware"}, tmp_path / "out")
     assert "order = 'group-aware': fake knows natural, activation" in caught.value.what
 
 
@@ -170,18 +170,18 @@ def test_a_reader_that_stops_early_leaves_nothing(fake, tmp_path, monkeypatch):
 
 
 def test_a_build_appears_whole(fake, tiny_mistral, tmp_path):
-    facts = runtime.build(fake, tiny_mistral, TOKENS, SETTINGS, tmp_path / "out" / "artifact", threads=1)
+    facts = runtime.build(fake, "gptq", tiny_mistral, TOKENS, SETTINGS, tmp_path / "out" / "artifact", threads=1)
     assert facts.pop("seconds") >= 0
     assert facts == {"package": "fake", "version": "1", "tokens": [3, 8], "threads": "1"}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["artifact"]
     assert json.loads((tmp_path / "out" / "artifact" / "config.json").read_text()) == {}
     with pytest.raises(RefusedError, match="exists"):
-        runtime.build(fake, tiny_mistral, TOKENS, SETTINGS, tmp_path / "out" / "artifact")
+        runtime.build(fake, "gptq", tiny_mistral, TOKENS, SETTINGS, tmp_path / "out" / "artifact")
 
 
 def test_a_failed_runner_is_quoted_and_its_log_kept(fake, tiny_mistral, tmp_path):
     with pytest.raises(RunFailedError) as caught:
-        runtime.build(fake, tiny_mistral, TOKENS, SETTINGS | {"bits": 3}, tmp_path / "out" / "artifact")
+        runtime.build(fake, "gptq", tiny_mistral, TOKENS, SETTINGS | {"bits": 3}, tmp_path / "out" / "artifact")
     assert caught.value.what == "the engine fake failed at build (exit code 7):\n  3 bits are not for me"
     assert Path(caught.value.where).read_text() == "3 bits are not for me\n"
     assert os.listdir(tmp_path / "out") == []

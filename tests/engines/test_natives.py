@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.families import EMBEDDING, HEAD
 from quantkit.engines import runtime
-from quantkit.engines.env import environment_python, own_variables
+from quantkit.engines.env import environment_python, list_engines, own_variables
 from quantkit.formats import READERS
 from quantkit.formats.contract import Artifact
 from quantkit.pipeline import build
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 416, "hidden_size": 128, "intermediate_size": 256, "sharded": False}
 # of the largest logit: what half precision costs a reader; mlx-lm computes in float32 here
-TOLERANCE = {"gptqmodel": 0.004, "hqq": 0.006, "mlx-lm": 1e-4}
+TOLERANCE = {"autoawq": 0.004, "gptqmodel": 0.004, "hqq": 0.006, "mlx-lm": 1e-4}
 CASES = [
     *(("awq", kind, {"group_size": 32, "scaling_windows": 4}) for kind in VARIANTS),
     ("awq", "mistral", {"group_size": 64, "scaling_steps": 0}),
@@ -38,11 +38,15 @@ CASES = [
     *(("mlx", kind, {"group_size": 32}) for kind in ("llama", "qwen2", "qwen3")),
     *(("mlx", "mistral", {"group_size": 32, "skip": [end]}) for end in ("lm_head", "embed_tokens")),
 ]
+# every engine that reads a case's format
+READ = [(engine.name, *case) for case in CASES for engine in list_engines() if case[0] in engine.reads]
 BUILT = [
-    ("hqq", {"bits": 3, "group_size": 32}),
-    ("hqq", {"bits": 4, "group_size": 64, "axis": 0}),
-    ("mlx", {"bits": 4, "group_size": 64}),
-    ("mlx", {"group_size": 64, "mixed": "mixed_4_6", "dtype": "bfloat16"}),
+    ("autoawq", "awq", {"group_size": 32}),
+    ("gptqmodel", "awq", {"group_size": 32}),
+    ("hqq", "hqq", {"bits": 3, "group_size": 32}),
+    ("hqq", "hqq", {"bits": 4, "group_size": 64, "axis": 0}),
+    ("mlx-lm", "mlx", {"bits": 4, "group_size": 64}),
+    ("mlx-lm", "mlx", {"group_size": 64, "mixed": "mixed_4_6", "dtype": "bfloat16"}),
 ]
 
 
@@ -93,12 +97,12 @@ def largest_difference(found: list[np.ndarray], expected: list[np.ndarray]) -> f
     return max(float(np.abs(one - other).max()) for one, other in zip(found, expected, strict=True)) / scale
 
 
-@pytest.mark.parametrize("case", CASES, ids=named)
+@pytest.mark.parametrize("case", READ, ids=named)
 def test_the_native_reader_sees_what_quantkit_decodes(case, sources, kept_engine, tmp_path):
-    name, kind, quantize = case
+    reader, name, kind, quantize = case
     recipe = recipe_of(name, sources[kind], quantize, tmp_path)
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
-    engine = kept_engine(READERS[name].native_engine)
+    engine = kept_engine(reader)
     found = list(runtime.evaluate(engine, out, windows()))
     difference = largest_difference(found, decoded_logits(sources[kind], READERS[name].open(out)))
     print(f"{named(case)}: {difference:.6f} of the largest logit")
@@ -139,8 +143,8 @@ def test_half_quadratic_codes_lose_no_more_than_the_packages(bits, axis, sources
 
 @pytest.mark.parametrize("case", BUILT, ids=named)
 def test_what_the_package_builds_is_read_judged_and_recorded(case, sources, kept_engine, tmp_path):
-    name, quantize = case
-    engine = kept_engine(READERS[name].native_engine)
+    maker, name, quantize = case
+    engine = kept_engine(maker)
     validation = {"texts": [str(tmp_path / "text.jsonl")], "window_tokens": 32, "require": ["reference", engine.name]}
     recipe = recipe_of(name, sources["mistral"], quantize, tmp_path, engine=engine.name, validation=validation)
     done = build(recipe, out=tmp_path / "out", device=CPU)

@@ -184,12 +184,12 @@ def test_it_reads_our_artifacts_as_an_independent_decode_does(engine, case, sour
 
 @pytest.mark.parametrize("order", ["natural", "group-aware", "activation"])
 def test_it_builds_what_our_reader_decodes(engine, order, sources, tmp_path):
-    if order not in engine.settings["order"]:
+    if order not in engine.settings["gptq"]["order"]:
         pytest.skip(f"{engine.name} refuses {order}, see test_env")
     source = model_of(sources["mistral"])
     tokens = spoken(source, number=24, length=64)
     out = tmp_path / "built"
-    facts = runtime.build(engine, sources["mistral"], tokens[8:], SETTINGS | {"order": order}, out)
+    facts = runtime.build(engine, "gptq", sources["mistral"], tokens[8:], SETTINGS | {"order": order}, out)
     assert facts["version"] == installed_facts(engine)["version"]
     assert json.loads((out / "config.json").read_text())["rope_theta"] == 500.0
     assert str(tmp_path) not in (out / "config.json").read_text() + (out / "quantize_config.json").read_text()

@@ -45,33 +45,25 @@ def load(request):
 
 
 def build(request):
-    """Quantize a checkpoint with gptqmodel's own GPTQ."""
+    """Quantize a checkpoint with gptqmodel's own GPTQ or AWQ."""
     # what it compiles at first use belongs into this environment, not into the user's cache folder
     os.environ["GPTQMODEL_TORCH_EXTENSIONS_DIR"] = os.path.join(sys.prefix, "torch_extensions")
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     torch.set_num_threads(request["threads"])
-    settings = request["settings"]
+    backend = {"gptq": BACKEND.TORCH, "awq": BACKEND.AWQ_TORCH}[request["format"]]
     config = QuantizeConfig(
-        bits=settings["bits"],
-        group_size=settings["group_size"],
-        sym=settings["symmetric"],
-        desc_act=settings["order"] == "activation",
-        # its default is on whenever desc_act is off, so it must be said either way
-        act_group_aware=settings["order"] == "group-aware",
-        damp_percent=settings["damping"],
+        **{"gptq": gptq_settings, "awq": awq_settings}[request["format"]](request["settings"]),
         device=request["device"],
         offload_to_disk=False,
-        # its default rounds to nearest where too few tokens reach a module; that would no longer be GPTQ
+        # its default rounds to nearest where too few tokens reach a module; that would no longer be the method
         fallback=None,
-        # its fast packing is compiled with g++ at first use
-        pack_impl="cpu" if shutil.which("g++") else "original",
     )
-    model = GPTQModel.load(request["checkpoint"], config, backend=BACKEND.TORCH)
+    model = GPTQModel.load(request["checkpoint"], config, backend=backend)
     tokens = np.load(request["tokens"])
     # plain lists: every other form of calibration data goes through a tokenizer
     windows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in tokens]
-    model.quantize(windows, batch_size=1, backend=BACKEND.TORCH)
+    model.quantize(windows, batch_size=1, backend=backend)
     model.save(request["out"])
     # losses by module: not for publishing
     log = os.path.join(request["out"], "quant_log.csv")
@@ -79,6 +71,26 @@ def build(request):
         os.remove(log)
     keep_rope_theta(request["checkpoint"], request["out"])
     return facts()
+
+
+def gptq_settings(settings):
+    """[quantize] of a GPTQ recipe in its words."""
+    return {
+        "bits": settings["bits"],
+        "group_size": settings["group_size"],
+        "sym": settings["symmetric"],
+        "desc_act": settings["order"] == "activation",
+        # its default is on whenever desc_act is off, so it must be said either way
+        "act_group_aware": settings["order"] == "group-aware",
+        "damp_percent": settings["damping"],
+        # its fast packing is compiled with g++ at first use
+        "pack_impl": "cpu" if shutil.which("g++") else "original",
+    }
+
+
+def awq_settings(settings):
+    """[quantize] of an AWQ recipe in its words."""
+    return {"quant_method": "awq", "format": "gemm", "bits": 4, "group_size": settings["group_size"], "sym": False}
 
 
 def keep_rope_theta(checkpoint, out):
