@@ -21,8 +21,8 @@ class Statistics:
 
     Args:
         needs: which sums to keep: "hessian" (sum of x x^T, float32 [I, I]), "deviation" (sum of (x' - x) x^T with
-            x' the same token's input in the unquantized stream, float32 [I, I]; asked for together with "hessian"), "squares" (sum of x^2,
-            float32 [I]). Float64 inputs are summed in float64.
+            x' the same token's input in the unquantized stream, float32 [I, I]; asked for together with "hessian"),
+            "squares" (sum of x^2, float32 [I]). Float64 inputs are summed in float64.
     """
 
     def __init__(self, needs: frozenset[str]) -> None:
@@ -65,7 +65,10 @@ class Statistics:
         return total_II
 
     def deviation(self) -> Tensor:
-        """The sum of (x' - x) x^T, [I, I]; x' x^T is what was summed, for its products are exact where x' - x is not."""
+        """The sum of (x' - x) x^T, [I, I].
+
+        What was summed is x' x^T: in bfloat16 its products are exact, where x' - x is rounded.
+        """
         return self._sums[DEVIATION] - self.hessian()
 
     def _total(self, name: str, like_NI: Tensor) -> Tensor:
