@@ -47,6 +47,7 @@ BUILT = [
     ("hqq", "hqq", {"bits": 4, "group_size": 64, "axis": 0}),
     ("mlx-lm", "mlx", {"bits": 4, "group_size": 64}),
     ("mlx-lm", "mlx", {"group_size": 64, "mixed": "mixed_4_6", "dtype": "bfloat16"}),
+    ("mlx-lm", "mlx", {"group_size": 64, "solver": "gptq"}),
 ]
 
 

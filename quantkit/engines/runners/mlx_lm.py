@@ -2,6 +2,7 @@
 """mlx-lm, inside its environment; see start.py."""
 
 import os
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +27,16 @@ def load(request):
 
 
 def build(request):
-    """Quantize a checkpoint with `mlx_lm.convert`; it rounds the weights to nearest."""
+    """Quantize a checkpoint with what mlx-lm has under the recipe's solver."""
+    {"round-to-nearest": build_rounded, "gptq": build_gptq}[request["settings"]["solver"]](request)
+    readme = os.path.join(request["out"], "README.md")
+    if os.path.exists(readme):
+        os.remove(readme)
+    return facts()
+
+
+def build_rounded(request):
+    """`mlx_lm.convert`."""
     from mlx_lm import convert
 
     settings = request["settings"]
@@ -40,10 +50,26 @@ def build(request):
         dtype=settings["dtype"],
         quant_predicate=None if mixed == "none" else mixed,
     )
-    readme = os.path.join(request["out"], "README.md")
-    if os.path.exists(readme):
-        os.remove(readme)
-    return facts()
+
+
+def build_gptq(request):
+    """`mlx_lm.gptq`, without the command that fetches its calibration text from the web."""
+    import mlx.core as mx
+    from mlx_lm.quant.gptq import gptq_quantize
+    from mlx_lm.utils import load, save
+
+    settings = request["settings"]
+    bits, size = settings["bits"], settings["group_size"]
+    if bits not in (2, 4, 8) or settings["mixed"] != "none":
+        sys.exit("mlx-lm's GPTQ knows 2, 4 and 8 bits, the same for all linears")
+    model, tokenizer, config = load(request["checkpoint"], lazy=True, return_config=True)
+    # it sums x x^T in the model's own dtype, which overflows in float16 and keeps three digits in bfloat16
+    model.set_dtype(mx.float32)
+    tokens = mx.array(np.load(request["tokens"]).astype(np.int32))
+    # the embedding is not solved but rounded: to as many bits, where it would take 6
+    model, config["quantization"] = gptq_quantize(model, tokens, bits, size, bits, size)
+    model.set_dtype({"float16": mx.float16, "bfloat16": mx.bfloat16}[settings["dtype"]])
+    save(request["out"], request["checkpoint"], model, tokenizer, config)
 
 
 def facts():
