@@ -22,6 +22,7 @@ from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
 from quantkit.errors import RefusedError
+from quantkit.machine import release_freed_memory
 from quantkit.qtensor import Item, LinearFacts
 from quantkit.solvers.contract import Solver
 
@@ -175,10 +176,13 @@ def _solve_item(
             if (full := layer.linear_name(linear)) in linears
         }
         started = time.perf_counter()
+        # what the walks freed must not stand beside what the solver takes, nor the other way round
+        release_freed_memory()
         for full, quantized, facts in solvers.layers.solve(weights, statistics):
             item.linears[full] = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
             item.facts.append(facts)
             sinks.linear(facts)
+        release_freed_memory()
         item.seconds["solve"] = item.seconds.get("solve", 0.0) + time.perf_counter() - started
 
     if solvers.preparation is not None:

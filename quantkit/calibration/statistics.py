@@ -91,7 +91,7 @@ def _exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     Args:
         dtype: what the values were computed in; nothing changes for another than bfloat16, whose values would be cut.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     if dtype == torch.bfloat16:
         matmul.fp32_precision = "bf16"
