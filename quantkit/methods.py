@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quantkit.formats.awq import BITS as AWQ_BITS
 from quantkit.formats.awq import AwqFormat
+from quantkit.formats.compressed_tensors import CompressedTensorsFormat
 from quantkit.formats.contract import Format
 from quantkit.formats.gguf.metadata import About
 from quantkit.formats.gguf.names import Model
@@ -18,7 +19,7 @@ from quantkit.formats.gptq import LOWEST_ASYMMETRIC_ZERO, GptqFormat
 from quantkit.formats.hqq import HqqFormat
 from quantkit.formats.mlx import MlxFormat
 from quantkit.grids.affine import AffineRule, BiasRule, FloatZeroRule
-from quantkit.quantize import AwqSection, GgufSection, GptqSection, HqqSection, MlxSection
+from quantkit.quantize import AwqSection, CompressedTensorsSection, GgufSection, GptqSection, HqqSection, MlxSection
 from quantkit.solvers.awq import ChannelScaling
 from quantkit.solvers.blocks import BlockSolver
 from quantkit.solvers.contract import Solver
@@ -137,9 +138,20 @@ def awq(section: AwqSection, config: dict[str, Any]) -> Method:
     )
 
 
+def compressed_tensors(section: CompressedTensorsSection, config: dict[str, Any]) -> Method:
+    """GPTQ codes in the container of compressed-tensors."""
+    stored: torch.dtype = getattr(torch, section.dtype)
+    rule = AffineRule(section.bits, symmetric=section.symmetric, candidates=section.scale_candidates, stored=stored)
+    return Method(
+        Solvers(GptqSolver(rule, section.group_size, section.order, section.damping, section.asymmetric)),
+        CompressedTensorsFormat(section.bits, section.group_size, section.symmetric, stored, section.skip),
+    )
+
+
 METHODS: dict[str, Callable[[Any, dict[str, Any]], Method]] = {
     "gptq": gptq,
     "awq": awq,
+    "compressed-tensors": compressed_tensors,
     "hqq": hqq,
     "mlx": mlx,
     "gguf": gguf,

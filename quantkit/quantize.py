@@ -195,8 +195,49 @@ class AwqSection(Section):
     )
 
 
+class CompressedTensorsSection(Section):
+    """How GPTQ quantizes for compressed-tensors, the container of llm-compressor and vLLM."""
+
+    bits: Literal[4, 8] = Field(default=4, description="Bits per code.")
+    group_size: Literal[-1, 32, 64, 128] = Field(
+        default=128, description="Input channels per scale; -1 is one scale per row."
+    )
+    symmetric: bool = Field(default=True, description="Fix the zero point in the middle of the codes.")
+    order: Literal["natural", "group-aware"] = Field(
+        default="group-aware", description="Order in which input channels are solved; the file does not tell."
+    )
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
+    )
+    scale_candidates: int = Field(
+        default=20,
+        ge=0,
+        le=200,
+        description="Shrunken ranges the scale search tries per group, weighted by the Hessian's diagonal; 0 is none.",
+    )
+    asymmetric: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
+        "one stream instead of two.",
+    )
+    dtype: Literal["bfloat16", "float16"] = Field(
+        default="bfloat16", description="Of scales and of what is not quantized; bfloat16 keeps a bf16 source as it is."
+    )
+    skip: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
+    )
+
+
 QUANTIZE: dict[str, Section] = {
     "awq": AwqSection(),
+    "compressed-tensors": CompressedTensorsSection(),
     "gptq": GptqSection(),
     "hqq": HqqSection(),
     "mlx": MlxSection(),

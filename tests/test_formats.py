@@ -25,6 +25,11 @@ CASES = {
     "gptq": ("gptq", {"group_size": 32}),
     "awq": ("awq", {"group_size": 32, "scaling_steps": 4, "scaling_windows": 4, "scale_candidates": 2}),
     "awq-unscaled": ("awq", {"group_size": 32, "scaling_steps": 0, "scale_candidates": 2}),
+    "compressed-tensors": ("compressed-tensors", {"group_size": 32}),
+    "compressed-tensors-8": (
+        "compressed-tensors",
+        {"bits": 8, "group_size": -1, "symmetric": False, "dtype": "float16"},
+    ),
     "hqq": ("hqq", {"group_size": 32}),
     "hqq-axis-0": ("hqq", {"group_size": 32, "axis": 0, "bits": 4}),
     "hqq-half-quadratic": ("hqq", {"group_size": 32, "solver": "half-quadratic", "bits": 4}),

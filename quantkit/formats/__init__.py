@@ -4,10 +4,12 @@ from pathlib import Path
 
 from quantkit.checkpoint.index import read_json
 from quantkit.errors import RefusedError
-from quantkit.formats import awq, gguf, gptq, hqq, mlx
+from quantkit.formats import awq, compressed_tensors, gguf, gptq, hqq, mlx
 from quantkit.formats.contract import Artifact, Reading
 
-READERS: dict[str, Reading] = {module.NAME: module.READING for module in (gptq, awq, hqq, mlx, gguf)}
+READERS: dict[str, Reading] = {
+    module.NAME: module.READING for module in (gptq, awq, compressed_tensors, hqq, mlx, gguf)
+}
 
 
 def detect(folder: Path) -> str:

@@ -61,7 +61,15 @@ def fake(tmp_path, monkeypatch):
 
 def test_the_table_is_whole():
     engines = list_engines()
-    assert [engine.name for engine in engines] == ["auto-gptq", "autoawq", "gptqmodel", "hqq", "llama-cpp", "mlx-lm"]
+    assert [engine.name for engine in engines] == [
+        "auto-gptq",
+        "autoawq",
+        "gptqmodel",
+        "hqq",
+        "llama-cpp",
+        "llm-compressor",
+        "mlx-lm",
+    ]
     for engine in engines:
         assert engine.reads
         assert set(engine.hardware) <= {"cpu", "cuda"}
@@ -87,7 +95,8 @@ def test_an_unknown_engine_is_refused_with_a_suggestion():
         find_engine("autogptq")
     assert str(caught.value) == (
         "no engine named 'autogptq'\n"
-        "  fix: did you mean 'auto-gptq'? there are: auto-gptq, autoawq, gptqmodel, hqq, llama-cpp, mlx-lm"
+        "  fix: did you mean 'auto-gptq'? there are: auto-gptq, autoawq, gptqmodel, hqq, llama-cpp, "
+        "llm-compressor, mlx-lm"
     )
 
 

@@ -26,10 +26,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 416, "hidden_size": 128, "intermediate_size": 256, "sharded": False}
 # of the largest logit: what half precision costs a reader; mlx-lm computes in float32 here
-TOLERANCE = {"autoawq": 0.004, "gptqmodel": 0.004, "hqq": 0.006, "mlx-lm": 1e-4}
+TOLERANCE = {"autoawq": 0.004, "gptqmodel": 0.004, "hqq": 0.006, "llm-compressor": 1e-4, "mlx-lm": 1e-4}
 CASES = [
     *(("awq", kind, {"group_size": 32, "scaling_windows": 4}) for kind in VARIANTS),
     ("awq", "mistral", {"group_size": 64, "scaling_steps": 0}),
+    *(("compressed-tensors", kind, {"group_size": 32}) for kind in VARIANTS),
+    *(("compressed-tensors", "mistral", {"group_size": 32, "bits": bits, "symmetric": False}) for bits in (4, 8)),
+    ("compressed-tensors", "mistral", {"group_size": -1, "bits": 8}),
+    ("compressed-tensors", "mistral", {"group_size": 64, "skip": ["mlp.down_proj"]}),
     *(("hqq", "mistral", {"group_size": 32, "bits": bits}) for bits in (2, 3, 4, 8)),
     ("hqq", "mistral", {"group_size": 32, "bits": 3, "axis": 0}),
     ("hqq", "qwen2", {"group_size": 64, "bits": 3, "solver": "gptq"}),
@@ -45,6 +49,9 @@ BUILT = [
     ("gptqmodel", "awq", {"group_size": 32}),
     ("hqq", "hqq", {"bits": 3, "group_size": 32}),
     ("hqq", "hqq", {"bits": 4, "group_size": 64, "axis": 0}),
+    ("llm-compressor", "compressed-tensors", {"group_size": 32}),
+    ("llm-compressor", "compressed-tensors", {"group_size": 64, "symmetric": False, "order": "natural"}),
+    ("llm-compressor", "compressed-tensors", {"group_size": -1, "bits": 8}),
     ("mlx-lm", "mlx", {"bits": 4, "group_size": 64}),
     ("mlx-lm", "mlx", {"group_size": 64, "mixed": "mixed_4_6", "dtype": "bfloat16"}),
     ("mlx-lm", "mlx", {"group_size": 64, "solver": "gptq"}),

@@ -1,0 +1,290 @@
+"""compressed-tensors, pack-quantized: what llm-compressor writes and vLLM serves (docs/formats/compressed-tensors.md).
+
+Shape legend: O out features, I in features, G groups.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quantkit.checkpoint.families import Family, family_of, item_of
+from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
+from quantkit.errors import RefusedError
+from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
+from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.shards import merge
+from quantkit.formats.sidecars import quantized_config, write_sidecars
+from quantkit.grids.affine import AffineGrid
+from quantkit.qtensor import Item, QuantizedLinear
+
+NAME = "compressed-tensors"
+LAYOUT = "pack-quantized"
+NATIVE_ENGINE = "llm-compressor"
+PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+SHAPE_BITS = 2 * 64
+USE = """```python
+# pip install transformers compressed-tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+messages = [{{"role": "user", "content": "Jakie mamy pory roku w Polsce?"}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=200)[0]))
+```
+
+`vllm serve {repo}` serves it.
+"""
+
+
+def encode_linear(name: str, linear: QuantizedLinear, *, symmetric: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one quantized linear by their names in the file, contiguous.
+
+    Args:
+        name: full module name.
+        linear: groups must be contiguous.
+        symmetric: no zeros are stored; they are all 2**(bits-1).
+        dtype: of scales and bias.
+    """
+    grid = linear.grid
+    assert isinstance(grid, AffineGrid), "the codes are on an affine grid"
+    tensors = {
+        f"{name}.weight_packed": pack(linear.codes_OI.t(), grid.bits).t().contiguous(),
+        f"{name}.weight_scale": grid.scale_OG.to(dtype).contiguous(),
+        f"{name}.weight_shape": torch.tensor(linear.codes_OI.shape),
+    }
+    if not symmetric:
+        tensors[f"{name}.weight_zero_point"] = pack(grid.zero_OG.to(torch.int32), grid.bits)
+    if linear.bias_O is not None:
+        tensors[f"{name}.bias"] = linear.bias_O.to(dtype).contiguous()
+    return tensors
+
+
+def decode_linear(name: str, tensors: dict[str, Tensor], settings: dict[str, Any]) -> QuantizedLinear:
+    """One quantized linear from its tensors; any width up to 8 bits, with or without zeros and g_idx.
+
+    Args:
+        name: full module name.
+        tensors: at least `name`.weight_packed, .weight_scale and .weight_shape.
+        settings: the folder's quantization_config.
+    """
+    packed, scale_OG, shape = (tensors[f"{name}.{part}"] for part in PARTS[:3])
+    bits = int(weight_arguments(name, settings)["num_bits"])
+    rows, columns = map(int, shape)
+    groups = scale_OG.shape[1]
+    zero_OG = torch.full((rows, groups), float(2 ** (bits - 1)))
+    if (zeros := tensors.get(f"{name}.weight_zero_point")) is not None:
+        zero_OG = _unpacked(zeros, bits)[:rows].float()
+    group_I = tensors.get(f"{name}.weight_g_idx")
+    if group_I is None:
+        group_I = torch.arange(columns) // -(-columns // groups)
+    codes_OI = _unpacked(packed.t(), bits)[:columns].t().contiguous()
+    grid = AffineGrid(bits, scale_OG.float(), zero_OG, group_I.to(torch.int32))
+    return QuantizedLinear(codes_OI, grid, tensors.get(f"{name}.bias"))
+
+
+def _unpacked(words_WX: Tensor, bits: int) -> Tensor:
+    """Codes along the first dimension, with what fills the last run."""
+    return unpack(pad(words_WX, (0, 0, 0, -len(words_WX) % bits)).contiguous(), bits)
+
+
+def weight_arguments(module: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the folder says of a linear's weights: num_bits, group_size, strategy, symmetric.
+
+    Args:
+        module: full name.
+        settings: the folder's quantization_config; the last group that names the module stands, one that names
+            every "Linear" only if no other does.
+
+    Raises:
+        RefusedError: no group is about it.
+    """
+    fitting = []
+    for group in settings.get("config_groups", {}).values():
+        for target in group["targets"]:
+            if target.startswith("re:"):
+                named = re.match(target.removeprefix("re:"), module) is not None
+            else:
+                named = target == module
+            if named or target == "Linear":
+                fitting.append((named, group["weights"]))
+    if not fitting:
+        raise RefusedError(f"no config group is about {module}", where="config.json", fix="download the artifact again")
+    arguments: dict[str, Any] = max(fitting, key=lambda found: found[0])[1]
+    return arguments
+
+
+def decode_item(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
+    """Dense tensors by checkpoint name: decoded linears in float32, everything else as stored."""
+    quantized = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
+    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    return dense | {f"{name}.weight": decode_linear(name, tensors, settings).dequantize() for name in quantized}
+
+
+@dataclass(frozen=True)
+class CompressedTensorsFormat:
+    """The writing side, see `quantkit.formats.contract.Format`.
+
+    Attributes:
+        bits, group_size, symmetric: of the grid; -1 is one group per row.
+        stored_dtype: of scales and of every dense tensor.
+        skip: name endings of linears that stay dense.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    stored_dtype: torch.dtype
+    skip: tuple[str, ...] = ()
+    name: str = NAME
+
+    def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
+        """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
+        found = []
+        for name, rows, columns in shapes:
+            if name.endswith(self.skip):
+                continue
+            if self.group_size != -1 and columns % self.group_size:
+                reason = f"in_features {columns} is not divisible by group_size {self.group_size}"
+            elif columns % CODES_PER_RUN or (rows % CODES_PER_RUN and not self.symmetric):
+                reason = f"[{rows}, {columns}] is not in multiples of {CODES_PER_RUN}, which the packing needs"
+            else:
+                continue
+            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{name.split(".", 3)[-1]}"]')
+        return found
+
+    def stored_bits(self, name: str, rows: int, columns: int) -> int:
+        """Bits that a quantized linear takes in the file: codes, scales, zeros and its shape."""
+        groups = 1 if self.group_size == -1 else -(-columns // self.group_size)
+        return rows * columns * self.bits + groups * rows * (16 + (not self.symmetric) * self.bits) + SHAPE_BITS
+
+    def encode_item(self, item: Item) -> dict[str, Tensor]:
+        """All tensors of one item as they stand in the file."""
+        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
+        for name, linear in item.linears.items():
+            tensors |= encode_linear(name, linear, symmetric=self.symmetric, dtype=self.stored_dtype)
+        return tensors
+
+    def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors by checkpoint name."""
+        return decode_item(tensors, self.settings([]))
+
+    def settings(self, modules: list[str]) -> dict[str, Any]:
+        """`quantization_config` of config.json.
+
+        Args:
+            modules: full names of every linear of the decoder layers, quantized or not.
+        """
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": self.symmetric,
+            "strategy": "channel" if self.group_size == -1 else "group",
+            "group_size": None if self.group_size == -1 else self.group_size,
+            "dynamic": False,
+            "actorder": None,
+        }
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+        return {
+            "quant_method": NAME,
+            "format": LAYOUT,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head", *(module for module in modules if module.endswith(self.skip))],
+            "kv_cache_scheme": None,
+            "global_compression_ratio": None,
+        }
+
+    def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
+        """Weights, config.json and the source's tokenizer files."""
+        written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES)
+        settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
+        config = quantized_config(checkpoint.config, settings, str(self.stored_dtype).removeprefix("torch."))
+        write_sidecars(checkpoint.folder, folder, config, {})
+        return {NAME: [path.name for path in written]}
+
+
+@dataclass(frozen=True)
+class CompressedTensorsArtifact:
+    """A pack-quantized folder as dense weights by item, ours or anybody's.
+
+    Attributes:
+        tensors: the stored tensors.
+        config: config.json.
+        settings: its quantization_config.
+        family: the architecture's row.
+    """
+
+    tensors: TensorFolder
+    config: dict
+    settings: dict[str, Any]
+    family: Family
+
+    @property
+    def folder(self) -> Path:
+        return self.tensors.folder
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized linears, scales and all, over their number of weights."""
+        infos = self.tensors.tensors
+        modules = [name.removesuffix(".weight_packed") for name in infos if name.endswith(".weight_packed")]
+        stored = sum(
+            infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS if f"{module}.{part}" in infos
+        )
+        shapes = self.tensors.read([f"{module}.weight_shape" for module in modules])
+        return 8 * stored / sum(int(shape.prod()) for shape in shapes.values())
+
+    def read(self, item: str) -> dict[str, Tensor]:
+        """Dense tensors of an item by checkpoint name, on the CPU."""
+        names = [name for name in self.tensors.tensors if item_of(name) == item]
+        return decode_item(self.tensors.read(names), self.settings)
+
+
+def open_artifact(folder: Path) -> CompressedTensorsArtifact:
+    """A reader of a pack-quantized folder.
+
+    Raises:
+        RefusedError: it is of another layout of compressed-tensors, or misses a tensor.
+    """
+    config = read_json(folder / "config.json")
+    settings = config["quantization_config"]
+    layouts = {settings.get("format")} | {
+        group.get("format") or settings.get("format") for group in settings.get("config_groups", {}).values()
+    }
+    if layouts != {LAYOUT}:
+        raise RefusedError(
+            f"the layout is {' and '.join(sorted(map(str, layouts)))}",
+            where=str(folder / "config.json"),
+            fix=f"quantkit reads {LAYOUT} (integer weights of up to 8 bits)",
+        )
+    tensors = open_tensors(folder)
+    for name in tensors.tensors:
+        if name.endswith(".weight_packed"):
+            module = name.removesuffix(".weight_packed")
+            for part in PARTS[1:3]:
+                if f"{module}.{part}" not in tensors.tensors:
+                    raise RefusedError(
+                        f"{module}.{part} is missing", where=str(folder), fix="download the artifact again"
+                    )
+    return CompressedTensorsArtifact(tensors, config, settings, family_of(config, where=str(folder / "config.json")))
+
+
+def recognizes(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a folder says that it is of compressed-tensors."""
+    return (config.get("quantization_config") or {}).get("quant_method") == NAME
+
+
+READING = Reading(
+    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "transformers", lambda repo, quantize: USE.format(repo=repo)
+)
