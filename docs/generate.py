@@ -1,5 +1,6 @@
-"""Write docs/cli.md and docs/recipe.md from the code; with --check only tell whether they are up to date."""
+"""Write docs/cli.md, docs/recipe.md and docs/record.schema.json from the code; with --check only tell whether they are up to date."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -12,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from quantkit.cli import app
 from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
+from quantkit.report.schema import record_schema
 
 HERE = Path(__file__).parent
 
@@ -105,8 +107,9 @@ def _shown(value: Any) -> str:
 
 
 def main() -> int:
-    """Write both pages, or return 1 and name those that are stale."""
-    pages = {"cli.md": command_line(), "recipe.md": recipe_keys()}
+    """Write all pages, or return 1 and name those that are stale."""
+    schema = json.dumps(record_schema(), indent=2, ensure_ascii=False) + "\n"
+    pages = {"cli.md": command_line(), "recipe.md": recipe_keys(), "record.schema.json": schema}
     if "--check" in sys.argv[1:]:
         stale = [
             name for name, text in pages.items() if not (HERE / name).exists() or (HERE / name).read_text() != text

@@ -1,5 +1,6 @@
 """An artifact judged against its source, for `build` and for `validate`."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,7 +63,7 @@ def validate(
     record = read_record(folder)
     if record is not None:
         progress.stage("checking the artifact's hashes")
-        require_unchanged(folder, record)
+        require_unchanged(folder, record, but=(CARD,))  # the card is written anew
     model = model or _recorded_source(record, folder)
     recipe = _recipe_of(record, name, model)
     use_threads(recipe.compute.threads)
@@ -229,10 +230,11 @@ def _given(gates: GatesSection | None) -> dict[str, float]:
     return {} if gates is None else {key: value for key, value in gates.model_dump().items() if value is not None}
 
 
-def keep(folder: Path, record: dict[str, Any]) -> None:
-    """Card first, then the record: whoever sees the record sees the card that belongs to it."""
-    write_text(folder / CARD, card(record))
-    write_record(folder, record)
+def keep(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Card first, then the record: whoever sees the record sees the card that belongs to it. Returns it as written."""
+    text = card(record)
+    write_text(folder / CARD, text)
+    return write_record(folder, record | {"card_sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def _recorded_source(record: dict[str, Any] | None, folder: Path) -> str:

@@ -16,6 +16,7 @@ from quantkit import __version__
 from quantkit.errors import RefusedError, UnavailableError
 
 DECIDING_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
 def choose_device(name: str) -> torch.device:
@@ -59,7 +60,8 @@ def deciding_versions() -> dict[str, str]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What the record says of the machine; nothing that tells whose it is."""
-    facts: dict[str, Any] = {
+    on_gpu = device.type == "cuda"
+    return {
         "versions": deciding_versions(),
         "commit": source_commit(),
         "python": platform.python_version(),
@@ -67,10 +69,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "device_model": device_model(device),
         "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if on_gpu else None,
+        "driver": _driver() if on_gpu else None,
     }
-    if device.type == "cuda":
-        facts["cuda"] = torch.version.cuda
-    return facts
+
+
+def _driver() -> str | None:
+    """Version of the GPU's driver; None where the system does not tell."""
+    try:
+        return DRIVER_VERSION.read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
 
 
 def source_commit() -> str | None:

@@ -21,7 +21,7 @@ from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan
 from quantkit.progress import Progress
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
-from quantkit.report.record import SCHEMA, output_entries, read_record, require_unchanged
+from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
 from quantkit.sources import Source, open_source
 from quantkit.stream import Calibration, Sinks, stream
 from quantkit.texts import TextSet, load_text_set
@@ -105,6 +105,7 @@ def build(
     use_threads(recipe.compute.threads)
     with locked(out):
         source = open_source(recipe.model.id, recipe.model.revision, progress)
+        _refuse_other_licence(recipe, source)
         unpinned = source.revision if recipe.model.revision is None else None
         method = _method(recipe, source)
         texts = {}
@@ -123,12 +124,29 @@ def build(
             variants = open_variants(recipe.format, out)
             runtimes = tuple(dict.fromkeys((REFERENCE_RUNTIME, *recipe.validation.require)))
             record["validation"] = judge(variants, source, recipe, device=device, runtimes=runtimes, progress=progress)
-            keep(out, record)
+            record = keep(out, record)
     return Build(out, record, reused, unpinned)
 
 
 def _method(recipe: Recipe, source: Source) -> Method:
     return METHODS[recipe.format](recipe.quantize, source.checkpoint.config)
+
+
+def _refuse_other_licence(recipe: Recipe, source: Source) -> None:
+    """Stop where the recipe announces another licence than the source's own repository.
+
+    Raises:
+        RefusedError: naming both.
+    """
+    sections = {"release": recipe.release, "quantize": recipe.quantize}
+    stated = {f"{name}.license": getattr(section, "license", None) for name, section in sections.items()}
+    for key, licence in stated.items():
+        if None not in (licence, source.license) and licence != source.license:
+            raise RefusedError(
+                f"the recipe says {licence}, the model's own card {source.license}",
+                where=key,
+                fix="leave the key out, or state the source's licence: a quantized model keeps it",
+            )
 
 
 def _reads_text(recipe: Recipe, method: Method) -> bool:
@@ -164,7 +182,8 @@ def _finished(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, 
     if fresh:
         return None
     refuse_other(record["identity"], identity, where=out)
-    require_unchanged(out, record)
+    # a kill may have come between card and record; publishing looks at both
+    require_unchanged(out, record, but=(CARD,))
     discard_work(out)
     return record
 
@@ -209,16 +228,19 @@ def _make(
         variants = {recipe.format: READERS[recipe.format].open(work.artifact).tensors.files}
     stages["write"] = watch.lap()
     record = _record(recipe, source, texts, identity, device, calibration)
+    record["chat"] = _chat_example(source.tokenizer(), recipe.validation.prompt)
     record["engine_facts"] = engine
     record["reproducible"] = engine is None
     record["variants"] = variants
     record["outputs"] = output_entries(work.artifact)
+    stages["hash"] = watch.lap()
     record["build"] = {
         "items": work.facts,
-        "seconds": stages | {"hash": watch.lap()},
+        "seconds": stages,
+        "wall_seconds": round(sum(stages.values()), 3),
         "peak_memory_bytes": peak_memory_bytes(device),
     }
-    keep(work.artifact, record)
+    record = keep(work.artifact, record)
     work.publish()
     return record
 
@@ -299,6 +321,11 @@ def _record(
         "environment": environment(device),
         "validation": None,
     }
+
+
+def _chat_example(tokenizer: Tokenizer, prompt: str) -> str | None:
+    """A question as the model reads it; None for a model without a chat template."""
+    return tokenizer.render([("user", prompt)], answer=True) if tokenizer.has_template else None
 
 
 def _calibration(recipe: Recipe, texts: dict[str, TextSet], tokenizer: Tokenizer) -> Calibration | None:

@@ -128,8 +128,8 @@ def published_files(folder: Path, record: dict[str, Any], left_out: list[str]) -
         for entry in record["outputs"]
         if entry["name"] not in dropped
     }
-    for name in (CARD, RECORD):
-        files[name] = (folder / name, sha256_of(folder / name))
+    files[CARD] = (folder / CARD, record["card_sha256"])
+    files[RECORD] = (folder / RECORD, sha256_of(folder / RECORD))
     return files
 
 

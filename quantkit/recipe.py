@@ -118,9 +118,15 @@ class ReleaseSection(Section):
     """Where the artifact is meant to go and what its card says."""
 
     repo: str | None = Field(default=None, description="Hub repository, `org/name`.")
-    license: str | None = Field(default=None, description="Licence of the exact source repository.")
+    license: str | None = Field(
+        default=None,
+        description="Licence, where the source's own card states none; another than it states is refused.",
+    )
     languages: tuple[str, ...] = Field(default=("pl",), strict=False, description="ISO 639-1 codes for the card.")
     quantized_by: str | None = Field(default=None, description="Organization named on the card.")
+    notes: str | None = Field(
+        default=None, description="Markdown of your own near the top of the card; a card edited by hand is refused."
+    )
 
 
 class Recipe(Section):

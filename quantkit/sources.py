@@ -1,11 +1,15 @@
 """The model a recipe names, as an opened checkpoint with the hashes of its files."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from quantkit.checkpoint.index import Checkpoint, open_checkpoint
 from quantkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
+from quantkit.errors import RefusedError
 from quantkit.hub import fetch_checkpoint
 from quantkit.nano import NAME as NANO
 from quantkit.nano import ensure_nano
@@ -13,6 +17,8 @@ from quantkit.progress import Progress
 from quantkit.recipe import public_name
 from quantkit.workdir import hash_files
 
+CARD = "README.md"
+FRONT_MATTER = re.compile(r"\ufeff?---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
 HASHED_SIDECARS = (
     "config.json",
     "tokenizer.json",
@@ -30,12 +36,14 @@ class Source:
         checkpoint: the opened folder.
         id: Hub id, `bielik-nano`, or a local folder's name.
         revision: commit on the Hub, if it is from there.
+        license: as its own model card states it.
         sha256: of every weight, config and tokenizer file, by name.
     """
 
     checkpoint: Checkpoint
     id: str
     revision: str | None
+    license: str | None
     sha256: dict[str, str]
 
     def tokenizer(self) -> Tokenizer:
@@ -48,6 +56,7 @@ class Source:
             "id": self.id,
             "revision": self.revision,
             "on_hub": self.revision is not None,
+            "license": self.license,
             "sha256": self.sha256,
         }
 
@@ -70,4 +79,26 @@ def open_source(model_id: str, revision: str | None, progress: Progress) -> Sour
     progress.stage("hashing the source")
     sidecars = [name for name in HASHED_SIDECARS if (folder / name).is_file()]
     sha256 = hash_files(folder, [*checkpoint.tensors.files, *sidecars])
-    return Source(checkpoint, public_name(model_id), commit, sha256)
+    return Source(checkpoint, public_name(model_id), commit, stated_licence(folder), sha256)
+
+
+def stated_licence(folder: Path) -> str | None:
+    """The licence in the front matter of a model's card; None without a card, or where it states none.
+
+    Raises:
+        RefusedError: the front matter is not YAML.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        return None
+    found = FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace"))
+    try:
+        stated = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError as error:
+        raise RefusedError(
+            f"the front matter of the model's card is not YAML: {str(error).splitlines()[0]}",
+            where=str(path),
+            fix="mend it, or take the card from the model's repository",
+        ) from None
+    licence = stated.get("license") if isinstance(stated, dict) else None
+    return str(licence) if licence else None

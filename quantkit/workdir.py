@@ -56,7 +56,8 @@ def write_text(path: Path, content: str) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place once the block ends well; durable before it is visible."""
-    temporary = path.with_name(f".{path.name}.partial")
+    # named by the process: two builds may write the same cached reference at once
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield temporary
         with temporary.open("rb+") as file:

@@ -14,7 +14,7 @@ from quantkit.methods import METHODS
 from quantkit.pipeline import build
 from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
-from quantkit.report.record import changed_files
+from quantkit.report.record import changed_files, read_record
 from quantkit.workdir import hash_files, work_folder
 from tests.tiny import WORDS, make_tiny
 
@@ -85,6 +85,7 @@ def test_it_is_built_judged_and_read_back(recipe, tmp_path):
     assert verdict["gate"] == {"passed": True, "failures": []}
     assert done.record["reproducible"] is True
     assert changed_files(out, done.record) == []
+    assert read_record(out) == done.record, "it keeps to the schema of records"
     named = {name for files in done.record["variants"].values() for name in files}
     assert named <= {path.name for path in out.iterdir()}
     planned = pipeline.plan(recipe, out=tmp_path / "other", device=CPU, progress=pipeline.Progress())

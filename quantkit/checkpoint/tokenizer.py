@@ -29,6 +29,7 @@ class Tokenizer:
                 fix="take the tokenizer files from the model's own repository",
             )
         self.start: int = start
+        self.has_template: bool = inner.chat_template is not None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens."""

@@ -1,5 +1,6 @@
 """The model card, README.md of an artifact: a view of its record."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import READERS
@@ -8,6 +9,7 @@ from quantkit.report.table import COLUMNS, rows
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+BACKTICKS = re.compile("`+")
 METRICS = (
     ("ppl_per_word", "word_perplexity", "Perplexity per word"),
     ("bits_per_byte", "bits_per_byte", "Bits per byte"),
@@ -34,7 +36,7 @@ def card(record: dict[str, Any]) -> str:
         model_name=name.rsplit("/")[-1] if results else None,
         eval_results=results or None,
         language=release["languages"],
-        license=release["license"],
+        license=source["license"] or release["license"],
         library_name=reading.library,
         base_model=source["id"] if source["on_hub"] else None,
         pipeline_tag="text-generation",
@@ -48,12 +50,19 @@ def card(record: dict[str, Any]) -> str:
         f"{record['format'].upper()} version of {source['id']}"
         + (f" (revision `{source['revision']}`)" if source["revision"] else "")
         + f", made with {_maker(record)}.\n",
+        *([release["notes"].strip() + "\n"] if release["notes"] else []),
         "## Quality on Polish text\n",
         _quality(record),
         "## Use\n",
         reading.use(name, recipe["quantize"]),
+        "## Chat format\n",
+        _chat(record),
         "## How it was made\n",
         _making(record),
+        "## Limits\n",
+        _limits(record),
+        "## Provenance\n",
+        _provenance(record),
     ]
     return "\n".join(parts)
 
@@ -113,7 +122,46 @@ def _making(record: dict[str, Any]) -> str:
     else:
         sets = ", ".join(f"{part['name']} ({part['windows']} windows)" for part in calibration["texts"])
         text = f"Calibration: {sets} of {calibration['window_tokens']} tokens; seed {calibration['seed']}."
+    return f"{quantize}\n\n{text}\n"
+
+
+def _chat(record: dict[str, Any]) -> str:
+    example = record["chat"]
+    if example is None:
+        return "The source has no chat template: give it text to continue.\n"
+    fence = "`" * max(3, 1 + max((len(run) for run in BACKTICKS.findall(example)), default=0))
     return (
-        f"{quantize}\n\n{text}\n\nThe whole record, with the SHA-256 of every file that went in and came out, is in "
-        "`quantkit.json`. Quantized models answer less well than their source; check what matters to you.\n"
+        "The source's own template, with the special tokens that the tokenizer puts in front of it; a question comes "
+        f"to the model as\n\n{fence}text\n{example}\n{fence}\n"
     )
+
+
+def _limits(record: dict[str, Any]) -> str:
+    lines = [
+        "Whatever the source gets wrong, this model gets wrong too, and some more: it is measured against the source "
+        "on running text, not on tasks.",
+    ]
+    if record["validation"] is not None:
+        text = record["validation"]["text"]
+        lines.append(
+            f"The figures above are of {text['tokens']} tokens of Polish; other languages, code and long contexts were "
+            "not measured."
+        )
+    licence = record["source"]["license"] or record["recipe"]["release"]["license"]
+    if licence is not None:
+        lines.append(f"The source's licence, {licence}, holds for this model too.")
+    return "\n".join(f"* {line}" for line in lines) + "\n"
+
+
+def _provenance(record: dict[str, Any]) -> str:
+    surroundings = record["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in surroundings["versions"].items())
+    lines = [
+        f"* source: {record['source']['id']}, revision {record['source']['revision'] or 'not on the Hub'}",
+        f"* made with {versions}, on {surroundings['device_model']}",
+        f"* the same recipe gives {'the same' if record['reproducible'] else 'not always the same'} bytes; fingerprint "
+        f"`{record['fingerprint']}`",
+        "* `quantkit.json` is the record: every file that went in and came out with its SHA-256, the loss of every "
+        "linear, the whole validation; `quantkit inspect FOLDER --verify` holds the files against it",
+    ]
+    return "\n".join(lines) + "\n"

@@ -60,7 +60,7 @@ def inspection_lines(found: dict[str, Any]) -> list[str]:
     ]
     if found["verified"]:
         lines += [f"verify            {change}" for change in found["changed"]] or [
-            f"verify            all {len(record['outputs'])} files are as recorded"
+            f"verify            all {len(record['outputs']) + 1} files are as recorded"
         ]
     return lines
 

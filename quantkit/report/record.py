@@ -7,12 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from quantkit.errors import RefusedError, RunFailedError
+from quantkit.recipe import fingerprint
+from quantkit.report.schema import Record
 from quantkit.workdir import RECORD, hash_files, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 CARD = "README.md"
-UNHASHED = (RECORD, CARD)  # the record cannot hold its own hash; the card is drawn from it
+SIGNATURE = "model.sig"
+# the record cannot hold its own hash; the card is drawn from it, and the signature is of both
+UNHASHED = (RECORD, CARD, SIGNATURE)
 
 
 def artifact_files(folder: Path) -> list[str]:
@@ -33,6 +39,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
     Raises:
         RefusedError: it is not a record this version reads.
+        RunFailedError: it was edited after it was written.
     """
     path = folder / RECORD
     if not path.exists():
@@ -47,34 +54,62 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise RefusedError(
             "the record is of another version of quantkit", where=str(path), fix="build the artifact again"
         )
+    if record.get("seal") != _seal(record):
+        raise RunFailedError(
+            f"{RECORD} was edited after it was written",
+            where=str(path),
+            fix="restore it, or build the artifact again; what the card is to say stands in the recipe",
+        )
+    try:
+        Record.model_validate(record)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+        raise RefusedError(
+            f"{len(problems)} problem(s) in the record:\n  " + "\n  ".join(problems),
+            where=str(path),
+            fix="build the artifact again",
+        ) from None
     return record
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Put the record in place, whole or not at all."""
+def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Put the record in place, whole or not at all; returns it with the hash that tells of a later edit."""
+    record = record | {"seal": _seal(record)}
     write_json(folder / RECORD, record)
+    return record
+
+
+def _seal(record: dict[str, Any]) -> str:
+    return fingerprint({key: value for key, value in record.items() if key != "seal"})
 
 
 def changed_files(folder: Path, record: dict[str, Any]) -> list[str]:
     """Which files differ from what the record says: "name: missing", "name: changed" or "name: not in the record"."""
-    recorded = {entry["name"]: entry for entry in record["outputs"]}
-    present = [name for name in artifact_files(folder) if name not in UNHASHED]
+    recorded = {entry["name"]: entry["sha256"] for entry in record["outputs"]} | {CARD: record["card_sha256"]}
+    present = [name for name in artifact_files(folder) if name not in (RECORD, SIGNATURE)]
     hashes = hash_files(folder, [name for name in present if name in recorded])
     lines = [f"{name}: missing" for name in recorded if name not in present]
-    lines += [f"{name}: changed" for name, sha256 in hashes.items() if sha256 != recorded[name]["sha256"]]
+    lines += [f"{name}: changed" for name, sha256 in hashes.items() if sha256 != recorded[name]]
     lines += [f"{name}: not in the record" for name in present if name not in recorded]
     return sorted(lines)
 
 
-def require_unchanged(folder: Path, record: dict[str, Any]) -> None:
+def require_unchanged(folder: Path, record: dict[str, Any], *, but: tuple[str, ...] = ()) -> None:
     """Stop if an artifact's bytes are not those that were built.
+
+    Args:
+        but: files that may differ.
 
     Raises:
         RunFailedError: naming every file that differs.
     """
-    if changed := changed_files(folder, record):
+    changed = [line for line in changed_files(folder, record) if line.partition(":")[0] not in but]
+    if changed:
         raise RunFailedError(
             "the artifact is not what was built:\n  " + "\n  ".join(changed),
             where=str(folder),
-            fix="build it again, or restore the files",
+            fix=f"build it again, or restore the files; `quantkit validate` draws {CARD} anew, and words of your own for "
+            "it stand in the recipe ([release] notes)"
+            if f"{CARD}: changed" in changed
+            else "build it again, or restore the files",
         )

@@ -18,13 +18,25 @@ from quantkit.formats.gguf.names import ARCHITECTURES, Model, checkpoint_name, h
 from quantkit.formats.gguf.write import NAME
 
 NATIVE_ENGINE = "llama-cpp"
+USUAL = "Q4_K_M"  # the type the card shows how to load
 SUFFIX = ".gguf"
 EMBEDDING = "token_embd.weight"
 UNWEIGHED = ("F32", "F16", "BF16")
 USE = """```sh
 # llama.cpp, or any program built on it
-llama-cli --hf-repo {repo}:Q4_K_M --conversation
-ollama run hf.co/{repo}:Q4_K_M
+llama-cli --hf-repo {repo}:{type} --conversation
+ollama run hf.co/{repo}:{type}
+```
+
+From Python, after `hf download {repo} {file} --local-dir .`:
+
+```python
+# pip install llama-cpp-python
+from llama_cpp import Llama
+
+model = Llama("{file}", verbose=False)
+messages = [{{"role": "user", "content": "Jakie mamy pory roku w Polsce?"}}]
+print(model.create_chat_completion(messages, max_tokens=200)["choices"][0]["message"]["content"])
 ```
 """
 
@@ -166,12 +178,18 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     return any(folder.glob(f"*{SUFFIX}"))
 
 
+def _use(repo: str, quantize: dict[str, Any]) -> str:
+    types = quantize["types"]
+    shown = USUAL if USUAL in types else types[-1]
+    return USE.format(repo=repo, type=shown, file=f"{quantize['name']}.{shown}.gguf")
+
+
 READING = Reading(
     recognizes,
     open_artifact,
     NATIVE_ENGINE,
     (NAME, "llama.cpp"),
     None,
-    lambda repo, quantize: USE.format(repo=repo),
+    _use,
     open_variants,
 )

@@ -1,0 +1,205 @@
+"""What a record holds, as closed classes: the schema that docs publish, and the check of every record that is read."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Part(BaseModel):
+    """A table of the record: closed, so that a key without a meaning here is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Output(Part):
+    """A file of the artifact. The record itself, the card and the signature are not among them."""
+
+    name: str = Field(description="Path below the artifact's folder.")
+    size_bytes: int = Field(ge=0)
+    sha256: str = Sha256
+
+
+class SourceFacts(Part):
+    """The dense checkpoint that was quantized."""
+
+    id: str = Field(description="Hub id, `bielik-nano`, or the name of a local folder.")
+    revision: str | None = Field(description="Commit on the Hub, where it is from there.")
+    on_hub: bool
+    license: str | None = Field(description="As the source's own model card states it; null where it states none.")
+    sha256: dict[str, str] = Field(description="Of every weight, configuration and tokenizer file, by name.")
+
+
+class CalibrationText(Part):
+    """A text set that statistics were collected on."""
+
+    name: str
+    sha256: str = Sha256
+    revision: str | None = Field(description="Commit of the data set, where it is from the Hub.")
+    windows: int = Field(ge=0)
+
+
+class CalibrationFacts(Part):
+    """The tokens that statistics were collected on."""
+
+    texts: list[CalibrationText]
+    window_tokens: int
+    seed: int
+    tokens_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of the token ids, window by window.")
+
+
+class Environment(Part):
+    """What it was made with and on; nothing tells whose machine it was."""
+
+    versions: dict[str, str] = Field(description="Of quantkit and of every package whose change may change bytes.")
+    commit: str | None = Field(description="Commit of quantkit's checkout, `-dirty` if changed; null for a wheel.")
+    python: str
+    system: str
+    device: Literal["cpu", "cuda"]
+    device_model: str = Field(description="Model name of the GPU, or of the CPU.")
+    threads: int
+    cuda: str | None = Field(description="CUDA version of torch, where it computed on a GPU.")
+    driver: str | None = Field(description="Version of the GPU's driver, where it computed on a GPU.")
+
+
+class Linear(Part):
+    """One solved linear."""
+
+    name: str
+    loss: float | None = Field(description="Output error over output energy on the calibration text; null without it.")
+    damping: float | None = Field(description="Fraction of the Hessian's mean diagonal that was added to it.")
+    elapsed_s: float
+
+
+class ItemFacts(Part):
+    """One item of the stream: embedding, a layer, or the head."""
+
+    linears: list[Linear]
+    seconds: dict[str, float] = Field(description="By what they were spent on.")
+
+
+class BuildFacts(Part):
+    """What the build cost; of a build that was continued, items count in full and the stages since the restart."""
+
+    items: dict[str, ItemFacts]
+    seconds: dict[str, float] = Field(description="Wall time by stage.")
+    wall_seconds: float = Field(description="Sum of the stages.")
+    peak_memory_bytes: dict[str, int] = Field(description="`host`: resident; `device`: of the GPU's tensors.")
+
+
+class AnswerFacts(Part):
+    """The greedy answer to the recipe's prompt."""
+
+    text: str
+    num_tokens: int
+    finite: bool
+    repeats: bool
+
+
+class ReferenceFigures(Part):
+    """The source's own figures."""
+
+    ppl_per_token: float
+    ppl_per_word: float
+    bits_per_byte: float
+    answer: AnswerFacts | None
+
+
+class Result(Part):
+    """What one runtime made of a variant; the figures are there where `status` is `ok`."""
+
+    runtime: str
+    status: Literal["ok", "not run", "failed"]
+    reason: str
+    ppl_per_token: float | None = None
+    ppl_per_word: float | None = None
+    bits_per_byte: float | None = None
+    ratio: float | None = Field(default=None, description="Perplexity over the reference's.")
+    mean_kld: float | None = Field(default=None, description="Nats per token.")
+    p99_kld: float | None = None
+    top1_agreement: float | None = None
+    seconds: float | None = None
+    answer: AnswerFacts | None = None
+    package: str | None = Field(default=None, description="Of the engine that ran it.")
+    version: str | None = None
+
+
+class Verdict(Part):
+    """Whether the gates were passed."""
+
+    passed: bool
+    failures: list[str]
+
+
+class JudgedVariant(Part):
+    """A variant and how good it is."""
+
+    name: str
+    files: list[str]
+    bits_per_weight: float
+    size_bytes: int
+    results: list[Result]
+    gate: Verdict
+
+
+class JudgedText(Part):
+    """The text it was judged on."""
+
+    name: str
+    sha256: str = Sha256
+    documents: int
+    tokens: int
+    words: int
+    bytes: int
+
+
+class Validation(Part):
+    """The document of `quantkit validate --json`."""
+
+    artifact: str
+    format: str
+    engine: str
+    text: JudgedText
+    reference: ReferenceFigures
+    variants: list[JudgedVariant]
+    gate: Verdict
+
+
+class EngineFacts(BaseModel):
+    """The upstream package that quantized, and whatever else its runner tells of itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    package: str
+    version: str
+
+
+class Record(Part):
+    """`quantkit.json`: where every byte of an artifact came from, and how good the result is."""
+
+    schema_: Literal[2] = Field(alias="schema")
+    format: str
+    engine: str = Field(description="`quantkit`, or the upstream package that quantized.")
+    recipe: dict[str, Any] = Field(description="Every key resolved; `quantkit recipes schema` describes it.")
+    fingerprint: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of `identity`.")
+    identity: dict[str, Any] = Field(description="Everything that decides the bytes.")
+    source: SourceFacts
+    chat: str | None = Field(description="The recipe's prompt as the source's chat template writes it; null without.")
+    calibration: CalibrationFacts | None = Field(description="Null where no text was read.")
+    environment: Environment
+    engine_facts: EngineFacts | None
+    reproducible: bool = Field(description="The same identity gives the same bytes.")
+    variants: dict[str, list[str]] = Field(description="Weight files of each variant.")
+    outputs: list[Output]
+    build: BuildFacts
+    validation: Validation | None
+    card_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of README.md, which is drawn from the record.")
+    seal: str = Field(
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of the record without this key, as JSON with sorted keys and no spaces: tells of an edit.",
+    )
+
+
+def record_schema() -> dict[str, Any]:
+    """JSON Schema of a record."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Record.model_json_schema(by_alias=True)

@@ -1,0 +1,63 @@
+"""Whole cards, held against what was read and found good; `python -m tests.report.test_card` writes them anew."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from quantkit.formats import READERS
+from quantkit.report.card import card
+from quantkit.report.schema import Record
+from tests.report.records import record_of, variant
+
+CARDS = Path(__file__).parent / "cards"
+HINT = "read the difference; if it is meant: python -m tests.report.test_card"
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_the_whole_card(name):
+    assert card(record_of(name)) == (CARDS / f"{name}.md").read_text("utf-8"), HINT
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_the_golden_record_is_a_record(name):
+    Record.model_validate(record_of(name) | {"seal": "0" * 64})
+
+
+def test_every_card_has_the_same_sections():
+    sections = {
+        tuple(line for line in card(record_of(name)).splitlines() if line.startswith("## ")) for name in READERS
+    }
+    assert len(sections) == 1
+
+
+def test_the_front_matter_is_the_formats_own_and_the_sources_licence():
+    for name, reading in READERS.items():
+        data = ModelCard(card(record_of(name))).data
+        assert (data.license, data.base_model) == ("cc-by-nc-4.0", "an-org/Żuraw-7B")
+        assert data.tags == [*reading.tags, "quantized"]
+        assert not set(data.tags) & (READERS.keys() - {name})
+        assert data["base_model_relation"] == "quantized"
+        assert data["quantized_by"] == "an-org"
+
+
+def test_a_failed_variant_is_in_the_table_and_not_announced():
+    record = record_of("gptq", variant("good", 4.0, 1.01), variant("bad", 2.0, 1.5, ("reference: perplexity_ratio",)))
+    text = card(record)
+    names = {found.metric_name.rsplit(", ")[-1] for found in ModelCard(text).data.eval_results}
+    assert names == {"good"}
+    assert "| gptq bad | 2.000 |" in text
+    assert "**Did not pass the recipe's gates:**" in text
+
+
+def test_own_words_and_a_prompt_with_fences():
+    record = record_of("gptq", chat="```\nŻółw\n```")
+    record["recipe"]["release"]["notes"] = "Dla wszystkich."
+    text = card(record)
+    assert "\n\nDla wszystkich.\n\n## Quality" in text
+    assert "````text\n```\nŻółw\n```\n````" in text
+
+
+if __name__ == "__main__":
+    for name in READERS:
+        (CARDS / f"{name}.md").write_text(card(record_of(name)), encoding="utf-8")

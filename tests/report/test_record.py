@@ -1,0 +1,104 @@
+"""The record: its schema, what tells of an edit, and where the licence comes from."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit.errors import RefusedError, RunFailedError
+from quantkit.formats import READERS
+from quantkit.judgement import keep
+from quantkit.pipeline import build
+from quantkit.recipe import Recipe
+from quantkit.report.record import changed_files, read_record
+from quantkit.sources import stated_licence
+from tests.report.records import record_of
+from tests.tiny import WORDS
+
+ROOT = Path(__file__).parent.parent.parent
+SCHEMA = ROOT / "docs" / "record.schema.json"
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_the_published_schema_takes_a_record_and_nothing_else(name):
+    jsonschema = pytest.importorskip("jsonschema", reason="of the development environment")
+    checker = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text("utf-8")))
+    record = record_of(name) | {"seal": "0" * 64}
+    checker.validate(record)
+    broken = [
+        record | {"surprise": 1},
+        record | {"fingerprint": "short"},
+        {key: value for key, value in record.items() if key != "source"},
+        record | {"outputs": [{"name": "a", "size_bytes": -1, "sha256": "0" * 64}]},
+    ]
+    assert [checker.is_valid(one) for one in broken] == [False] * 4
+
+
+def test_an_edited_record_is_named(tmp_path):
+    keep(tmp_path, record_of("gptq"))
+    path = tmp_path / "quantkit.json"
+    content = json.loads(path.read_text("utf-8"))
+    content["validation"]["variants"][0]["results"][0]["mean_kld"] = 0.0
+    path.write_text(json.dumps(content), "utf-8")
+    with pytest.raises(RunFailedError, match=r"quantkit\.json was edited after it was written"):
+        read_record(tmp_path)
+
+
+def test_a_record_that_lacks_something_says_what(tmp_path):
+    record = record_of("gptq")
+    keep(tmp_path, record)
+    del record["source"]["sha256"]
+    keep(tmp_path, record)
+    with pytest.raises(RefusedError, match=r"source\.sha256: Field required"):
+        read_record(tmp_path)
+
+
+def test_an_edited_card_is_named(tmp_path):
+    record = keep(tmp_path, record_of("gptq", outputs=[]))
+    assert changed_files(tmp_path, record) == []
+    with (tmp_path / "README.md").open("a", encoding="utf-8") as file:
+        file.write("Najlepszy model świata.\n")
+    assert changed_files(tmp_path, record) == ["README.md: changed"]
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\nlicense: cc-by-nc-4.0\nlanguage: [pl]\n---\n# Bielik\n", "cc-by-nc-4.0"),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n", "mit"),
+        ("---\nlanguage: pl\n---\n", None),
+        ("# no front matter\n\n---\nlicense: mit\n---\n", None),
+        ("---\n- a list\n---\n", None),
+    ],
+)
+def test_the_licence_is_the_one_that_the_sources_card_states(card, licence, tmp_path):
+    (tmp_path / "README.md").write_bytes(card.encode())
+    assert stated_licence(tmp_path) == licence
+
+
+def test_a_card_that_is_not_yaml_is_refused(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
+    with pytest.raises(RefusedError, match="front matter"):
+        stated_licence(tmp_path)
+
+
+def test_a_build_copies_the_sources_licence_and_refuses_another(tiny_mistral, tmp_path):
+    source = shutil.copytree(tiny_mistral, tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 20, encoding="utf-8")
+    content = {
+        "format": "gptq",
+        "model": {"id": str(source)},
+        "quantize": {"group_size": 32, "scale_candidates": 0},
+        "calibration": {"texts": {str(text): 4}, "window_tokens": 16},
+    }
+    other = Recipe.of(content | {"release": {"license": "apache-2.0"}})
+    with pytest.raises(RefusedError, match=r"the recipe says apache-2\.0, the model's own card cc-by-nc-4\.0"):
+        build(other, out=tmp_path / "out", device=torch.device("cpu"))
+    done = build(Recipe.of(content), out=tmp_path / "out", device=torch.device("cpu"), validated=False)
+    assert done.record == read_record(tmp_path / "out")
+    assert done.record["source"]["license"] == "cc-by-nc-4.0"
+    assert "\nlicense: cc-by-nc-4.0\n" in (tmp_path / "out" / "README.md").read_text("utf-8")
