@@ -1,4 +1,4 @@
-"""Write docs/cli.md, docs/recipe.md and docs/record.schema.json from the code; with --check only tell whether they are up to date."""
+"""Write docs/cli.md, docs/recipe.md and docs/record.schema.json from the code; with --check only compare them."""
 
 import json
 import sys

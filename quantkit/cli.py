@@ -148,6 +148,22 @@ def inspect(
 
 
 @app.command()
+def report(
+    artifacts: Annotated[list[Path], typer.Argument(metavar="ARTIFACT...", help="Folders of artifacts of one model.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the report goes.")] = Path("report"),
+    as_json: Json = False,
+) -> None:
+    """Draw all artifacts of a model: one page that needs nothing else, its data, and plots as pictures."""
+    from quantkit.report.page import DATA, write_report
+
+    written = write_report(artifacts, out)
+    for path in written:
+        _say(f"wrote {path}")
+    if as_json:
+        _print(json.loads((out / DATA).read_text(encoding="utf-8")), [])
+
+
+@app.command()
 def publish(
     artifact: Folder,
     repo: Annotated[

@@ -14,6 +14,7 @@ FROZEN = {
     "build": {"--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--json"},
     "validate": {"--model", "--text", "--runtime", "--device", "--json"},
     "inspect": {"--verify", "--json"},
+    "report": {"--out", "--json"},
     "publish": {"--repo", "--revision", "--private", "--dry-run", "--json"},
     "plan": {"--model", "--out", "--device", "--set", "--json"},
     "demo": {"--out", "--device", "--json"},

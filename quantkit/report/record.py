@@ -108,8 +108,11 @@ def require_unchanged(folder: Path, record: dict[str, Any], *, but: tuple[str, .
         raise RunFailedError(
             "the artifact is not what was built:\n  " + "\n  ".join(changed),
             where=str(folder),
-            fix=f"build it again, or restore the files; `quantkit validate` draws {CARD} anew, and words of your own for "
-            "it stand in the recipe ([release] notes)"
-            if f"{CARD}: changed" in changed
-            else "build it again, or restore the files",
+            fix="build it again, or restore the files"
+            + (
+                f"; {CARD} is drawn anew by `quantkit validate`, and takes words of your own from [release] notes of the "
+                "recipe"
+                if f"{CARD}: changed" in changed
+                else ""
+            ),
         )
