@@ -20,6 +20,8 @@ SIGNATURE = "model.sig"
 # the record cannot hold its own hash; the card is drawn from it, and the signature is of both
 UNHASHED = (RECORD, CARD, SIGNATURE)
 
+OWN_WORDS = f"; `quantkit validate` draws {CARD} anew, words of your own for it are [release] notes in the recipe"
+
 
 def artifact_files(folder: Path) -> list[str]:
     """Names of every file of an artifact, below its folder, sorted; hidden files are not part of it."""
@@ -108,11 +110,5 @@ def require_unchanged(folder: Path, record: dict[str, Any], *, but: tuple[str, .
         raise RunFailedError(
             "the artifact is not what was built:\n  " + "\n  ".join(changed),
             where=str(folder),
-            fix="build it again, or restore the files"
-            + (
-                f"; {CARD} is drawn anew by `quantkit validate`, and takes words of your own from [release] notes of the "
-                "recipe"
-                if f"{CARD}: changed" in changed
-                else ""
-            ),
+            fix="build it again, or restore the files" + (OWN_WORDS if f"{CARD}: changed" in changed else ""),
         )

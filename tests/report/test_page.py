@@ -19,7 +19,19 @@ from tests.report.records import HASH, record_of, result, variant
 
 ROOT = Path(__file__).parent.parent.parent
 AXE = "4.14.1"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    f"--{flag}"
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+    )
+]
 EVIL = '</script><img src=x onerror="alert(1)">'
 LOADING = {"src", "srcset", "poster", "action", "formaction", "background", "xlink:href"}
 
