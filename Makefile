@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # threads that wait sleep: on a machine that has other work too, spinning ones make everything many times slower
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup demo release build publish test lint docs docs-check test-engines test-slow test-gpu clean
+.DEFAULT_GOAL := setup
 
 setup: $(INSTALLED)
 
@@ -19,23 +19,42 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/quantkit demo
 
-# make release MODEL=bielik-7b-instruct-v0.1 FORMATS="gptq awq": each recipe of the model built, judged and published;
-# a recipe's gate that fails stops its own publication (exit 3). Every step can be run alone, and again. See docs/publish.md.
+# make release MODEL=bielik-7b-instruct-v0.1 FORMATS="gptq awq": each recipe of the model built, judged and published, and
+# a report of them all; a recipe's gate that fails stops its own publication (exit 3). Every step can be run alone, and
+# again, and several at once (make -j2). See docs/publish.md.
 MODEL ?= bielik-nano
 FORMATS ?= gptq
 OUT ?= artifacts
+# repositories are ORG/MODEL-FORMAT, or without ORG those of the recipes
+ORG ?=
+# a folder for JUnit XML of the gates
+JUNIT ?=
+BUILD_FLAGS ?=
 PUBLISH_FLAGS ?=
+RECIPES := $(filter-out base,$(basename $(notdir $(wildcard recipes/$(MODEL)/*.toml))))
 
-release: $(FORMATS:%=publish-%)
+.PHONY: setup demo release build validate report publish $(RECIPES) test lint docs docs-check test-engines test-slow test-gpu clean
+
+release: publish report
 build: $(FORMATS:%=build-%)
+validate: $(FORMATS:%=validate-%)
 publish: $(FORMATS:%=publish-%)
+
+# `make gptq` is `make build-gptq`
+$(RECIPES): %: build-%
+
+report: build
+	$(BIN)/quantkit report $(FORMATS:%=$(OUT)/$(MODEL)-%) --out $(OUT)/$(MODEL)-report
 
 # no file stands for an artifact: quantkit compares the record with recipe and source, and does nothing if they agree
 build-%: setup
-	$(BIN)/quantkit build $(MODEL)/$* --out $(OUT)/$(MODEL)-$*
+	$(BIN)/quantkit build $(MODEL)/$* --out $(OUT)/$(MODEL)-$* $(if $(JUNIT),--junit $(JUNIT)/$(MODEL)-$*.xml) $(BUILD_FLAGS)
+
+validate-%: build-%
+	$(BIN)/quantkit validate $(OUT)/$(MODEL)-$* $(if $(JUNIT),--junit $(JUNIT)/$(MODEL)-$*.xml)
 
 publish-%: build-%
-	$(BIN)/quantkit publish $(OUT)/$(MODEL)-$* $(PUBLISH_FLAGS)
+	$(BIN)/quantkit publish $(OUT)/$(MODEL)-$* $(if $(ORG),--repo $(ORG)/$(MODEL)-$*) $(PUBLISH_FLAGS)
 
 test: lint docs-check
 	$(BIN)/pytest

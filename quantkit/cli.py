@@ -44,6 +44,9 @@ Out = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cuda|cpu", help="Where to compute.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
+Junit = Annotated[
+    Path | None, typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML, for CI systems.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -73,6 +76,7 @@ def build(
     changes: Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run left.")] = False,
     no_validate: Annotated[bool, typer.Option("--no-validate", help="Do not judge the artifact.")] = False,
+    junit: Junit = None,
     as_json: Json = False,
 ) -> None:
     """Build an artifact by recipe, then judge it on Polish text."""
@@ -95,6 +99,7 @@ def build(
         _say(f"{done.out} was complete already")
     if done.unpinned:
         _say(f'the recipe names no revision; this build used:\n  [model]\n  revision = "{done.unpinned}"')
+    _write_junit(junit, done.record["validation"])
     _result(done.record, as_json, table=done.record["validation"], title=str(done.out))
     _gate(done.record["validation"], done.out)
 
@@ -112,6 +117,7 @@ def validate(
         str, typer.Option("--runtime", metavar="reference|native|both|ENGINE", help="Who runs the artifact.")
     ] = "reference",
     device: Device = "auto",
+    junit: Junit = None,
     as_json: Json = False,
 ) -> None:
     """Judge an artifact of any known format against its reference."""
@@ -128,6 +134,7 @@ def validate(
             device=choose_device(device),
             progress=display.progress,
         )
+    _write_junit(junit, result)
     _result(result, as_json, table=result, title=str(artifact))
     _gate(result, artifact)
 
@@ -347,6 +354,20 @@ def _result(document: dict[str, Any], as_json: bool, *, table: dict[str, Any] | 
         print_table(title, rows(table["format"], table))
     else:
         _print(None, [f"{title}: built, not validated"])
+
+
+def _write_junit(path: Path | None, validation: dict[str, Any] | None) -> None:
+    from quantkit.errors import RefusedError
+    from quantkit.report.junit import junit
+    from quantkit.workdir import disk_errors, write_text
+
+    if path is None:
+        return
+    if validation is None:
+        raise RefusedError("there are no gates to write without a validation", where="--junit", fix="validate it too")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, junit(validation))
 
 
 def _gate(validation: dict[str, Any] | None, where: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -11,8 +12,8 @@ from tests.tiny import WORDS
 
 ROOT = Path(__file__).parent.parent
 FROZEN = {
-    "build": {"--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--json"},
-    "validate": {"--model", "--text", "--runtime", "--device", "--json"},
+    "build": {"--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--junit", "--json"},
+    "validate": {"--model", "--text", "--runtime", "--device", "--junit", "--json"},
     "inspect": {"--verify", "--json"},
     "report": {"--out", "--json"},
     "publish": {"--repo", "--revision", "--private", "--dry-run", "--json"},
@@ -117,10 +118,12 @@ def test_json_is_the_only_thing_on_stdout(own_recipe, tmp_path):
 
 
 def test_a_failed_gate_keeps_the_artifact_and_exits_with_3(own_recipe, tmp_path):
-    done = quantkit(
-        "build", str(own_recipe), "--out", str(tmp_path / "a"), "--set", "validation.gates.top1_agreement=1.0"
-    )
+    gate = ("--set", "validation.gates.top1_agreement=1.0")
+    junit = tmp_path / "results" / "a.xml"
+    done = quantkit("build", str(own_recipe), "--out", str(tmp_path / "a"), *gate, "--junit", str(junit))
     assert done.returncode == 3
+    (failure,) = ElementTree.parse(junit).iter("failure")
+    assert failure.get("message").startswith("reference: top1_agreement")
     assert "error: the artifact is kept but may not be published:\n  reference: top1_agreement" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "a" / "quantkit.json").exists()

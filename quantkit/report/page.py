@@ -6,9 +6,9 @@ Everything drawn comes from the records; nothing is measured here.
 import base64
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,8 @@ def fingerprint_of(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
 
 def _short(names: list[str], formats: list[str]) -> list[str]:
     """Names without the words that all of them begin with; the format where nothing else would be left."""
-    shared = os.path.commonprefix(names)
-    cut = shared.rfind("-") + 1
+    alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    cut = "".join(letters[0] for letters in alike).rfind("-") + 1
     found = [name[cut:] for name in names]
     return formats if len(names) == 1 or not all(found) else found
 

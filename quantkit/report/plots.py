@@ -105,7 +105,7 @@ def linear_axis(values: Sequence[float], *, include: float | None = None) -> Axi
     low, high = low - air, high + air
     step = _round_step((high - low) / 6)
     first = math.ceil(low / step)
-    count = int(math.floor(high / step)) - first + 1
+    count = math.floor(high / step) - first + 1
     return Axis(low, high, False, tuple(round((first + index) * step, 12) for index in range(count)))
 
 

@@ -1,0 +1,45 @@
+"""The gates of a validation as JUnit XML, which CI systems show as tests."""
+
+from typing import Any
+from xml.etree.ElementTree import Element, SubElement, indent, tostring
+
+FIGURES = ("ratio", "mean_kld", "p99_kld", "top1_agreement", "ppl_per_token", "ppl_per_word", "bits_per_byte")
+
+
+def junit(validation: dict[str, Any]) -> str:
+    """One suite for the artifact, one case for each variant and runtime.
+
+    Args:
+        validation: the document of `validate --json`.
+
+    Returns:
+        XML; a runtime that did not run is skipped, unless the gate needed it: then it failed.
+    """
+    suite = Element("testsuite", name=validation["artifact"])
+    counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    seconds = 0.0
+    for variant in validation["variants"]:
+        failures = variant["gate"]["failures"]
+        asked = [result["runtime"] for result in variant["results"]]
+        # a runtime that the gate needs and nobody asked has no result
+        needed = dict.fromkeys(failure.partition(":")[0] for failure in failures)
+        for runtime in [*asked, *(name for name in needed if name not in asked)]:
+            result: dict[str, Any] = next((one for one in variant["results"] if one["runtime"] == runtime), {})
+            case = SubElement(suite, "testcase", classname=f"{validation['artifact']}.{variant['name']}", name=runtime)
+            case.set("time", f"{result.get('seconds') or 0:.3f}")
+            seconds += result.get("seconds") or 0
+            counts["tests"] += 1
+            own = [failure for failure in failures if failure.partition(":")[0] == runtime]
+            if own:
+                counts["failures"] += 1
+                SubElement(case, "failure", message="; ".join(own), type="gate").text = "\n".join(own)
+            elif result["status"] != "ok":
+                counts["skipped"] += 1
+                SubElement(case, "skipped", message=result["reason"])
+            figures = [f"{key} {result[key]:.6g}" for key in FIGURES if result.get(key) is not None]
+            SubElement(case, "system-out").text = "\n".join(figures)
+    for key, value in counts.items():
+        suite.set(key, str(value))
+    suite.set("time", f"{seconds:.3f}")
+    indent(suite)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + tostring(suite, encoding="unicode") + "\n"

@@ -1,0 +1,87 @@
+"""`make release` as a pipeline runs it: two formats at once, to a hub on this machine, and back."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.hub_server import TOKEN, HubServer
+
+ROOT = Path(__file__).parent.parent
+FORMATS = ("hqq-3bit", "mlx")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture
+def surroundings(nano, tmp_path):
+    with HubServer() as hub:
+        yield (
+            hub,
+            os.environ
+            | {
+                "HF_ENDPOINT": hub.url,
+                "HF_TOKEN": TOKEN,
+                "HF_HUB_DISABLE_XET": "1",
+                "NO_PROXY": "127.0.0.1",
+                # its cache of reference results is part of what runs at once
+                "QUANTKIT_HOME": str(tmp_path / "home"),
+            },
+        )
+
+
+def run(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=1500)
+
+
+def test_two_formats_are_released_at_once_and_come_back_whole(surroundings, nano, tmp_path):
+    hub, env = surroundings
+    shutil.copytree(nano, tmp_path / "home" / "models" / nano.name)
+    out = tmp_path / "artifacts"
+    installed = tmp_path / "installed"
+    installed.touch()
+    release = (
+        *("make", "-j2", "release", "MODEL=bielik-nano", f"FORMATS={' '.join(FORMATS)}", "ORG=an-org", f"OUT={out}"),
+        *(f"JUNIT={tmp_path / 'junit'}", f"BIN={Path(sys.executable).parent}", f"INSTALLED={installed}"),
+    )
+    if not (Path(sys.executable).parent / "quantkit").exists():
+        pytest.skip("quantkit is not installed as a command beside this Python")
+    done = run(*release, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    assert hub.repos.keys() == {f"an-org/bielik-nano-{name}" for name in FORMATS}
+    assert (out / "bielik-nano-report" / "report.html").exists()
+    for name in FORMATS:
+        suite = ElementTree.parse(tmp_path / "junit" / f"bielik-nano-{name}.xml").getroot()
+        assert (suite.get("tests"), suite.get("failures")) == ("1", "0")
+
+    before = len(hub.requests)
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*/*") if path.parent.name != "bielik-nano-report"}
+    again = run(*release, env=env)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("was complete already") == 2
+    assert again.stdout.count("nothing to upload") == 2
+    assert not [request for request in hub.requests[before:] if not request.startswith("GET ")]
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+    for name in FORMATS:
+        folder = tmp_path / "fetched" / f"bielik-nano-{name}"
+        program = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], local_dir=sys.argv[2])"
+        fetched = run(sys.executable, "-c", program, f"an-org/bielik-nano-{name}", str(folder), env=env)
+        assert fetched.returncode == 0, fetched.stderr
+        start = (sys.executable, "-c", "from quantkit.cli import main; main()")
+        verified = run(*start, "inspect", str(folder), "--verify", env=env)
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+        published = json.loads((folder / "quantkit.json").read_text())["validation"]
+        judged = run(*start, "validate", str(folder), "--json", env=env)
+        assert judged.returncode == 0, judged.stderr
+        found = json.loads(judged.stdout)
+        for validation in (published, found):
+            for variant in validation["variants"]:
+                for result in variant["results"]:
+                    del result["seconds"]
+        assert found == published
