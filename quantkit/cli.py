@@ -143,14 +143,17 @@ def validate(
 def inspect(
     artifact: Folder,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the record.")] = False,
+    public_key: Annotated[
+        Path | None, typer.Option("--public-key", metavar="KEY", help="With --verify: check the signature too.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what an artifact is: format, bits per weight, sizes, record."""
-    from quantkit.report.inspect import inspect_artifact, inspection_lines
+    from quantkit.report.inspect import BROKEN, inspect_artifact, inspection_lines
 
-    found = inspect_artifact(artifact, verify=verify)
+    found = inspect_artifact(artifact, verify=verify, public_key=public_key)
     _print(found if as_json else None, inspection_lines(found))
-    if found["changed"]:
+    if found["changed"] or found["signature"] == BROKEN:
         raise typer.Exit(1)
 
 
@@ -181,13 +184,16 @@ def publish(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be uploaded, and upload nothing.")
     ] = False,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY", help="Sign what goes up with this private key (PEM).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Upload the variants of an artifact that passed their gates to the Hub, in one commit."""
+    """Upload the variants of an artifact that passed their gates to the Hub, in one commit for each branch."""
     from quantkit.publish import publication_lines
     from quantkit.publish import publish as run
 
-    found = run(artifact, repo=repo, revision=revision, private=private, dry_run=dry_run, say=_say)
+    found = run(artifact, repo=repo, revision=revision, private=private, dry_run=dry_run, key=sign, say=_say)
     _print(found if as_json else None, publication_lines(found))
 
 

@@ -230,6 +230,29 @@ def upload(repo: str, revision: str, files: dict[str, tuple[Path, str]], *, priv
         ) from None
 
 
+def collect(repo: str, title: str, *, private: bool) -> None:
+    """Put a repository into a collection of its owner's; both are left alone where it is in there.
+
+    Args:
+        repo: `org/name`.
+        title: of the collection, which is made if there is none.
+        private: of a collection that is made now.
+
+    Raises:
+        RefusedError: the token may not do that.
+        UnavailableError: the Hub cannot be reached, after several tries.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    owner = repo.partition("/")[0]
+    holding = _insist(lambda: list(api.list_collections(owner=owner, item=f"models/{repo}")), repo)
+    if any(collection.title == title for collection in holding):
+        return
+    collection = _insist(lambda: api.create_collection(title, namespace=owner, private=private, exists_ok=True), repo)
+    _insist(lambda: api.add_collection_item(collection.slug, repo, "model", exists_ok=True), repo)
+
+
 def _insist(call: Callable[[], T], repo: str) -> T:
     """Call the Hub; again, with growing pauses, while it fails in a way that passes.
 

@@ -118,6 +118,9 @@ class ReleaseSection(Section):
     """Where the artifact is meant to go and what its card says."""
 
     repo: str | None = Field(default=None, description="Hub repository, `org/name`.")
+    collection: str | None = Field(
+        default=None, description="Title of a collection of the repository's owner that it belongs to; made if absent."
+    )
     license: str | None = Field(
         default=None,
         description="Licence, where the source's own card states none; another than it states is refused.",

@@ -9,11 +9,13 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_publishingTestToken0123456789abcdef"
+SLOW_S = 3.0
 READ_ONLY = "hf_readingTestToken0123456789abcdefgh"
 
 
@@ -45,12 +47,18 @@ class HubServer:
     """Attributes:
     repos: by `org/name`.
     large: large files by SHA-256.
+    collections: by slug, as the Hub describes them.
+    part_bytes: large files above this go up in parts of this size; None takes them whole.
+    parts: what has arrived of such files, by SHA-256 and number.
     requests: "METHOD /path" of every request, in order.
-    faults: [pattern of "METHOD /path", status or "reset", how often left]; the first that fits is used up.
+    faults: [pattern of "METHOD /path", status or "reset" or "slow", how often left]; the first that fits is used up.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
     large: dict[str, bytes] = field(default_factory=dict)
+    collections: dict[str, dict] = field(default_factory=dict)
+    part_bytes: int | None = None
+    parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     faults: list[list] = field(default_factory=list)
     url: str = ""
@@ -119,22 +127,31 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         body = self.body()
-        if fault is not None:
+        if fault == "slow":
+            time.sleep(SLOW_S)
+        elif fault is not None:
             self.fail(int(fault))
             return
         self.route(path, body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_any
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
     def route(self, path: str, body: bytes) -> None:
         hub = self.hub
         if self.command == "PUT":
+            if found := re.fullmatch(r"/part/(\w+)/(\d+)", path):
+                hub.parts.setdefault(found[1], {})[int(found[2])] = body
+                self.answer(200, {}, {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+                return
             oid = path.removeprefix("/lfs/")
             if hashlib.sha256(body).hexdigest() != oid:
                 self.fail(400, message="the content does not have this SHA-256")
                 return
             hub.large[oid] = body
             self.answer(200, {})
+            return
+        if self.command == "POST" and path.startswith("/complete/"):
+            self.complete(path.removeprefix("/complete/"), json.loads(body))
             return
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         if token not in (TOKEN, READ_ONLY):
@@ -153,6 +170,12 @@ class Handler(BaseHTTPRequestHandler):
             hub.repos[name] = Repo(private=bool(visible))
             hub.repos[name].commit("main", {".gitattributes": (b"", False)})
             self.answer(200, {"url": f"{hub.url}/{name}", "id": name, "name": name})
+        elif path == "/api/repos/delete":
+            wanted = json.loads(body)
+            del hub.repos[f"{wanted['organization']}/{wanted['name']}"]
+            self.answer(200, {})
+        elif path.startswith("/api/collections"):
+            self.collection(path, body, parse_qs(urlsplit(self.path).query))
         elif path == "/api/validate-yaml":
             self.answer(200, {"errors": [], "warnings": []})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree|branch|preupload|commit)/([^/]+)", path):
@@ -160,11 +183,7 @@ class Handler(BaseHTTPRequestHandler):
         elif found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             objects = [
                 {"oid": wanted["oid"], "size": wanted["size"]}
-                | (
-                    {}
-                    if wanted["oid"] in hub.large
-                    else {"actions": {"upload": {"href": f"{hub.url}/lfs/{wanted['oid']}"}}}
-                )
+                | ({} if wanted["oid"] in hub.large else {"actions": {"upload": self.upload(**wanted)}})
                 for wanted in json.loads(body)["objects"]
             ]
             self.answer(
@@ -174,6 +193,62 @@ class Handler(BaseHTTPRequestHandler):
             self.resolve(*found.groups())
         else:
             self.fail(404, "EntryNotFound")
+
+    def upload(self, oid: str, size: int, **_) -> dict:
+        """Where a large file goes: to one address, or in parts of fixed size to one address each."""
+        step = self.hub.part_bytes
+        if step is None or size <= step:
+            return {"href": f"{self.hub.url}/lfs/{oid}"}
+        parts = {str(number): f"{self.hub.url}/part/{oid}/{number}" for number in range(1, -(-size // step) + 1)}
+        return {"href": f"{self.hub.url}/complete/{oid}", "header": {"chunk_size": str(step), **parts}}
+
+    def complete(self, oid: str, told: dict) -> None:
+        arrived = self.hub.parts.get(oid, {})
+        stated = {part["partNumber"]: part["etag"].strip('"') for part in told["parts"]}
+        whole = b"".join(arrived[number] for number in sorted(arrived))
+        if (
+            stated != {number: hashlib.md5(part).hexdigest() for number, part in arrived.items()}
+            or hashlib.sha256(whole).hexdigest() != oid
+        ):
+            self.fail(400, message="the parts are not the file")
+            return
+        self.hub.large[oid] = whole
+        self.answer(200, {})
+
+    def collection(self, path: str, body: bytes, query: dict[str, list[str]]) -> None:
+        known = self.hub.collections
+        if self.command == "GET" and path != "/api/collections":
+            self.answer(200, known[path.removeprefix("/api/collections/")])
+        elif self.command == "GET":
+            owner, item = query["owner"][0], query["item"][0].removeprefix("models/")
+            fits = [
+                {key: value for key, value in one.items() if key != "position"}  # the client numbers what it lists
+                for one in known.values()
+                if one["owner"]["name"] == owner and item in [held["id"] for held in one["items"]]
+            ]
+            self.answer(200, fits)
+        elif path == "/api/collections":
+            wanted = json.loads(body)
+            slug = f"{wanted['namespace']}/{re.sub(r'[^a-z0-9]+', '-', wanted['title'].lower())}"
+            if slug in known:
+                self.answer(409, {"error": "it exists", "slug": slug})
+                return
+            known[slug] = {
+                "slug": slug,
+                "title": wanted["title"],
+                "owner": {"name": wanted["namespace"]},
+                "items": [],
+                "lastUpdated": "2024-01-01T00:00:00.000Z",
+                "position": 0,
+                "private": wanted["private"],
+                "theme": "blue",
+                "upvotes": 0,
+            }
+            self.answer(200, known[slug])
+        else:
+            held = known[path.removeprefix("/api/collections/").removesuffix("/items")]["items"]
+            held.append({"_id": str(len(held)), "position": len(held), **json.loads(body)["item"]})
+            self.answer(200, known[path.removeprefix("/api/collections/").removesuffix("/items")])
 
     def model(self, name: str, verb: str, revision: str, body: bytes) -> None:
         repo = self.hub.repos.get(name)

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent
 FROZEN = {
     "build": {"--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--junit", "--json"},
     "validate": {"--model", "--text", "--runtime", "--device", "--junit", "--json"},
-    "inspect": {"--verify", "--json"},
+    "inspect": {"--verify", "--public-key", "--json"},
     "report": {"--out", "--json"},
-    "publish": {"--repo", "--revision", "--private", "--dry-run", "--json"},
+    "publish": {"--repo", "--revision", "--private", "--dry-run", "--sign", "--json"},
     "plan": {"--model", "--out", "--device", "--set", "--json"},
     "demo": {"--out", "--device", "--json"},
     "doctor": {"--json"},

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -13,15 +14,19 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from quantkit.errors import GateError, RefusedError, RunFailedError, UnavailableError
 from quantkit.pipeline import build
+from quantkit.publish import publish as publish_here
 from quantkit.recipe import Recipe
-from quantkit.report.record import read_record, write_record
+from quantkit.report.inspect import inspect_artifact, inspection_lines
+from quantkit.report.record import output_entries, read_record, write_record
 from quantkit.workdir import sha256_of
 from tests.hub_server import READ_ONLY, TOKEN, HubServer
 from tests.tiny import WORDS
 
 ROOT = Path(__file__).parent.parent
 REPO = "an-org/tiny-GPTQ"
+PROGRAM = "from quantkit import hub; hub.FIRST_PAUSE_S = 0.01; from quantkit.cli import main; main()"
 PLANTED = "hf_plantedSecret0123456789"
 
 
@@ -72,11 +77,18 @@ def run(hub: HubServer, program: str, *arguments: str, token: str = TOKEN) -> su
 
 
 def publish(hub: HubServer, artifact: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    program = "from quantkit import hub; hub.FIRST_PAUSE_S = 0.01; from quantkit.cli import main; main()"
-    done = run(hub, program, "publish", str(artifact), "--repo", REPO, *arguments, token=token)
+    done = run(hub, PROGRAM, "publish", str(artifact), "--repo", REPO, *arguments, token=token)
     assert "Traceback" not in done.stderr, done.stderr
     assert token not in done.stdout + done.stderr
     return done
+
+
+def refuses(artifact: Path, error: type[Exception], match: str, **options) -> None:
+    """It is refused before the Hub is asked: tests have no network."""
+    wanted = {"repo": REPO, "revision": "main", "private": True, "dry_run": False} | options
+    with pytest.raises(error) as found:
+        publish_here(artifact, **wanted)
+    assert re.search(match, str(found.value)), found.value
 
 
 def on_hub(hub: HubServer, branch: str = "main") -> dict[str, bytes]:
@@ -148,6 +160,7 @@ def test_a_dry_run_prints_the_plan_and_changes_nothing(hub, artifact):
     assert all(request.startswith("GET ") for request in hub.requests)
 
 
+@pytest.mark.slow
 def test_a_branch_of_its_own_and_a_public_repository(hub, artifact):
     assert publish(hub, artifact, "--public", "--revision", "4bit").returncode == 0
     assert not hub.repos[REPO].private
@@ -160,14 +173,32 @@ def test_only_what_changed_is_sent_and_foreign_files_stay(hub, artifact):
     repo = hub.repos[REPO]
     repo.commit("main", repo.commits[repo.branches["main"]] | {"logo.png": (b"png", False), "README.md": (b"x", False)})
     found = json.loads(publish(hub, artifact, "--json").stdout)
-    assert [file["name"] for file in found["upload"]] == ["README.md"]
-    assert found["others"] == ["logo.png"]
+    (branch,) = found["branches"]
+    assert [file["name"] for file in branch["upload"]] == ["README.md"]
+    assert branch["others"] == ["logo.png"]
     assert on_hub(hub)["logo.png"] == b"png"
     assert len(hub.sent(r"^PUT ")) == 1
 
 
 @pytest.mark.parametrize(
-    ("request_pattern", "fault"), [("^PUT ", 500), ("^PUT ", "reset"), ("/preupload/", 429), ("/commit/", 503)]
+    ("request_pattern", "fault"),
+    [
+        ("^PUT ", "reset"),
+        *(
+            pytest.param(pattern, fault, marks=pytest.mark.slow)
+            for pattern, fault in (
+                ("^PUT ", 500),
+                ("^PUT ", "slow"),
+                ("/preupload/", 429),
+                ("/commit/", 503),
+                ("/commit/", "reset"),
+                ("/objects/batch", 504),
+                ("POST /api/repos/create", 500),
+                ("GET .*/tree/", 503),
+                ("GET .*/revision/", 429),
+            )
+        ),
+    ],
 )
 def test_a_failure_that_passes_is_tried_again(hub, artifact, request_pattern, fault):
     hub.faults = [[request_pattern, fault, 1]]
@@ -188,14 +219,226 @@ def test_an_upload_that_breaks_off_publishes_nothing_and_is_finished_by_the_next
     assert "model.safetensors" in on_hub(hub)
 
 
-def test_an_edited_file_is_refused_and_named(hub, artifact):
+def test_large_files_go_up_in_parts_and_arrive_whole(hub, artifact):
+    hub.part_bytes = 20_000
+    hub.faults = [["PUT /part/", 500, 1]]
+    size = (artifact / "model.safetensors").stat().st_size
+    done = publish(hub, artifact)
+    assert done.returncode == 0, done.stderr
+    parts = -(-size // hub.part_bytes)
+    assert parts > 2
+    assert len(hub.sent("^PUT /part/")) == parts + 1  # one of them twice
+    assert len(hub.sent("^POST /complete/")) == 1
+    assert on_hub(hub) == {path.name: path.read_bytes() for path in artifact.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["PUT /part/", "POST /complete/"])
+def test_parts_that_never_arrive_publish_nothing(hub, artifact, pattern):
+    hub.part_bytes = 20_000
+    hub.faults = [[pattern, 400, 1]]
+    broken = publish(hub, artifact)
+    assert broken.returncode == 4, broken.stderr
+    assert on_hub(hub) == {}
+    assert publish(hub, artifact).returncode == 0
+    assert on_hub(hub)["model.safetensors"] == (artifact / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_repository_that_is_removed_meanwhile_is_made_again_by_the_next_run(hub, artifact):
+    program = """
+from quantkit import hub
+hub.FIRST_PAUSE_S = 0.01
+import huggingface_hub
+real = huggingface_hub.HfApi.preupload_lfs_files
+def gone(self, repo, *arguments, **named):
+    self.delete_repo(repo)
+    return real(self, repo, *arguments, **named)
+huggingface_hub.HfApi.preupload_lfs_files = gone
+from quantkit.cli import main
+main()
+"""
+    done = run(hub, program, "publish", str(artifact), "--repo", REPO)
+    assert done.returncode == 2, done.stderr
+    assert f"the Hub has no repository {REPO} that this token may write to" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert publish(hub, artifact).returncode == 0
+    assert "model.safetensors" in on_hub(hub)
+
+
+@pytest.mark.slow
+def test_a_branch_that_is_there_keeps_its_history(hub, artifact):
+    assert publish(hub, artifact, "--revision", "4bit").returncode == 0
+    first = hub.repos[REPO].branches["4bit"]
+    record = read_record(artifact)
+    write_record(artifact, record | {"chat": "other"})
+    assert publish(hub, artifact, "--revision", "4bit").returncode == 0
+    assert len(hub.sent("POST .*/branch/4bit")) == 2
+    assert hub.repos[REPO].branches["4bit"] != first
+    assert len(hub.sent("^PUT ")) == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_downloading_leaves_no_artifact(hub, artifact, tmp_path):
+    """The client's file system refuses the weights; what it left does not pass for the artifact."""
+    assert publish(hub, artifact).returncode == 0
+    program = """
+import resource, signal, sys, huggingface_hub as h
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+h.snapshot_download(sys.argv[1], local_dir=sys.argv[2], max_workers=1)
+"""
+    half = (artifact / "model.safetensors").stat().st_size // 2
+    fetched = tmp_path / "fetched"
+    broken = run(hub, program, REPO, str(fetched), str(half))
+    assert broken.returncode != 0
+    assert "File too large" in broken.stderr
+    assert not (fetched / "model.safetensors").exists()
+    assert run(hub, program, REPO, str(fetched), str(1 << 40)).returncode == 0
+    verified = run(hub, "from quantkit.cli import main; main()", "inspect", str(fetched), "--verify")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+@pytest.mark.slow
+def test_the_family_is_collected_once(hub, artifact):
+    record = read_record(artifact)
+    record["recipe"]["release"]["collection"] = "Żuraw, quantized"
+    write_record(artifact, record)
+    assert publish(hub, artifact).returncode == 0
+    (collection,) = hub.collections.values()
+    assert (collection["title"], collection["private"]) == ("Żuraw, quantized", True)
+    assert [item["id"] for item in collection["items"]] == [REPO]
+    assert run(hub, PROGRAM, "publish", str(artifact), "--repo", f"{REPO}-2").returncode == 0
+    before = len(hub.requests)
+    assert publish(hub, artifact).returncode == 0
+    assert [item["id"] for item in collection["items"]] == [REPO, f"{REPO}-2"]
+    assert len(hub.collections) == 1
+    assert not [request for request in hub.requests[before:] if not request.startswith("GET ")]
+
+
+def test_a_card_or_record_edited_by_hand_is_refused(artifact):
+    with (artifact / "README.md").open("a", encoding="utf-8") as file:
+        file.write("Better than the source.\n")
+    refuses(artifact, RunFailedError, r"README\.md: changed(.|\n)*\[release\] notes")
+    path = artifact / "quantkit.json"
+    path.write_text(path.read_text("utf-8").replace('"mean_kld": 0.', '"mean_kld": 0.0'), "utf-8")
+    refuses(artifact, RunFailedError, r"quantkit\.json was edited after it was written")
+
+
+def make_key(folder: Path, name: str) -> tuple[Path, Path]:
+    """A new private key and its public part."""
+    serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization", reason="of the extra `sign`")
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
+    pem = serialization.Encoding.PEM
+    private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
+    return private, public
+
+
+@pytest.mark.slow
+def test_a_signature_goes_up_holds_and_breaks(hub, artifact, tmp_path):
+    pytest.importorskip("model_signing", reason="of the extra `sign`")
+    private, public = make_key(tmp_path, "own")
+    _, foreign = make_key(tmp_path, "foreign")
+
+    def inspect(key: Path | None) -> tuple[str, str | None]:
+        found = inspect_artifact(artifact, verify=True, public_key=key)
+        assert found["changed"] == []
+        assert any(line.startswith("signature") for line in inspection_lines(found))
+        return found["signature"], found["signature_problem"]
+
+    dry = json.loads(publish(hub, artifact, "--sign", str(private), "--dry-run", "--json").stdout)
+    assert "model.sig" in [file["name"] for file in dry["branches"][0]["upload"]]
+    assert not (artifact / "model.sig").exists()
+    done = publish(hub, artifact, "--sign", str(private))
+    assert done.returncode == 0, done.stderr
+    assert on_hub(hub) == {path.name: path.read_bytes() for path in artifact.iterdir()}
+    assert "model.sig" in on_hub(hub)
+    again = publish(hub, artifact, "--sign", str(private))
+    assert "nothing to upload" in again.stdout, "a signature that holds is kept"
+
+    assert inspect(public) == ("good", None)
+    assert inspect(None) == ("not checked", None)
+    assert inspect(foreign)[0] == "broken"
+    assert "Key mismatch" in inspect(foreign)[1]
+
+    record = read_record(artifact)
+    write_record(artifact, record | {"chat": "other"})
+    assert inspect(public)[0] == "broken"
+    assert "quantkit.json" in inspect(public)[1]
+    refused = publish(hub, artifact)
+    assert refused.returncode == 2
+    assert "its signature would not hold" in refused.stderr
+    assert publish(hub, artifact, "--sign", str(private)).returncode == 0
+    assert inspect(public) == ("good", None)
+    (artifact / "model.sig").unlink()
+    assert inspect(public) == ("broken", "model.sig is missing")
+    done = run(hub, PROGRAM, "inspect", str(artifact), "--verify", "--public-key", str(public))
+    assert done.returncode == 1
+    assert "signature         model.sig is missing" in done.stdout
+
+
+def test_a_key_that_is_none_is_refused(artifact, tmp_path):
+    pytest.importorskip("model_signing", reason="of the extra `sign`")
+    (tmp_path / "key.pem").write_text("no key")
+    refuses(artifact, RefusedError, "the key cannot sign", key=tmp_path / "key.pem")
+    refuses(artifact, RefusedError, "no such key", key=tmp_path / "none.pem")
+
+
+def test_without_the_package_signing_says_what_to_install(artifact, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "model_signing", None)
+    refuses(artifact, UnavailableError, r'pip install "quantkit\[sign\]"', key=tmp_path / "key.pem")
+
+
+@pytest.mark.slow
+def test_variants_in_folders_of_their_own_get_a_branch_each(hub, artifact, tmp_path):
+    """As EXL2 lays them out: one folder per bpw, one record; a branch is whole by itself."""
+    names = {"4.0bpw": "gptq", "2.5bpw": None, "3.0bpw": "gptq"}
+    inside = [path for path in artifact.iterdir() if path.name not in ("README.md", "quantkit.json")]
+    record = read_record(artifact)
+    for name in names:
+        (artifact / name).mkdir()
+        for path in inside:
+            shutil.copy(path, artifact / name / path.name)
+    (artifact / "3.0bpw" / "generation_config.json").write_text("{}")
+    for path in inside:
+        path.unlink()
+    (artifact / "measurement.json").write_text("[]")
+    (judged,) = record["validation"]["variants"]
+    verdicts = {name: {"passed": good is not None, "failures": [] if good else ["bad"]} for name, good in names.items()}
+    record["validation"]["variants"] = [judged | {"name": name, "gate": gate} for name, gate in verdicts.items()]
+    record["variants"] = {name: [f"{name}/model.safetensors"] for name in names}
+    write_record(artifact, record | {"outputs": output_entries(artifact)})
+
+    done = publish(hub, artifact, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [branch["revision"] for branch in found["branches"]] == ["4.0bpw", "3.0bpw", "main"]
+    assert found["left_out"] == ["2.5bpw"]
+    assert set(hub.repos[REPO].branches) == {"4.0bpw", "3.0bpw", "main"}
+    assert on_hub(hub).keys() == {"README.md", "quantkit.json", "measurement.json"}
+    assert on_hub(hub, "3.0bpw")["generation_config.json"] == b"{}"
+    program = "import sys, huggingface_hub as h; h.snapshot_download(*sys.argv[1:3], local_dir=sys.argv[3])"
+    program = program.replace("*sys.argv[1:3]", "sys.argv[1], revision=sys.argv[2]")
+    for branch in ("4.0bpw", "3.0bpw"):
+        folder = tmp_path / branch
+        assert run(hub, program, REPO, branch, str(folder)).returncode == 0
+        verified = run(hub, "from quantkit.cli import main; main()", "inspect", str(folder), "--verify")
+        assert verified.returncode == 0, verified.stdout + verified.stderr
+        assert "files are as recorded" in verified.stdout
+    assert "nothing to upload" in publish(hub, artifact).stdout
+    assert len(hub.sent(r"POST .*/commit/")) == 3
+    assert publish(hub, artifact, "--revision", "other").returncode == 2
+
+
+def test_an_edited_file_is_refused_and_named(artifact):
     with (artifact / "model.safetensors").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
-    done = publish(hub, artifact)
-    assert done.returncode == 1
-    assert "model.safetensors: changed" in done.stderr
-    assert hub.requests == []
+    refuses(artifact, RunFailedError, r"model\.safetensors: changed")
 
 
 def test_a_file_edited_after_the_check_is_not_committed(hub, artifact):
@@ -218,7 +461,9 @@ main()
     assert on_hub(hub) == {}
 
 
-@pytest.mark.parametrize("token", [READ_ONLY, "hf_expiredTestToken0123456789abcdefgh"])
+@pytest.mark.parametrize(
+    "token", [READ_ONLY, pytest.param("hf_expiredTestToken0123456789abcdefgh", marks=pytest.mark.slow)]
+)
 def test_a_token_that_may_not_write(hub, artifact, token):
     done = publish(hub, artifact, token=token)
     assert done.returncode == 2, done.stderr
@@ -226,6 +471,7 @@ def test_a_token_that_may_not_write(hub, artifact, token):
     assert hub.repos == {}
 
 
+@pytest.mark.slow
 def test_no_hub(hub, artifact):
     hub.server.shutdown()
     hub.server.server_close()
@@ -233,26 +479,20 @@ def test_no_hub(hub, artifact):
     assert done.returncode == 4, done.stderr
 
 
-def test_without_a_pass_nothing_is_published(hub, artifact):
+def test_without_a_pass_nothing_is_published(artifact):
     record = read_record(artifact)
     write_record(artifact, record | {"validation": None})
-    done = publish(hub, artifact)
-    assert done.returncode == 3
-    assert "never validated" in done.stderr
+    refuses(artifact, GateError, "never validated")
     record["validation"]["variants"][0]["gate"] = {"passed": False, "failures": ["reference: too bad"]}
     write_record(artifact, record)
-    assert publish(hub, artifact).returncode == 3
-    assert hub.requests == []
+    refuses(artifact, GateError, "no variant passed")
 
 
-def test_an_unpinned_source_is_refused(hub, artifact):
+def test_an_unpinned_source_is_refused(artifact):
     record = read_record(artifact)
     record["source"] |= {"on_hub": True, "revision": "0" * 40}
     write_record(artifact, record)
-    done = publish(hub, artifact)
-    assert done.returncode == 2
-    assert "quantkit recipes pin" in done.stderr
-    assert hub.requests == []
+    refuses(artifact, RefusedError, "quantkit recipes pin")
 
 
 def test_variants_that_failed_are_left_out_with_their_files(hub, artifact):

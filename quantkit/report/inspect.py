@@ -3,25 +3,34 @@
 from pathlib import Path
 from typing import Any
 
+from quantkit.errors import RefusedError
 from quantkit.formats import READERS, detect
-from quantkit.report.record import changed_files, read_record
+from quantkit.report.record import CARD, changed_files, read_record
+from quantkit.signature import SIGNATURE, problem
+from quantkit.workdir import RECORD
+
+GOOD, BROKEN, UNCHECKED, NO_SIGNATURE = "good", "broken", "not checked", "none"
 
 
-def inspect_artifact(folder: Path, *, verify: bool) -> dict[str, Any]:
+def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = None) -> dict[str, Any]:
     """Format, sizes, tensors and record of an artifact.
 
     Args:
         folder: the artifact.
         verify: also hash every file; `changed` then lists what differs from the record.
+        public_key: also check the signature; one that is missing is broken then.
 
     Returns:
         {"artifact", "format", "bits_per_weight", "size_bytes", "tensors": [{"name", "dtype", "shape", "file"}],
-        "record", "verified", "changed"}.
+        "record", "verified", "changed", "signature": "good", "broken", "not checked" or "none", "signature_problem"}.
     """
+    if public_key is not None and not verify:
+        raise RefusedError("a signature is checked with --verify only", where="--public-key", fix="add --verify")
     name = detect(folder)
     artifact = READERS[name].open(folder)
     record = read_record(folder)
     tensors = artifact.tensors
+    signature, why = _signature(folder, public_key)
     return {
         "artifact": folder.resolve().name,
         "format": name,
@@ -34,7 +43,20 @@ def inspect_artifact(folder: Path, *, verify: bool) -> dict[str, Any]:
         "record": record,
         "verified": verify and record is not None,
         "changed": changed_files(folder, record) if verify and record is not None else [],
+        "signature": signature,
+        "signature_problem": why,
     }
+
+
+def _signature(folder: Path, public_key: Path | None) -> tuple[str, str | None]:
+    """How the signature stands, and what is wrong with it."""
+    path = folder / SIGNATURE
+    if public_key is None:
+        return (UNCHECKED if path.is_file() else NO_SIGNATURE), None
+    if not path.is_file():
+        return BROKEN, f"{SIGNATURE} is missing"
+    why = problem(folder, path, public_key, covers=(RECORD, CARD))
+    return (GOOD if why is None else BROKEN), why
 
 
 def inspection_lines(found: dict[str, Any]) -> list[str]:
@@ -48,6 +70,8 @@ def inspection_lines(found: dict[str, Any]) -> list[str]:
     ]
     if record is None:
         return [*lines, "record            none: not made by quantkit"]
+    if found["signature"] != NO_SIGNATURE:
+        lines += [f"signature         {found['signature_problem'] or found['signature']}"]
     validation = record["validation"]
     verdict = "not validated"
     if validation is not None:

@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from quantkit.errors import RefusedError, RunFailedError
 from quantkit.recipe import fingerprint
 from quantkit.report.schema import Record
+from quantkit.signature import SIGNATURE
 from quantkit.workdir import RECORD, hash_files, write_json
 
 SCHEMA = 2
 CARD = "README.md"
-SIGNATURE = "model.sig"
 # the record cannot hold its own hash; the card is drawn from it, and the signature is of both
 UNHASHED = (RECORD, CARD, SIGNATURE)
 
