@@ -1,0 +1,56 @@
+"""What the docs tell people to type is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+
+
+def test_examples_for_ci_are_yaml_and_call_what_exists():
+    found = blocks(ROOT / "docs" / "ci.md", "yaml")
+    actions, gitlab = (yaml.safe_load(text) for text in found)
+    steps = [step["run"] for step in actions["jobs"]["release"]["steps"] if "run" in step]
+    assert len(steps) == 2
+    assert gitlab["release"]["script"] == steps[:1]
+    assert gitlab["release"]["after_script"] == steps[1:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_targets_and_commands_exist(page):
+    import typer.main
+
+    from quantkit.cli import app
+
+    text = page.read_text("utf-8")
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = {name for line in re.findall(r"^([\w% -]+):(?!=)", makefile, re.MULTILINE) for name in line.split()}
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*/*.toml")}
+    wanted = set(re.findall(r"\bmake(?: -[jk]\d?)* ([a-z][\w-]+)", "\n".join(_code(text))))
+    assert {
+        name for name in wanted if name not in targets | recipes and f"{name.partition('-')[0]}-%" not in targets
+    } == set()
+    commands = set(typer.main.get_command(app).commands)
+    assert set(re.findall(r"^ {4}quantkit ([a-z]+)", text, re.MULTILINE)) <= commands
+
+
+def _code(text: str) -> list[str]:
+    """Indented and inline code, and what YAML runs."""
+    return [
+        *re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE),
+        *re.findall(r"`([^`\n]+)`", text),
+        *re.findall(r"- (?:run: )?(make .*)", text),
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
