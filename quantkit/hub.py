@@ -1,5 +1,6 @@
 """All network access but engine installation: pinned downloads from the Hugging Face Hub, and uploads to it."""
 
+import errno
 import fnmatch
 import hashlib
 import time
@@ -16,6 +17,7 @@ T = TypeVar("T")
 CHECKPOINT_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md")
 # the Hub's client lets errors of its HTTP library through, which is not the same one in every version
 HTTP_LIBRARIES = ("httpx", "httpx2", "requests")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ONLINE = "connect, or set HF_HOME to a cache that holds it and HF_HUB_OFFLINE=1"
 SHIPPED_TEXT = (
     "connect, or use the text that ships with quantkit: "
@@ -104,6 +106,12 @@ def _reaching(what: str, *, where: str, fix: str) -> Iterator[None]:
             fix="give a Hub id (org/name), an existing folder, or bielik-nano; private models need `hf auth login`",
         ) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise RunFailedError(
+                f"the disk is full; {what} was not fetched whole",
+                where=str(error.filename or where),
+                fix="free some space, or set HF_HOME to a folder on another disk; what arrived is kept",
+            ) from None
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in HTTP_LIBRARIES:
             raise
         raise UnavailableError(f"cannot fetch {what}: {_first_line(error)}", where=where, fix=fix) from None

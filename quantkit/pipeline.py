@@ -140,10 +140,11 @@ def _refuse_other_licence(recipe: Recipe, source: Source) -> None:
     """
     sections = {"release": recipe.release, "quantize": recipe.quantize}
     stated = {f"{name}.license": getattr(section, "license", None) for name, section in sections.items()}
+    own = source.license.get("license")
     for key, licence in stated.items():
-        if None not in (licence, source.license) and licence != source.license:
+        if None not in (licence, own) and licence != own:
             raise RefusedError(
-                f"the recipe says {licence}, the model's own card {source.license}",
+                f"the recipe says {licence}, the model's own card {own}",
                 where=key,
                 fix="leave the key out, or state the source's licence: a quantized model keeps it",
             )
@@ -156,8 +157,11 @@ def _reads_text(recipe: Recipe, method: Method) -> bool:
 
 def _identity(recipe: Recipe, source: Source, texts: dict[str, TextSet], device: torch.device) -> dict[str, Any]:
     """Everything that decides the artifact's bytes; the same identity gives the same files."""
+    deciding = recipe.deciding()
+    # what it was resolved to: a recipe that is pinned to it afterwards means the same build
+    deciding["model"] = deciding["model"] | {"revision": source.revision}
     return {
-        "recipe": recipe.deciding(),
+        "recipe": deciding,
         "source": source.sha256,
         "texts": {public_name(name): text_set.sha256 for name, text_set in texts.items()},
         "versions": deciding_versions(),

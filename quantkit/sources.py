@@ -18,6 +18,7 @@ from quantkit.recipe import public_name
 from quantkit.workdir import hash_files
 
 CARD = "README.md"
+LICENCE_KEYS = ("license", "license_name", "license_link")
 FRONT_MATTER = re.compile(r"\ufeff?---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
 HASHED_SIDECARS = (
     "config.json",
@@ -36,14 +37,14 @@ class Source:
         checkpoint: the opened folder.
         id: Hub id, `bielik-nano`, or a local folder's name.
         revision: commit on the Hub, if it is from there.
-        license: as its own model card states it.
+        license: as its own model card states it: `license`, and `license_name` and `license_link` where it has them.
         sha256: of every weight, config and tokenizer file, by name.
     """
 
     checkpoint: Checkpoint
     id: str
     revision: str | None
-    license: str | None
+    license: dict[str, str]
     sha256: dict[str, str]
 
     def tokenizer(self) -> Tokenizer:
@@ -56,7 +57,7 @@ class Source:
             "id": self.id,
             "revision": self.revision,
             "on_hub": self.revision is not None,
-            "license": self.license,
+            **{key: self.license.get(key) for key in LICENCE_KEYS},
             "sha256": self.sha256,
         }
 
@@ -82,15 +83,15 @@ def open_source(model_id: str, revision: str | None, progress: Progress) -> Sour
     return Source(checkpoint, public_name(model_id), commit, stated_licence(folder), sha256)
 
 
-def stated_licence(folder: Path) -> str | None:
-    """The licence in the front matter of a model's card; None without a card, or where it states none.
+def stated_licence(folder: Path) -> dict[str, str]:
+    """The licence in the front matter of a model's card, under its keys there; empty where it states none.
 
     Raises:
         RefusedError: the front matter is not YAML.
     """
     path = folder / CARD
     if not path.is_file():
-        return None
+        return {}
     found = FRONT_MATTER.match(path.read_text(encoding="utf-8", errors="replace"))
     try:
         stated = yaml.safe_load(found[1]) if found else None
@@ -100,5 +101,6 @@ def stated_licence(folder: Path) -> str | None:
             where=str(path),
             fix="mend it, or take the card from the model's repository",
         ) from None
-    licence = stated.get("license") if isinstance(stated, dict) else None
-    return str(licence) if licence else None
+    if not isinstance(stated, dict) or not stated.get("license"):
+        return {}
+    return {key: str(stated[key]) for key in LICENCE_KEYS if stated.get(key)}

@@ -180,6 +180,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"errors": [], "warnings": []})
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree|branch|preupload|commit)/([^/]+)", path):
             self.model(*found.groups(), body)
+        elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
+            self.model(found[1], "revision", "main", body)
         elif found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             objects = [
                 {"oid": wanted["oid"], "size": wanted["size"]}

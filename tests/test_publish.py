@@ -21,7 +21,7 @@ from quantkit.recipe import Recipe
 from quantkit.report.inspect import inspect_artifact, inspection_lines
 from quantkit.report.record import output_entries, read_record, write_record
 from quantkit.workdir import sha256_of
-from tests.hub_server import READ_ONLY, TOKEN, HubServer
+from tests.hub_server import READ_ONLY, TOKEN, HubServer, Repo
 from tests.tiny import WORDS
 
 ROOT = Path(__file__).parent.parent
@@ -276,6 +276,80 @@ def test_a_branch_that_is_there_keeps_its_history(hub, artifact):
     assert len(hub.sent("POST .*/branch/4bit")) == 2
     assert hub.repos[REPO].branches["4bit"] != first
     assert len(hub.sent("^PUT ")) == 1
+
+
+@pytest.fixture
+def source_on_hub(hub, tiny_mistral) -> str:
+    """The Hub id of a checkpoint whose card states a licence."""
+    content = {path.name: (path.read_bytes(), path.suffix == ".safetensors") for path in tiny_mistral.iterdir()}
+    card = "---\nlicense: cc-by-nc-4.0\nlanguage: [pl]\n---\n# Żuraw\n"
+    hub.repos["an-org/zuraw"] = Repo(private=False)
+    hub.repos["an-org/zuraw"].commit("main", content | {"README.md": (card.encode(), False)})
+    return "an-org/zuraw"
+
+
+@pytest.mark.slow
+def test_from_the_hub_to_the_hub(hub, source_on_hub, tmp_path):
+    """Fetched, built, refused while no revision is pinned, pinned, published, fetched, judged: the same figures."""
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 20, encoding="utf-8")
+    recipe = tmp_path / "own.toml"
+    recipe.write_text(
+        f"""format = "gptq"
+[model]
+id = "{source_on_hub}"
+[quantize]
+group_size = 32
+[calibration]
+window_tokens = 16
+texts = {{ "{text}" = 4 }}
+[validation]
+window_tokens = 32
+generated_tokens = 0
+texts = ["{text}"]
+[release]
+repo = "{REPO}"
+""",
+        encoding="utf-8",
+    )
+    out, start = tmp_path / "tiny-GPTQ", "from quantkit.cli import main; main()"
+    assert run(hub, start, "build", str(recipe), "--out", str(out)).returncode == 0
+    refused = run(hub, start, "publish", str(out))
+    assert refused.returncode == 2
+    assert "does not say which revision" in refused.stderr
+    assert run(hub, start, "recipes", "pin", str(recipe)).returncode == 0
+    built = run(hub, start, "build", str(recipe), "--out", str(out))
+    assert built.returncode == 0, built.stderr
+    assert "was complete already" in built.stderr, "a pin to what it was made from is no other build"
+    published = run(hub, start, "publish", str(out))
+    assert published.returncode == 0, published.stderr
+    data = ModelCard(on_hub(hub)["README.md"].decode()).data
+    assert (data.license, data.base_model) == ("cc-by-nc-4.0", "an-org/zuraw")
+    folder = tmp_path / "fetched"
+    program = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], local_dir=sys.argv[2])"
+    assert run(hub, program, REPO, str(folder)).returncode == 0
+    assert run(hub, start, "inspect", str(folder), "--verify").returncode == 0
+    expected = read_record(folder)["validation"]
+    judged = run(hub, start, "validate", str(folder), "--text", str(text), "--json")
+    assert judged.returncode == 0, judged.stderr
+    figures = ("ppl_per_token", "ratio", "mean_kld", "top1_agreement")
+    (now,), (then,) = json.loads(judged.stdout)["variants"][0]["results"], expected["variants"][0]["results"]
+    assert {key: now[key] for key in figures} == {key: then[key] for key in figures}
+
+
+@pytest.mark.slow
+def test_a_full_disk_while_the_source_is_fetched(hub, source_on_hub):
+    program = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+from quantkit.cli import main
+main()
+"""
+    done = run(hub, program, "plan", "bielik-nano/gptq", "--model", source_on_hub)
+    assert done.returncode == 1, done.stderr
+    assert "the disk is full; an-org/zuraw at revision main was not fetched whole" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

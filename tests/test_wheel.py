@@ -33,3 +33,13 @@ def test_an_installed_wheel_builds(tmp_path, nano):
     record = json.loads((tmp_path / "out" / "quantkit.json").read_text())
     assert record["environment"]["commit"] is None
     assert record["calibration"]["texts"][0]["name"] == "polish-core"
+    pytest.importorskip("matplotlib", reason="of the extra `report`")
+    drawn = subprocess.run(
+        [sys.executable, "-c", program, "report", "out", "--out", "report"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+        capture_output=True,
+        text=True,
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    assert "bielik-nano" in (tmp_path / "report" / "report.html").read_text("utf-8")

@@ -37,6 +37,8 @@ def card(record: dict[str, Any]) -> str:
         eval_results=results or None,
         language=release["languages"],
         license=source["license"] or release["license"],
+        license_name=source["license_name"],
+        license_link=source["license_link"],
         library_name=reading.library,
         base_model=source["id"] if source["on_hub"] else None,
         pipeline_tag="text-generation",

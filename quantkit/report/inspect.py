@@ -31,6 +31,9 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
     record = read_record(folder)
     tensors = artifact.tensors
     signature, why = _signature(folder, public_key)
+    changed = []
+    if verify:
+        changed = [f"{RECORD}: missing"] if record is None else changed_files(folder, record)
     return {
         "artifact": folder.resolve().name,
         "format": name,
@@ -41,8 +44,8 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
             for info in tensors.tensors.values()
         ],
         "record": record,
-        "verified": verify and record is not None,
-        "changed": changed_files(folder, record) if verify and record is not None else [],
+        "verified": verify,
+        "changed": changed,
         "signature": signature,
         "signature_problem": why,
     }
@@ -69,7 +72,8 @@ def inspection_lines(found: dict[str, Any]) -> list[str]:
         f"size              {found['size_bytes'] / 1e6:.2f} MB in weights, {len(found['tensors'])} tensors",
     ]
     if record is None:
-        return [*lines, "record            none: not made by quantkit"]
+        lines += ["record            none: not made by quantkit"]
+        return lines + [f"verify            {change}" for change in found["changed"]]
     if found["signature"] != NO_SIGNATURE:
         lines += [f"signature         {found['signature_problem'] or found['signature']}"]
     validation = record["validation"]

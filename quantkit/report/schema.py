@@ -28,6 +28,8 @@ class SourceFacts(Part):
     revision: str | None = Field(description="Commit on the Hub, where it is from there.")
     on_hub: bool
     license: str | None = Field(description="As the source's own model card states it; null where it states none.")
+    license_name: str | None = Field(description="Of a licence that the Hub has no name for.")
+    license_link: str | None
     sha256: dict[str, str] = Field(description="Of every weight, configuration and tokenizer file, by name.")
 
 

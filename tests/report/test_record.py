@@ -12,6 +12,7 @@ from quantkit.formats import READERS
 from quantkit.judgement import keep
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
+from quantkit.report.inspect import inspect_artifact, inspection_lines
 from quantkit.report.record import changed_files, read_record
 from quantkit.sources import stated_licence
 from tests.report.records import record_of
@@ -66,11 +67,12 @@ def test_an_edited_card_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("card", "licence"),
     [
-        ("---\nlicense: cc-by-nc-4.0\nlanguage: [pl]\n---\n# Bielik\n", "cc-by-nc-4.0"),
-        ("\ufeff---\r\nlicense: mit\r\n---\r\n", "mit"),
-        ("---\nlanguage: pl\n---\n", None),
-        ("# no front matter\n\n---\nlicense: mit\n---\n", None),
-        ("---\n- a list\n---\n", None),
+        ("---\nlicense: cc-by-nc-4.0\nlanguage: [pl]\n---\n# Bielik\n", {"license": "cc-by-nc-4.0"}),
+        ("\ufeff---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}),
+        ("---\nlicense: other\nlicense_name: own\n---\n", {"license": "other", "license_name": "own"}),
+        ("---\nlanguage: pl\n---\n", {}),
+        ("# no front matter\n\n---\nlicense: mit\n---\n", {}),
+        ("---\n- a list\n---\n", {}),
     ],
 )
 def test_the_licence_is_the_one_that_the_sources_card_states(card, licence, tmp_path):
@@ -102,3 +104,21 @@ def test_a_build_copies_the_sources_licence_and_refuses_another(tiny_mistral, tm
     assert done.record == read_record(tmp_path / "out")
     assert done.record["source"]["license"] == "cc-by-nc-4.0"
     assert "\nlicense: cc-by-nc-4.0\n" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_nothing_is_verified_without_a_record(tiny_mistral, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 20, encoding="utf-8")
+    content = {
+        "format": "gptq",
+        "model": {"id": str(tiny_mistral)},
+        "quantize": {"group_size": 32, "scale_candidates": 0},
+        "calibration": {"texts": {str(text): 4}, "window_tokens": 16},
+    }
+    out = build(Recipe.of(content), out=tmp_path / "out", device=torch.device("cpu"), validated=False).out
+    assert inspect_artifact(out, verify=True)["changed"] == []
+    (out / "quantkit.json").unlink()
+    found = inspect_artifact(out, verify=True)
+    assert found["changed"] == ["quantkit.json: missing"]
+    assert "verify            quantkit.json: missing" in inspection_lines(found)
+    assert inspect_artifact(out, verify=False)["changed"] == []
