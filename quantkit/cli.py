@@ -81,10 +81,13 @@ def build(
 ) -> None:
     """Build an artifact by recipe, then judge it on Polish text."""
     from quantkit.display import Display
+    from quantkit.errors import RefusedError
     from quantkit.machine import choose_device
     from quantkit.pipeline import build as run
     from quantkit.pipeline import default_out
 
+    if junit is not None and no_validate:
+        raise RefusedError("there are no gates to write without a validation", where="--junit", fix="validate it too")
     chosen, stem = _recipe(recipe, changes, model)
     with Display() as display:
         done = run(
@@ -363,14 +366,11 @@ def _result(document: dict[str, Any], as_json: bool, *, table: dict[str, Any] | 
 
 
 def _write_junit(path: Path | None, validation: dict[str, Any] | None) -> None:
-    from quantkit.errors import RefusedError
     from quantkit.report.junit import junit
     from quantkit.workdir import disk_errors, write_text
 
-    if path is None:
+    if path is None or validation is None:
         return
-    if validation is None:
-        raise RefusedError("there are no gates to write without a validation", where="--junit", fix="validate it too")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, junit(validation))
