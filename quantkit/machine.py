@@ -15,7 +15,7 @@ import torch
 from quantkit import __version__
 from quantkit.errors import RefusedError, UnavailableError
 
-DECIDING_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+DECIDING_PACKAGES = ("torch", "numba", "transformers", "tokenizers", "safetensors")
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from quantkit.kernels import rounding_errors
+
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros still needs a scale
 LARGEST_ZERO = 1024
 
@@ -163,20 +165,12 @@ class AffineRule:
         """
         low_O = weight_IO.amin(0).clamp(max=0)
         high_O = weight_IO.amax(0).clamp(min=0)
-        best = self._grid(low_O, high_O)
         if self.candidates == 0:
-            return best
-        importance_1I = importance_I.unsqueeze(0)
-        scratch = (torch.empty_like(weight_IO), torch.empty_like(weight_IO))
-        best_error_O = _error(weight_IO, importance_1I, *best, self.highest_code, scratch)
-        for step in range(1, self.candidates + 1):
-            fraction = 1 - (1 - self.shrink) * step / self.candidates
-            tried = self._grid(low_O * fraction, high_O * fraction)
-            error_O = _error(weight_IO, importance_1I, *tried, self.highest_code, scratch)
-            better_O = error_O < best_error_O
-            best_error_O = torch.where(better_O, error_O, best_error_O)
-            best = where(better_O, tried, best)
-        return best
+            return self._grid(low_O, high_O)
+        fraction_C1 = fractions(self.candidates, self.shrink, like=low_O)
+        tried = self._grid(low_O * fraction_C1, high_O * fraction_C1)
+        error_CO = rounding_errors(weight_IO, importance_I, *tried, self.highest_code)
+        return best_of(tried, error_CO)[0]
 
     def grid(self, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor) -> AffineGrid:
         """What the codes of a whole linear mean."""
@@ -229,21 +223,16 @@ class FloatZeroRule:
         """Scale [O] and zero [O] of one group; see `Rule.fit`."""
         low_O, high_O = weight_IO.amin(0), weight_IO.amax(0)
         middle_O, span_O = (low_O + high_O) / 2, high_O - low_O
-        importance_1I = importance_I.unsqueeze(0)
-        scratch = (torch.empty_like(weight_IO), torch.empty_like(weight_IO))
-        best: tuple[Tensor, Tensor] | None = None
-        best_error_O = torch.full_like(low_O, torch.inf)
-        for step in range(self.candidates + self.refits + 1):
-            if best is None or step <= self.candidates:
-                fraction = 1 - (1 - self.shrink) * step / max(self.candidates, 1)
-                tried = self.as_stored(span_O * fraction / self.highest_code, middle_O - span_O * fraction / 2)
-            else:
-                tried = self._refitted(weight_IO, importance_1I, *best)
-            error_O = _error(weight_IO, importance_1I, *tried, self.highest_code, scratch)
-            better_O = error_O < best_error_O
-            best_error_O = torch.where(better_O, error_O, best_error_O)
-            best = tried if best is None else where(better_O, tried, best)
-        assert best is not None, "the full range was tried"
+        fraction_C1 = fractions(self.candidates, self.shrink, like=low_O)
+        tried = self.as_stored(span_O * fraction_C1 / self.highest_code, middle_O - span_O * fraction_C1 / 2)
+        error_CO = rounding_errors(weight_IO, importance_I, *tried, self.highest_code)
+        best, best_error_O = best_of(tried, error_CO)
+        for _ in range(self.refits):
+            refitted = self._refitted(weight_IO, importance_I, *best)
+            candidate = (refitted[0].unsqueeze(0), refitted[1].unsqueeze(0))
+            error_O = rounding_errors(weight_IO, importance_I, *candidate, self.highest_code)[0]
+            best = where(error_O < best_error_O, refitted, best)
+            best_error_O = torch.minimum(error_O, best_error_O)
         return best
 
     def encode(self, weight_IO: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
@@ -262,11 +251,11 @@ class FloatZeroRule:
         return rounded_O, (-low_O / rounded_O).to(self.stored).to(scale_O.dtype)
 
     def _refitted(
-        self, weight_IO: Tensor, importance_1I: Tensor, scale_O: Tensor, zero_O: Tensor
+        self, weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The grid that fits the weights best if their codes stay as they are."""
         code_IO = self.encode(weight_IO, scale_O, zero_O)
-        share_1I = importance_1I / importance_1I.sum()
+        share_1I = (importance_I / importance_I.sum()).unsqueeze(0)
         code_O, mean_O = (share_1I @ code_IO).squeeze(0), (share_1I @ weight_IO).squeeze(0)
         code_IO -= code_O
         spread_O = (share_1I @ code_IO.square()).squeeze(0)
@@ -296,15 +285,14 @@ def where(chosen_O: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, 
     return torch.where(chosen_O, first[0], second[0]), torch.where(chosen_O, first[1], second[1])
 
 
-def _error(
-    weight_IO: Tensor,
-    importance_1I: Tensor,
-    scale_O: Tensor,
-    zero_O: Tensor,
-    highest_code: int,
-    scratch: tuple[Tensor, Tensor],
-) -> Tensor:
-    """Weighted squared rounding error [O]; `scratch` is twice the weights' shape, for this runs per candidate."""
-    ratio_IO = torch.div(weight_IO, scale_O, out=scratch[0]).add_(zero_O)
-    nearest_IO = torch.round(ratio_IO, out=scratch[1]).clamp_(0, highest_code)
-    return (importance_1I @ ratio_IO.sub_(nearest_IO).square_()).squeeze(0) * scale_O.square()
+def fractions(candidates: int, shrink: float, *, like: Tensor) -> Tensor:
+    """[candidates + 1, 1]: shares of the full range that are tried, from the whole down to `shrink`."""
+    steps_C = torch.arange(candidates + 1, device=like.device, dtype=like.dtype)
+    return (1 - (1 - shrink) * steps_C / max(candidates, 1)).unsqueeze(1)
+
+
+def best_of(tried: tuple[Tensor, Tensor], error_CO: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Of candidate scales and zeros [C, O] those of the smallest error per row, the first on a tie, and that error."""
+    best_1O = error_CO.argmin(0, keepdim=True)
+    scale_O, zero_O, error_O = (values.gather(0, best_1O).squeeze(0) for values in (*tried, error_CO))
+    return (scale_O, zero_O), error_O

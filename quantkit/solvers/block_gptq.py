@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from quantkit.grids.blocks import BlockGrid, BlockType, fit, require_finite, steps_of
+from quantkit.kernels import solve_panel
+from quantkit.kernels.levels import Levels
 from quantkit.qtensor import QuantizedLinear
 from quantkit.solvers.gptq import PANEL, Factor, updated
 
@@ -38,6 +40,7 @@ def solve_blocks(
     wholes_ONS = [
         torch.empty((rows, num_blocks, num_subs), dtype=torch.int16, device=weight_IO.device) for _ in range(2)
     ]
+    shift_1O = weight_IO.new_full((1, rows), kind.offset)
     lost, energy = weight_IO.new_zeros(()), weight_IO.new_zeros(())
     for start in range(0, columns, kind.block):
         inside = slice(start, start + kind.block)
@@ -58,37 +61,13 @@ def solve_blocks(
             here = slice(start + panel.start, start + panel.stop)
             feedback_PO = feedback_IO[panel]
             feedback_PO += upper_II[start : here.start, here].t() @ error_IO[start : here.start]
-            upper_PP = upper_II[here, here]
-            codes_IO[here] = _solve_panel(
-                weight_IO[here], feedback_PO, upper_PP, error_IO[here], kind, step_IO[panel], less_IO[panel]
-            )
-            lost += torch.addmm(feedback_PO, upper_PP.t(), error_IO[here]).square_().sum()
+            levels = Levels(step_IO[panel], shift_1O, less_IO[panel], kind.top)
+            lost += solve_panel(
+                weight_IO[here], feedback_PO, upper_II[here, here], levels, codes_IO[here], error_IO[here]
+            ).sum()
             energy += (upper_II[: here.stop, here].t() @ weight_IO[: here.stop]).square_().sum()
     codes_OI = torch.empty((rows, columns), dtype=torch.uint8, device=weight_IO.device)
     codes_OI[:, order_I] = codes_IO.t()
     grid = BlockGrid(kind, halves_ON[0], halves_ON[1], wholes_ONS[0], wholes_ONS[1])
     require_finite(grid, weight_OI, where=where)
     return QuantizedLinear(codes_OI, grid), float(lost / energy) if float(energy) else 0.0
-
-
-def _solve_panel(
-    weight_PO: Tensor,
-    feedback_PO: Tensor,
-    upper_PP: Tensor,
-    error_PO: Tensor,
-    kind: BlockType,
-    step_PO: Tensor,
-    less_PO: Tensor,
-) -> Tensor:
-    """Codes [P, O], as whole numbers, of P columns; fills `error_PO` with the weights minus what they stand for."""
-    codes_PO = torch.empty_like(weight_PO)
-    inverse_PO = torch.where(step_PO == 0, 0.0, 1 / torch.where(step_PO == 0, 1.0, step_PO))
-    for i in range(weight_PO.shape[0]):
-        pull_O = feedback_PO[i]
-        if i:
-            pull_O = torch.addmv(pull_O, error_PO[:i].t(), upper_PP[:i, i])
-        wanted_O = torch.addcdiv(weight_PO[i], pull_O, upper_PP[i, i]).add_(less_PO[i])
-        code_O = wanted_O.mul_(inverse_PO[i]).round_().clamp_(-kind.offset, kind.top - kind.offset)
-        torch.sub(weight_PO[i], code_O * step_PO[i] - less_PO[i], out=error_PO[i])
-        codes_PO[i] = code_O + kind.offset
-    return codes_PO

@@ -24,6 +24,8 @@ from torch import Tensor
 from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineGrid, Rule
+from quantkit.kernels import solve_panel
+from quantkit.kernels.levels import Levels
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 
 DAMPING_STEP = 2.0
@@ -173,14 +175,15 @@ def solve_gptq(
             updated(weight_IO[inside], feedback_IO, upper_II[inside, inside]), factor.importance_I[inside]
         )
         scale_OG[:, group], zero_OG[:, group] = scale_O, zero_O
+        levels = Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1)
         for first in range(start, stop, panel):
             here = slice(first, min(first + panel, stop))
             feedback_PO = feedback_IO[here.start - start : here.stop - start]
             feedback_PO += upper_II[start:first, here].t() @ error_IO[start:first]
-            upper_PP = upper_II[here, here]
-            codes_IO[here] = _solve_panel(weight_IO[here], feedback_PO, upper_PP, error_IO[here], rule, scale_O, zero_O)
-            # columns of E R and of W R; R is zero below its diagonal
-            lost += torch.addmm(feedback_PO, upper_PP.t(), error_IO[here]).square_().sum()
+            lost += solve_panel(
+                weight_IO[here], feedback_PO, upper_II[here, here], levels, codes_IO[here], error_IO[here]
+            ).sum()
+            # columns of W R; R is zero below its diagonal
             energy += (upper_II[: here.stop, here].t() @ weight_IO[: here.stop]).square_().sum()
 
     group_I = torch.empty_like(order_I, dtype=torch.int32)
@@ -189,38 +192,6 @@ def solve_gptq(
     codes_OI[:, order_I] = codes_IO.t()
     grid = rule.grid(scale_OG, zero_OG, group_I)
     return GptqSolution(codes_OI, grid, float(lost / energy) if float(energy) else 0.0, factor.damping)
-
-
-def _solve_panel(
-    weight_PO: Tensor,
-    feedback_PO: Tensor,
-    upper_PP: Tensor,
-    error_PO: Tensor,
-    rule: Rule,
-    scale_O: Tensor,
-    zero_O: Tensor,
-) -> Tensor:
-    """Codes [P, O], as whole numbers, of P channels with one grid; fills `error_PO`.
-
-    This loop runs once per input channel of the model: whatever can be done for a whole panel is done outside.
-
-    Args:
-        weight_PO: the channels' weights.
-        feedback_PO: what earlier panels' errors call for.
-        upper_PP: the factor between these channels.
-        error_PO: to be filled with the weights minus what their codes stand for.
-        rule, scale_O, zero_O: the grid.
-    """
-    codes_PO = torch.empty_like(weight_PO)
-    error_OP = error_PO.t()
-    pivots = upper_PP.diagonal().unbind()
-    rows = zip(weight_PO.unbind(), feedback_PO.unbind(), codes_PO.unbind(), error_PO.unbind(), pivots, strict=True)
-    for i, (weight_O, pull_O, code_O, error_O, pivot) in enumerate(rows):
-        if i:
-            pull_O = torch.addmv(pull_O, error_OP[:, :i], upper_PP[:i, i])
-        code_O.copy_(rule.encode(torch.addcdiv(weight_O, pull_O, pivot), scale_O, zero_O))
-        torch.sub(weight_O, (code_O - zero_O).mul_(scale_O), out=error_O)
-    return codes_PO
 
 
 def in_file_order(solution: GptqSolution) -> GptqSolution:

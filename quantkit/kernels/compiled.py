@@ -1,0 +1,123 @@
+"""The inner loops compiled for the CPU by numba: rows side by side in the registers, a block of them in the cache.
+
+Compiled at first use and kept beside the package, or in the user's cache where that cannot be written. Rows are
+independent and every sum has one order, so neither the number of threads nor the width of a block changes a bit.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantkit.kernels.levels import Levels
+
+BLOCK = 128  # rows at a time: a panel of 128 channels then takes 64 kB
+
+
+def solve_panel(
+    weight_PO: Tensor, feedback_PO: Tensor, upper_PP: Tensor, levels: Levels, codes_PO: Tensor, error_PO: Tensor
+) -> Tensor:
+    """See `quantkit.kernels.solve_panel`."""
+    lost_O = torch.empty_like(weight_PO[0])
+    grids = (part.expand_as(levels.step_PO) for part in (levels.inverse(), levels.shift_PO, levels.less_PO))
+    read = (weight_PO, feedback_PO, upper_PP, levels.step_PO, *grids)
+    _over_rows(_solve_rows, read, (codes_PO, error_PO, lost_O), levels.top)
+    return lost_O
+
+
+def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, zero_CO: Tensor, top: int) -> Tensor:
+    """See `quantkit.kernels.rounding_errors`."""
+    error_CO = torch.empty_like(scale_CO, memory_format=torch.contiguous_format)
+    read = (weight_IO, importance_I, scale_CO, scale_CO.reciprocal(), zero_CO)
+    _over_rows(_round_rows, read, (error_CO,), top)
+    return error_CO
+
+
+def _over_rows(kernel: Callable[..., None], read: tuple[Tensor, ...], filled: tuple[Tensor, ...], top: int) -> None:
+    """Run a kernel on all rows, which are the last dimension of what it fills; some in each thread."""
+    # one layout, so one compilation; a copy of what is to be filled would be lost
+    assert all(tensor.is_contiguous() for tensor in filled), "the rows to be filled are contiguous"
+    arrays: list[Any] = [tensor.contiguous().numpy() for tensor in (*read, *filled)]
+    highest = arrays[0].dtype.type(top)
+    rows = filled[0].shape[-1]
+    blocks = -(-rows // BLOCK)
+    threads = min(torch.get_num_threads(), blocks)
+    if threads == 1:
+        kernel(*arrays, highest, 0, rows)
+        return
+    edges = [min(rows, blocks * part // threads * BLOCK) for part in range(threads + 1)]
+    for done in [_pool(threads).submit(kernel, *arrays, highest, *span) for span in pairwise(edges)]:
+        done.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="kernel")
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _solve_rows(  # type: ignore[no-untyped-def]
+    weight, feedback, upper, step, inverse, shift, less, codes, error, lost, top, first, last
+):
+    channels = weight.shape[0]
+    bottom = weight.dtype.type(0)  # a plain 0 would turn all into float64
+    pull = np.empty(BLOCK, weight.dtype)
+    near = np.zeros((channels, BLOCK), weight.dtype)  # the block's errors, one after another in memory
+    for start in range(first, last, BLOCK):
+        width = min(BLOCK, last - start)
+        lost[start : start + width] = 0
+        for i in range(channels):
+            pull[:width] = feedback[i, start : start + width]
+            j = 0
+            while j + 4 <= i:
+                a, b, c, d = upper[j, i], upper[j + 1, i], upper[j + 2, i], upper[j + 3, i]
+                for o in range(BLOCK):
+                    pull[o] += (a * near[j, o] + b * near[j + 1, o]) + (c * near[j + 2, o] + d * near[j + 3, o])
+                j += 4
+            while j < i:
+                a = upper[j, i]
+                for o in range(BLOCK):
+                    pull[o] += a * near[j, o]
+                j += 1
+            pivot = upper[i, i]
+            inverse_pivot = weight.dtype.type(1) / pivot
+            row = i % step.shape[0]
+            for o in range(width):
+                at = start + o
+                wanted = weight[i, at] + pull[o] * inverse_pivot
+                code = np.rint((wanted + less[row, at]) * inverse[row, at] + shift[row, at])
+                code = min(max(code, bottom), top)
+                codes[i, at] = np.uint8(code)
+                near[i, o] = weight[i, at] - ((code - shift[row, at]) * step[row, at] - less[row, at])
+                image = pull[o] + near[i, o] * pivot
+                lost[at] += image * image
+            error[i, start : start + width] = near[i, :width]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _round_rows(  # type: ignore[no-untyped-def]
+    weight, importance, scale, inverse, zero, error, top, first, last
+):
+    bottom = weight.dtype.type(0)  # as above
+    total = np.empty(BLOCK, weight.dtype)
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        near = weight[:, start:stop].copy()
+        for candidate in range(scale.shape[0]):
+            total[:] = 0
+            times, zeros = inverse[candidate, start:stop], zero[candidate, start:stop]
+            for i in range(weight.shape[0]):
+                share = importance[i]
+                for o in range(stop - start):
+                    ratio = near[i, o] * times[o] + zeros[o]
+                    miss = ratio - min(max(np.rint(ratio), bottom), top)
+                    total[o] += share * (miss * miss)
+            for o in range(stop - start):
+                step = scale[candidate, start + o]
+                error[candidate, start + o] = total[o] * (step * step)

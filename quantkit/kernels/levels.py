@@ -1,0 +1,46 @@
+"""What the codes of a panel stand for, as data: one form for every grid that error feedback is solved on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Code q, a whole number from 0 to `top`, stands for (q - shift) * step - less.
+
+    GPTQ, AWQ, HQQ and MLX have a zero point, which is the shift; ggml's blocks have a fixed shift and a minimum.
+    The tensors are [1, O], or [P, O] where channels of the panel differ, in the dtype of the weights.
+
+    Attributes:
+        step_PO: never negative; a row of step 0 has but one level.
+        shift_PO, less_PO: see above.
+        top: the largest code.
+    """
+
+    step_PO: Tensor
+    shift_PO: Tensor
+    less_PO: Tensor
+    top: int
+
+    @classmethod
+    def of_zeros(cls, scale_O: Tensor, zero_O: Tensor, top: int) -> "Levels":
+        """One scale and zero per row: scale * (q - zero)."""
+        return cls(scale_O.unsqueeze(0), zero_O.unsqueeze(0), torch.zeros_like(scale_O).unsqueeze(0), top)
+
+    def inverse(self) -> Tensor:
+        """1 / step, and 0 where the step is."""
+        one_PO = torch.ones_like(self.step_PO)
+        return torch.where(self.step_PO == 0, 0.0, one_PO / torch.where(self.step_PO == 0, one_PO, self.step_PO))
+
+    def encode(self, wanted_O: Tensor, i: int) -> Tensor:
+        """The nearest code of each weight of the panel's channel i, in the weights' dtype."""
+        step_O, shift_O, less_O = (part[i % len(part)] for part in (self.step_PO, self.shift_PO, self.less_PO))
+        ratio_O = torch.where(step_O == 0, 0.0, (wanted_O + less_O) / torch.where(step_O == 0, 1.0, step_O))
+        return ratio_O.add_(shift_O).round_().clamp_(0, self.top)
+
+    def decode(self, code_O: Tensor, i: int) -> Tensor:
+        """The weights that codes of the panel's channel i stand for."""
+        step_O, shift_O, less_O = (part[i % len(part)] for part in (self.step_PO, self.shift_PO, self.less_PO))
+        return (code_O - shift_O) * step_O - less_O
