@@ -23,6 +23,7 @@ from quantkit.quantize import AwqSection, CompressedTensorsSection, GgufSection,
 from quantkit.solvers.awq import ChannelScaling
 from quantkit.solvers.blocks import BlockSolver
 from quantkit.solvers.contract import Solver
+from quantkit.solvers.ggml import ENGINE as GGML
 from quantkit.solvers.gptq import GptqSolver
 from quantkit.solvers.hqq import HalfQuadratic
 from quantkit.solvers.rtn import RoundToNearest
@@ -36,10 +37,11 @@ GPTQ_ASYMMETRIC = 0.5
 
 @dataclass(frozen=True)
 class Method:
-    """Solvers, and the format their codes are written in."""
+    """Solvers, and the format their codes are written in; `engine` names an engine whose library the solvers call."""
 
     solvers: Solvers
     format: Format
+    engine: str | None = None
 
 
 def gptq(section: GptqSection, config: dict[str, Any]) -> Method:
@@ -117,10 +119,11 @@ def _raised_by_mlx(num_layers: int) -> frozenset[str]:
 def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
     """Searched block codes in GGUF files, embedding and head included, every type from one pass."""
     about = About(section.name, section.license, section.languages, section.base_model, section.quantized_by)
-    written = GgufFormat(section.types, Model.of(config), about, section.imatrix)
+    written = GgufFormat(section.types, Model.of(config), about, section.imatrix, int(section.shard_gb * 1e9))
     damping = section.damping if section.solver == "gptq" else None
-    solver = BlockSolver(written.types, section.imatrix, damping)
-    return Method(Solvers(solver, ends=solver), written)
+    with_ggml = section.encoder == "ggml"
+    solver = BlockSolver(written.types, section.imatrix, damping, with_ggml)
+    return Method(Solvers(solver, ends=solver), written, GGML if with_ggml else None)
 
 
 def awq(section: AwqSection, config: dict[str, Any]) -> Method:

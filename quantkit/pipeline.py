@@ -113,7 +113,7 @@ def build(
             texts = {
                 name: load_text_set(name, "calibration") for name, wanted in recipe.calibration.texts.items() if wanted
             }
-        identity = _identity(recipe, source, texts, device)
+        identity = _identity(recipe, source, texts, device, recipe.engine if method.engine is None else method.engine)
         record = _finished(out, identity, fresh=fresh)
         reused = record is not None
         if record is None:
@@ -155,7 +155,9 @@ def _reads_text(recipe: Recipe, method: Method) -> bool:
     return recipe.engine != OWN_ENGINE or bool(method.solvers.needs)
 
 
-def _identity(recipe: Recipe, source: Source, texts: dict[str, TextSet], device: torch.device) -> dict[str, Any]:
+def _identity(
+    recipe: Recipe, source: Source, texts: dict[str, TextSet], device: torch.device, engine: str
+) -> dict[str, Any]:
     """Everything that decides the artifact's bytes; the same identity gives the same files."""
     deciding = recipe.deciding()
     # what it was resolved to: a recipe that is pinned to it afterwards means the same build
@@ -166,7 +168,7 @@ def _identity(recipe: Recipe, source: Source, texts: dict[str, TextSet], device:
         "texts": {public_name(name): text_set.sha256 for name, text_set in texts.items()},
         "versions": deciding_versions(),
         "device": device_model(device),
-    } | ({} if recipe.engine == OWN_ENGINE else {"engine": find_engine(recipe.engine).pins})
+    } | ({} if engine == OWN_ENGINE else {"engine": find_engine(engine).pins})
 
 
 def _finished(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:

@@ -69,6 +69,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     """
     if recipe.engine != OWN_ENGINE:
         require(find_engine(recipe.engine), device.type)
+    if method.engine:
+        require(find_engine(method.engine), "cpu")
     several = isinstance(method.format, SeveralVariants) and len(method.format.variants) > 1
     if several and method.solvers.needs and recipe.calibration.activations != "float":
         raise RefusedError(

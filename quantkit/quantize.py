@@ -119,9 +119,12 @@ class MlxSection(Section):
 
 
 FileType = Literal[
-    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M",
-    "Q6_K", "Q8_0",
+    "F16", "BF16", "Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1",
+    "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS",
+    "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS",
 ]  # fmt: skip
+NEED_IMPORTANCE = ("Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS")
+"""File types that llama-quantize refuses without an importance matrix."""
 
 
 class GgufSection(Section):
@@ -146,10 +149,21 @@ class GgufSection(Section):
     damping: float = Field(
         default=0.01, gt=0, lt=1, description="Of `gptq`: fraction of the Hessian's mean diagonal added to it."
     )
+    encoder: Literal["quantkit", "ggml"] = Field(
+        default="quantkit",
+        description="Who searches: our own encoder, or ggml's of the installed engine `llama-cpp`, whose bytes are "
+        "those of llama-quantize. I-quants need `ggml`.",
+    )
     name: str = Field(
         default="model",
         pattern=r"^[\w.+-]+$",
         description="Model name in the files and of the files, `<name>.<type>.gguf`.",
+    )
+    shard_gb: float = Field(
+        default=45.0,
+        gt=0,
+        description="Most gigabytes of weights in one file; what has more is split as gguf-split does "
+        "(`-00001-of-00002`). The Hub takes files of 50.",
     )
     license: str | None = Field(default=None, description="Licence that the files state.")
     languages: tuple[str, ...] = Field(
@@ -157,6 +171,16 @@ class GgufSection(Section):
     )
     base_model: str | None = Field(default=None, description="`org/name` on the Hub that the files state.")
     quantized_by: str | None = Field(default=None, description="Organization that the files name.")
+
+    @model_validator(mode="after")
+    def _types_can_be_made(self) -> "GgufSection":
+        if self.encoder == "ggml" and self.solver == "gptq":
+            raise ValueError('encoder = "ggml" has no GPTQ: leave solver = "search"')
+        if self.encoder != "ggml" and (found := [name for name in self.types if name.startswith("IQ")]):
+            raise ValueError(f'{", ".join(found)} need encoder = "ggml" (`quantkit engines install llama-cpp`)')
+        if not self.imatrix and (found := [name for name in self.types if name in NEED_IMPORTANCE]):
+            raise ValueError(f"{', '.join(found)} need imatrix = true")
+        return self
 
 
 class AwqSection(Section):

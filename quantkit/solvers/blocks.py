@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
-from quantkit.grids.blocks import TYPES, quantize
+from quantkit.grids.blocks import TYPES, BlockType, quantize
+from quantkit.grids.encoded import as_floats
 from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
+from quantkit.solvers import ggml
 from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.gptq import Factor, factorize
+
+DENSE = ("F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -23,11 +27,13 @@ class BlockSolver:
             that a stream goes on with.
         weighted: collect the mean squares of the inputs, weight errors by them and hand them on.
         damping: of GPTQ, see `quantkit.solvers.gptq.factorize`; None searches on the weights alone.
+        with_ggml: ggml's own encoder searches, and errors of what has no input are weighted as it does.
     """
 
     types: Callable[[str, int], tuple[str, ...]]
     weighted: bool
     damping: float | None = None
+    with_ggml: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -41,38 +47,48 @@ class BlockSolver:
         """Solved linears, one by one; see `quantkit.solvers.contract.Solver`."""
         # an embedding has no input whose squares could weigh its columns
         seen = statistics.num_tokens
-        mean_I = statistics.mean_square() if self.weighted and seen else None
+        mean_I = _published(statistics.mean_square(), seen) if self.weighted and seen else None
         importance = None if mean_I is None else Importance(mean_I, seen)
         factors: dict[int, Factor] = {}
         for name, weight_OI in weights.items():
             started = time.perf_counter()
             solved, loss = [], None
-            for kind in (TYPES[each] for each in self.types(name, weight_OI.shape[1])):
-                if self.damping is None or not seen:
-                    solved.append(
-                        QuantizedLinear(*quantize(weight_OI, kind, self._weights(weight_OI, mean_I), where=name))
-                    )
-                    continue
-                if kind.block not in factors:
-                    # blocks stay where they are in the row; visited by importance, and so are their columns
-                    factors[kind.block] = factorize(
-                        statistics.hessian(),
-                        order="group-aware",
-                        group_size=kind.block,
-                        damping=self.damping,
-                        where=name,
-                    )
-                factor = factors[kind.block]
-                linear, share = solve_blocks(weight_OI.to(factor.upper_II.dtype), factor, kind, where=name)
-                solved.append(linear)
-                loss = share if loss is None else loss
+            for kind in self.types(name, weight_OI.shape[1]):
+                if kind in DENSE:
+                    solved.append(QuantizedLinear(*as_floats(weight_OI, kind, where=name)))
+                elif self.with_ggml:
+                    solved.append(QuantizedLinear(*ggml.encode(weight_OI, kind, mean_I, where=name)))
+                elif self.damping is None or not seen:
+                    given_I = self._weights(weight_OI, mean_I)
+                    solved.append(QuantizedLinear(*quantize(weight_OI, TYPES[kind], given_I, where=name)))
+                else:
+                    factor = self._factor(factors, statistics, TYPES[kind], name)
+                    working_OI = weight_OI.to(factor.upper_II.dtype)
+                    linear, share = solve_blocks(working_OI, factor, TYPES[kind], where=name)
+                    solved.append(linear)
+                    loss = share if loss is None else loss
             first, *others = solved
             damping = max((factor.damping for factor in factors.values()), default=None)
             facts = LinearFacts(name, loss, damping, time.perf_counter() - started)
             yield name, replace(first, others=tuple(others), importance=importance), facts
+
+    def _factor(self, factors: dict[int, Factor], statistics: Statistics, kind: BlockType, name: str) -> Factor:
+        """The Hessian's factor for blocks of this size, made once."""
+        if kind.block not in factors:
+            assert self.damping is not None, "GPTQ has a damping"
+            # blocks stay where they are in the row; visited by importance, and so are their columns
+            factors[kind.block] = factorize(
+                statistics.hessian(), order="group-aware", group_size=kind.block, damping=self.damping, where=name
+            )
+        return factors[kind.block]
 
     def _weights(self, weight_OI: Tensor, mean_I: Tensor | None) -> Tensor | None:
         """Even weights for what has no input: ggml's own would be the weights' squares, which large columns rule."""
         if mean_I is None and self.weighted:
             return torch.ones(weight_OI.shape[1], device=weight_OI.device)
         return mean_I
+
+
+def _published(mean_I: Tensor, tokens: int) -> Tensor:
+    """The means as a reader of the published matrix finds them: it holds float32 sums."""
+    return mean_I.float() * tokens / tokens

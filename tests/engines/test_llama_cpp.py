@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from quantkit.engines.env import environment_of, environment_python
+from quantkit.formats.gguf.mixtures import MIXTURES
 from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS
 from quantkit.grids.blocks import TYPES, error_weights, quantize
 from quantkit.judgement import validate
@@ -40,14 +41,21 @@ from llama_cpp import Llama
 model = Llama(sys.argv[1], vocab_only=True, verbose=False)
 print(json.dumps([model.tokenize(text.encode(), add_bos=False, special=False) for text in json.loads(sys.argv[2])]))
 """
-REQUANTIZE = """
+LLAMA_QUANTIZE = """
 import ctypes, sys
 import llama_cpp
+import numpy
 llama_cpp.llama_backend_init()
 params = llama_cpp.llama_model_quantize_default_params()
-params.allow_requantize = True
-params.nthread = 1
+params.nthread = 2
 params.ftype = int(sys.argv[3])
+if len(sys.argv) > 4:
+    given = dict(numpy.load(sys.argv[4]))
+    entries = (llama_cpp.llama_model_imatrix_data * (len(given) + 1))()
+    for entry, (name, values) in zip(entries, given.items()):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    params.imatrix = entries
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
 """
 
@@ -115,30 +123,59 @@ def test_our_weighted_error_is_not_above_ggmls(name, weighted, engine, nano):
     assert ours <= theirs
 
 
-@pytest.mark.parametrize("shape", [(256, 512), (96, 160)])
-def test_llama_quantize_chooses_the_same_types(shape, engine, text, tmp_path):
-    """With rows of 256 and more, and with rows that make every type fall back."""
-    hidden, inner = shape
-    sizes = {"hidden_size": hidden, "intermediate_size": inner, "head_dim": 32, "vocab_size": 416, "sharded": False}
-    from quantkit.formats.gguf.mixtures import MIXTURES
+SHAPES = {
+    "grouped heads": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8},
+    "tied": {"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": True},
+    "rows of 96 and 160": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3},
+    "rows of 144": {"hidden_size": 256, "intermediate_size": 144},
+}
 
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ggmls_encoder_writes_what_llama_quantize_writes(shape, weighted, engine, text, tmp_path):
+    """Types and bytes, tensor by tensor, for every file type and for rows that make types fall back."""
+    sizes = {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 416, "sharded": False} | SHAPES[shape]
     source = make_tiny(tmp_path / "model", "mistral", layers=9, **sizes)
+    names = [name for name, mixture in MIXTURES.items() if weighted or not mixture.needs_importance]
     recipe = Recipe.of(
         {
             "format": "gguf",
             "model": {"id": str(source)},
-            "quantize": {"types": tuple(MIXTURES), "imatrix": False, "name": "tiny"},
+            "quantize": {"types": tuple(names), "imatrix": weighted, "name": "tiny", "encoder": "ggml"},
+            "calibration": {"texts": {str(text): 8}, "window_tokens": 16, "activations": "float"},
         }
     )
     ours = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
-    for name, mixture in MIXTURES.items():
-        within(engine, REQUANTIZE, str(ours / "tiny.Q8_0.gguf"), str(tmp_path / "theirs.gguf"), str(mixture.number))
+    given = []
+    if weighted:
+        stored = {tensor.name: tensor.data for tensor in gguf.GGUFReader(ours / "tiny.imatrix.gguf").tensors}
+        means = {
+            name.removesuffix(".in_sum2"): (sums / stored[name.replace("in_sum2", "counts")]).ravel()
+            for name, sums in stored.items()
+            if name.endswith(".in_sum2")
+        }
+        np.savez(tmp_path / "importance.npz", **means)
+        given = [str(tmp_path / "importance.npz")]
+    seen = set()
+    for name in names:
+        if name == "BF16":  # is what both start from
+            continue
+        theirs = tmp_path / "theirs.gguf"
+        within(engine, LLAMA_QUANTIZE, str(ours / "tiny.BF16.gguf"), str(theirs), str(MIXTURES[name].number), *given)
         found, expected = (
-            {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
-            for path in (ours / f"tiny.{name}.gguf", tmp_path / "theirs.gguf")
+            {tensor.name: (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in gguf.GGUFReader(path).tensors}
+            for path in (ours / f"tiny.{name}.gguf", theirs)
         )
-        assert found == expected, name
-        assert len(found) == 9 * 9 + 3
+        assert {key: kind for key, (kind, _) in found.items()} == {key: kind for key, (kind, _) in expected.items()}
+        assert [key for key in found if found[key] != expected[key]] == [], name
+        assert len(found) == 9 * 9 + (2 if "tie_word_embeddings" in sizes else 3)
+        seen |= {kind for kind, _ in found.values()}
+    low = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"} if weighted else set()
+    if sizes["hidden_size"] == 256:
+        assert seen > {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ3_S", "IQ4_XS"} | low
+    else:
+        assert seen == {"F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"}
 
 
 @pytest.fixture(params=["tokenizer.model", "tokenizer.json alone", "gpt-2", "llama-bpe", "qwen2"])

@@ -1,8 +1,9 @@
 """The head of a GGUF file, read with bounds: whatever the file says, no more is taken in than it holds."""
 
 import mmap
+import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4
 ALIGNMENT = "general.alignment"
+# a vocabulary of a million pieces with its merges takes less, and as Python values it grows tenfold
+MAX_HEAD_BYTES = 1 << 26
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Entry:
         kind: ggml's type name.
         start: offset of its bytes from the start of the file.
         size_bytes: of its data.
+        file: name of the file it is in.
     """
 
     name: str
@@ -36,11 +42,12 @@ class Entry:
     kind: str
     start: int
     size_bytes: int
+    file: str = ""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Metadata by key, and tensors by name, of one file."""
+    """Metadata by key, and tensors by name, of one file, or of the files that one was split into."""
 
     path: Path
     metadata: dict[str, Any]
@@ -58,6 +65,8 @@ class _Cursor:
     def take(self, number: int) -> bytes:
         if number > len(self.data) - self.at:
             raise _DamageError(f"it ends within its head, at byte {len(self.data)}")
+        if self.at + number > MAX_HEAD_BYTES:
+            raise _DamageError(f"its head is longer than {MAX_HEAD_BYTES} bytes")
         self.at += number
         return self.data[self.at - number : self.at]
 
@@ -105,6 +114,53 @@ def read_header(path: Path) -> Header:
         ) from None
 
 
+def split_name(stem: str, number: int, count: int) -> str:
+    """The name of one of the files that a file was split into, as llama.cpp expects it; `number` counts from 0."""
+    return f"{stem}-{number + 1:05d}-of-{count:05d}.gguf"
+
+
+def read_split(path: Path) -> Header:
+    """The head of a file that may be split: metadata of the first file, tensors of all.
+
+    Args:
+        path: the file, or the first of those that it was split into.
+
+    Raises:
+        RefusedError: as `read_header`, or a file is missing or belongs to something else.
+    """
+    first = read_header(path)
+    count = first.metadata.get(SPLIT_COUNT, 1)
+    match = SPLIT_NAME.match(path.name)
+    if count in (0, 1) and match is None:
+        return first
+    tensors: dict[str, Entry] = {}
+    problem = (
+        None if match and int(match[3]) == count and int(match[2]) == 1 else "its name is not that of a first file"
+    )
+    for number in range(count if match and problem is None else 0):
+        part = path.with_name(split_name(match[1], number, count)) if match else path
+        if not part.is_file():
+            problem = f"{part.name} is missing"
+            break
+        header = read_header(part)
+        if (header.metadata.get(SPLIT_NO), header.metadata.get(SPLIT_COUNT)) != (number, count):
+            problem = f"{part.name} says that it is another part"
+            break
+        if tensors.keys() & header.tensors.keys():
+            problem = f"{part.name} repeats tensors of the files before it"
+            break
+        tensors |= header.tensors
+    if problem is None and first.metadata.get(SPLIT_TENSORS) != len(tensors):
+        problem = f"the parts hold {len(tensors)} of {first.metadata.get(SPLIT_TENSORS)} tensors"
+    if problem:
+        raise RefusedError(
+            f"{path.name} is part of a split file, but {problem}",
+            where=str(path.parent),
+            fix="put all parts into the folder under the names that they were made with",
+        )
+    return replace(first, tensors=tensors)
+
+
 def _header(path: Path, cursor: _Cursor) -> Header:
     if cursor.take(4) != MAGIC:
         raise _DamageError("it does not begin with GGUF")
@@ -126,19 +182,23 @@ def _header(path: Path, cursor: _Cursor) -> Header:
     if not isinstance(alignment, int) or alignment < 1:
         raise _DamageError(f"its alignment is {alignment!r}")
     base = -(-cursor.at // alignment) * alignment
-    tensors = {name: _entry(name, shape, kind, base + offset) for name, shape, kind, offset in found}
+    tensors = {name: _entry(name, shape, kind, base + offset, path.name) for name, shape, kind, offset in found}
+    if len(tensors) != num_tensors:
+        raise _DamageError("it names a tensor twice")
     for entry in tensors.values():
         if entry.start + entry.size_bytes > len(cursor.data):
             raise _DamageError(f"{entry.name} lies beyond the file's end, at byte {len(cursor.data)}")
     return Header(path, metadata, tensors)
 
 
-def _entry(name: str, shape: tuple[int, ...], number: int, start: int) -> Entry:
+def _entry(name: str, shape: tuple[int, ...], number: int, start: int, file: str) -> Entry:
     try:
         kind = gguf.GGMLQuantizationType(number)
     except ValueError:
         raise _DamageError(f"{name} is of the unknown type {number}") from None
     block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    if 0 in shape:
+        raise _DamageError(f"{name} is empty")
     if shape[-1] % block:
         raise _DamageError(f"{name} has rows of {shape[-1]}, no multiple of {block}")
-    return Entry(name, shape, kind.name, start, prod(shape) // block * block_bytes)
+    return Entry(name, shape, kind.name, start, prod(shape) // block * block_bytes, file)

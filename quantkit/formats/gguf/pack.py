@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from quantkit.grids.blocks import BlockGrid
+from quantkit.grids.encoded import EncodedGrid
 from quantkit.qtensor import QuantizedLinear
 
 
 def pack(linear: QuantizedLinear) -> Tensor:
     """uint8 [O, bytes of a row], as the file holds the tensor."""
     grid = linear.grid
+    if isinstance(grid, EncodedGrid):
+        return linear.codes_OI
     assert isinstance(grid, BlockGrid), "GGUF codes are on a block grid"
     kind = grid.kind
     rows, columns = linear.codes_OI.shape
@@ -20,6 +23,15 @@ def pack(linear: QuantizedLinear) -> Tensor:
     blocks_ONY = torch.cat(LAYOUTS[kind.name](codes_ONI, grid), dim=2)
     assert blocks_ONY.shape[2] == kind.size_bytes, f"{kind.name} blocks have {kind.size_bytes} bytes"
     return blocks_ONY.flatten(1)
+
+
+def type_of(linear: QuantizedLinear) -> str:
+    """ggml's name of the type that a linear was solved for."""
+    grid = linear.grid
+    if isinstance(grid, EncodedGrid):
+        return grid.kind
+    assert isinstance(grid, BlockGrid), "GGUF codes are on a block grid"
+    return grid.kind.name
 
 
 def _half_bytes(value_ON: Tensor) -> Tensor:

@@ -13,15 +13,29 @@ from quantkit.checkpoint.families import Family, family_of, item_of
 from quantkit.checkpoint.index import TensorFolder, TensorInfo
 from quantkit.errors import RefusedError
 from quantkit.formats.contract import Reading
-from quantkit.formats.gguf.header import Header, read_header
+from quantkit.formats.gguf.header import SPLIT_NAME, Header, read_split
 from quantkit.formats.gguf.names import ARCHITECTURES, Model, checkpoint_name, halves, heads_of
 from quantkit.formats.gguf.write import NAME
 
 NATIVE_ENGINE = "llama-cpp"
 USUAL = "Q4_K_M"  # the type the card shows how to load
 SUFFIX = ".gguf"
+SHAPES = {
+    "token_embd": ("any", "hidden"),
+    "output": ("any", "hidden"),
+    "output_norm": ("hidden",),
+    "attn_norm": ("hidden",),
+    "ffn_norm": ("hidden",),
+    "attn_q": ("any", "hidden"),
+    "attn_k": ("any", "hidden"),
+    "attn_v": ("any", "hidden"),
+    "attn_output": ("hidden", "any"),
+    "ffn_gate": ("inner", "hidden"),
+    "ffn_up": ("inner", "hidden"),
+    "ffn_down": ("hidden", "inner"),
+}
+"""Sides of a weight, by its role: of the hidden size, of the feed-forward's, or any."""
 EMBEDDING = "token_embd.weight"
-UNWEIGHED = ("F32", "F16", "BF16")
 USE = """```sh
 # llama.cpp, or any program built on it
 llama-cli --hf-repo {repo}:{type} --conversation
@@ -70,8 +84,8 @@ class GgufArtifact:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of the quantized tensors, scales and all, over their number of weights."""
-        quantized = [entry for entry in self.header.tensors.values() if entry.kind not in UNWEIGHED]
+        """Stored bits of the matrices, scales and all, over their number of weights; norms and biases are left out."""
+        quantized = [entry for entry in self.header.tensors.values() if len(entry.shape) > 1]
         weights = sum(int(np.prod(entry.shape)) for entry in quantized)
         return 8 * sum(entry.size_bytes for entry in quantized) / max(weights, 1)
 
@@ -82,20 +96,28 @@ class GgufArtifact:
             target = checkpoint_name(name)
             if target is None or item_of(target) != item:
                 continue
-            raw = np.fromfile(self.header.path, dtype=np.uint8, count=entry.size_bytes, offset=entry.start)
+            path = self.header.path.with_name(entry.file)
+            raw = np.fromfile(path, dtype=np.uint8, count=entry.size_bytes, offset=entry.start)
             stored = raw.reshape(*entry.shape[:-1], -1)
-            dense = gguf.dequantize(stored, gguf.GGMLQuantizationType[entry.kind])
+            try:
+                dense = gguf.dequantize(stored, gguf.GGMLQuantizationType[entry.kind])
+            except NotImplementedError:
+                raise RefusedError(
+                    f"{name} is of the type {entry.kind}, which gguf-py does not decode",
+                    where=str(path),
+                    fix="judge the file with --runtime native",
+                ) from None
             found[target] = halves(torch.from_numpy(dense).reshape(entry.shape), heads_of(name, self.model))
         return found
 
 
 def open_file(path: Path) -> GgufArtifact:
-    """A reader of one GGUF file.
+    """A reader of one GGUF file, or of the files that it was split into, given the first.
 
     Raises:
-        RefusedError: it is damaged, of an unknown architecture, split, or misses tensors.
+        RefusedError: it is damaged, of an unknown architecture, or misses tensors.
     """
-    header = read_header(path)
+    header = read_split(path)
     config = config_of(header)
     model = Model.of(config)
     names = [name for name in header.tensors if checkpoint_name(name)]
@@ -104,12 +126,36 @@ def open_file(path: Path) -> GgufArtifact:
         raise RefusedError(
             f"{path.name} holds {len(layers)} of {model.layers} layers",
             where=str(path.parent),
-            fix="join a split file with llama-gguf-split --merge; a file that is not split is damaged",
+            fix="it is damaged; download it again",
+        )
+    if problems := _odd_shapes(header, config):
+        raise RefusedError(
+            f"{path.name}: tensors are not of the shape that the metadata calls for: {', '.join(problems[:4])}",
+            where=str(path.parent),
+            fix="it is damaged; download it again",
         )
     infos = {
-        name: TensorInfo(name, entry.kind, entry.shape, path.name) for name, entry in sorted(header.tensors.items())
+        name: TensorInfo(name, entry.kind, entry.shape, entry.file) for name, entry in sorted(header.tensors.items())
     }
     return GgufArtifact(TensorFolder(path.parent, infos), config, family_of(config, where=str(path)), header, model)
+
+
+def _odd_shapes(header: Header, config: dict[str, Any]) -> list[str]:
+    """Names of tensors whose shape contradicts the metadata."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    pairs = {"attn_q": 2 * config["num_attention_heads"], "attn_k": 2 * config["num_key_value_heads"]}
+    odd = []
+    for name, entry in header.tensors.items():
+        *_, role, part = name.split(".") if checkpoint_name(name) else ("", "")
+        if role not in SHAPES or part != "weight":
+            continue
+        expected = [{"hidden": hidden, "inner": inner}.get(side) for side in SHAPES[role]]
+        fits = len(entry.shape) == len(expected) and all(
+            side in (None, found) for side, found in zip(expected, entry.shape, strict=True)
+        )
+        if not fits or entry.shape[0] % pairs.get(role, 1):
+            odd.append(name)
+    return odd
 
 
 def config_of(header: Header) -> dict[str, Any]:
@@ -121,7 +167,7 @@ def config_of(header: Header) -> dict[str, Any]:
     data = header.metadata
     architecture = data.get("general.architecture")
     types = {value: key for key, value in reversed(ARCHITECTURES.items())}
-    if architecture not in types:
+    if not isinstance(architecture, str) or architecture not in types:
         raise RefusedError(
             f"{header.path.name} is of the unknown architecture {architecture!r}",
             where=str(header.path.parent),
@@ -129,7 +175,7 @@ def config_of(header: Header) -> dict[str, Any]:
         )
     try:
         heads = int(data[f"{architecture}.attention.head_count"])
-        return {
+        config = {
             "model_type": types[architecture],
             "hidden_size": int(data[f"{architecture}.embedding_length"]),
             "intermediate_size": int(data[f"{architecture}.feed_forward_length"]),
@@ -139,7 +185,10 @@ def config_of(header: Header) -> dict[str, Any]:
             "max_position_embeddings": int(data[f"{architecture}.context_length"]),
             "tie_word_embeddings": "output.weight" not in header.tensors,
         }
-    except (KeyError, TypeError, ValueError) as error:
+        if any(isinstance(value, int) and value < 1 for key, value in config.items() if key != "tie_word_embeddings"):
+            raise ValueError("a size is not positive")
+        return config
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RefusedError(
             f"{header.path.name}: metadata is missing or odd: {error}",
             where=str(header.path.parent),
@@ -153,18 +202,23 @@ def open_variants(folder: Path) -> dict[str, GgufArtifact]:
     Raises:
         RefusedError: none is there, or one cannot be read.
     """
-    found = {}
-    for path in sorted(folder.glob(f"*{SUFFIX}"), key=lambda path: (path.stat().st_size, path.name)):
-        header = read_header(path)
+    found = []
+    for path in sorted(folder.glob(f"*{SUFFIX}")):
+        split = SPLIT_NAME.match(path.name)
+        if split and int(split[2]) > 1 and path.with_name(f"{split[1]}-00001-of-{split[3]}{SUFFIX}").is_file():
+            continue
+        header = read_split(path)
         if header.metadata.get("general.type", "model") == "model" and header.tensors:
-            found[_variant(path)] = open_file(path)
+            found.append(open_file(path))
     if not found:
         raise RefusedError("no GGUF file of a model is there", where=str(folder), fix="give a folder with *.gguf files")
-    return found
+    found.sort(key=lambda artifact: sum(entry.size_bytes for entry in artifact.header.tensors.values()))
+    return {_variant(artifact.header.path): artifact for artifact in found}
 
 
 def _variant(path: Path) -> str:
-    name = path.name.removesuffix(SUFFIX)
+    split = SPLIT_NAME.match(path.name)
+    name = split[1] if split else path.name.removesuffix(SUFFIX)
     return name.rsplit("." if "." in name else "-", 1)[-1]
 
 

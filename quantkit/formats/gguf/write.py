@@ -4,9 +4,11 @@ A work file holds each linear once per type, under "<name>|<type>", and what the
 "<name>|importance" (mean squares) and "<name>|tokens".
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -15,13 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quantkit.checkpoint.index import Checkpoint
+from quantkit.formats.gguf.header import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_name
 from quantkit.formats.gguf.metadata import About, rope_factors, write_model, write_tokenizer
-from quantkit.formats.gguf.mixtures import MIXTURES, tensor_type
+from quantkit.formats.gguf.mixtures import MIXTURES, block_of, columns_of, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, heads_of, interleave
-from quantkit.formats.gguf.pack import pack
+from quantkit.formats.gguf.pack import pack, type_of
 from quantkit.formats.gguf.tokenizer import Vocabulary, vocabulary
 from quantkit.formats.shards import copy_file, extents
-from quantkit.grids.blocks import BLOCK, TYPES, BlockGrid
 from quantkit.qtensor import Item
 
 NAME = "gguf"
@@ -40,12 +42,14 @@ class GgufFormat:
         model: what names, rows and types depend on.
         about: what the files say of the model.
         weighted: whether there is an importance matrix.
+        shard_bytes: most weights in one file; what has more is split.
     """
 
     file_types: tuple[str, ...]
     model: Model
     about: About
     weighted: bool
+    shard_bytes: int
     skip: tuple[str, ...] = ()
     name: str = NAME
     stored_dtype: torch.dtype = torch.float32
@@ -62,12 +66,8 @@ class GgufFormat:
         return tensor_type(file_type, module, columns, self.model, weighted=self.weighted)
 
     def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
-        """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
-        return [
-            f"{name}: in_features {columns} is no multiple of {BLOCK}, the smallest block"
-            for name, _, columns in shapes
-            if columns % BLOCK
-        ]
+        """None: rows that no block fits are stored as F16."""
+        return []
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a linear takes in all files together."""
@@ -77,8 +77,8 @@ class GgufFormat:
         """Bits that a linear takes in each variant's file."""
         found = {}
         for file_type in self.file_types:
-            kind = TYPES[self._type(file_type, name, columns)]
-            found[file_type] = rows * columns // kind.block * kind.size_bytes * 8
+            block, block_bytes = block_of(self._type(file_type, name, columns))
+            found[file_type] = rows * columns // block * block_bytes * 8
         return found
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
@@ -89,8 +89,7 @@ class GgufFormat:
             name = gguf_name(f"{module}.weight")
             heads = heads_of(name, self.model)
             for each in (linear, *linear.others):
-                assert isinstance(each.grid, BlockGrid), "GGUF codes are on block grids"
-                tensors[f"{name}|{each.grid.kind.name}"] = interleave(pack(each), heads)
+                tensors[f"{name}|{type_of(each)}"] = interleave(pack(each), heads)
             if linear.bias_O is not None:
                 dense[f"{module}.bias"] = linear.bias_O
             if linear.importance is not None:
@@ -110,7 +109,7 @@ class GgufFormat:
             if kind in (IMPORTANCE, TOKENS) or target is None:
                 continue
             if kind != DENSE:
-                columns = tensor.shape[1] // TYPES[kind].size_bytes * TYPES[kind].block
+                columns = columns_of(kind, tensor.shape[1])
                 if kind != self._type(self.file_types[0], target.removesuffix(".weight"), columns):
                     continue
                 tensor = torch.from_numpy(gguf.dequantize(tensor.numpy(), gguf.GGMLQuantizationType[kind]))
@@ -133,13 +132,10 @@ class GgufFormat:
                     continue
                 if kind != DENSE:
                     module = str(checkpoint_name(name)).removesuffix(".weight")
-                    columns = shapes[key][1] // TYPES[kind].size_bytes * TYPES[kind].block
-                    if kind != self._type(file_type, module, columns):
+                    if kind != self._type(file_type, module, columns_of(kind, shapes[key][1])):
                         continue
                 chosen[name] = key
-            path = folder / f"{self.about.name}.{file_type}.gguf"
-            self._write(path, file_type, checkpoint, words, chosen, places, imatrix)
-            written[file_type] = [path.name]
+            written[file_type] = self._write(folder, file_type, checkpoint, words, chosen, places, imatrix)
         if imatrix:
             write_imatrix(folder / imatrix, places)
         for name in COPIED:
@@ -149,15 +145,44 @@ class GgufFormat:
 
     def _write(
         self,
-        path: Path,
+        folder: Path,
         file_type: str,
         checkpoint: Checkpoint,
         words: Vocabulary,
         chosen: dict[str, str],
         places: dict[str, Path],
         imatrix: str | None,
+    ) -> list[str]:
+        """One file type; returns the names of its files."""
+        tensors = [_stored(name, places[key], key) for name, key in chosen.items()]
+        if (factors := rope_factors(checkpoint.config)) is not None:
+            values = factors.numpy()
+            tensors.insert(0, _Stored("rope_freqs.weight", DENSE, values.shape, values.nbytes, lambda: values))
+        parts = _parts(tensors, self.shard_bytes)
+        stem = f"{self.about.name}.{file_type}"
+        names = [f"{stem}.gguf"]
+        if len(parts) > 1:
+            names = [split_name(stem, number, len(parts)) for number in range(len(parts))]
+        for number, (name, part) in enumerate(zip(names, parts, strict=True)):
+            writer = gguf.GGUFWriter(folder / name, self.model.architecture)
+            if number == 0:
+                self._describe(writer, file_type, checkpoint, words, imatrix, places)
+            if len(parts) > 1:
+                writer.add_uint16(SPLIT_NO, number)
+                writer.add_uint16(SPLIT_COUNT, len(parts))
+                writer.add_int32(SPLIT_TENSORS, len(tensors))
+            _write_tensors(writer, part)
+        return names
+
+    def _describe(
+        self,
+        writer: gguf.GGUFWriter,
+        file_type: str,
+        checkpoint: Checkpoint,
+        words: Vocabulary,
+        imatrix: str | None,
+        places: dict[str, Path],
     ) -> None:
-        writer = gguf.GGUFWriter(path, self.model.architecture)
         parameters = sum(info.num_elements for info in checkpoint.tensors.tensors.values())
         write_model(writer, checkpoint.config, self.model, self.about, parameters)
         writer.add_file_type(MIXTURES[file_type].number)
@@ -166,25 +191,51 @@ class GgufFormat:
             writer.add_string("quantize.imatrix.file", imatrix)
             writer.add_string("quantize.imatrix.dataset", THE_RECORD)
             writer.add_int32("quantize.imatrix.entries_count", sum(key.endswith(f"|{TOKENS}") for key in places))
-        tensors: dict[str, tuple[Any, ...]] = {}
-        if (factors := rope_factors(checkpoint.config)) is not None:
-            writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype(np.float32), factors.nbytes)
-            tensors["rope_freqs.weight"] = (factors,)
-        for name, key in chosen.items():
-            kind = gguf.GGMLQuantizationType[key.split("|")[1]]
-            with safe_open(places[key], framework="np") as file:
-                part = file.get_slice(key)
-                shape = part.get_shape()
-            dtype = np.dtype(np.float32 if kind.name == DENSE else np.uint8)
-            size_bytes = int(np.prod(shape)) * dtype.itemsize
-            writer.add_tensor_info(name, shape, dtype, size_bytes, None if kind.name == DENSE else kind)
-            tensors[name] = (places[key], key)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for source in tensors.values():
-            writer.write_tensor_data(source[0].numpy() if len(source) == 1 else _read(*source))
-        writer.close()
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor to be written: name, ggml's type, shape of what is stored, its bytes, and how to get them."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    size_bytes: int
+    read: Callable[[], np.ndarray]
+
+
+def _stored(name: str, path: Path, key: str) -> _Stored:
+    kind = key.split("|")[1]
+    with safe_open(path, framework="np") as file:
+        shape = tuple(file.get_slice(key).get_shape())
+    size_bytes = prod(shape) * (np.dtype(np.float32).itemsize if kind == DENSE else 1)
+    return _Stored(name, kind, shape, size_bytes, partial(_read, path, key))
+
+
+def _parts(tensors: list[_Stored], most_bytes: int) -> list[list[_Stored]]:
+    """Tensors in runs of no more than so many bytes, or of one tensor."""
+    parts: list[list[_Stored]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if parts[-1] and held + tensor.size_bytes > most_bytes:
+            parts.append([])
+            held = 0
+        parts[-1].append(tensor)
+        held += tensor.size_bytes
+    return parts
+
+
+def _write_tensors(writer: gguf.GGUFWriter, tensors: list[_Stored]) -> None:
+    for tensor in tensors:
+        dtype = np.dtype(np.float32 if tensor.kind == DENSE else np.uint8)
+        kind = None if tensor.kind == DENSE else gguf.GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.size_bytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.read())
+    writer.close()
 
 
 def _read(path: Path, key: str) -> np.ndarray:

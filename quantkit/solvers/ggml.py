@@ -1,0 +1,86 @@
+"""ggml's own encoder: `ggml_quantize_chunk` of the library in the `llama-cpp` engine's environment, through ctypes.
+
+Rows are independent of each other, so chunks of rows may go to any thread in any order.
+"""
+
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+
+from quantkit.engines.env import environment_of, find_engine, is_installed
+from quantkit.errors import RefusedError, UnavailableError
+from quantkit.grids.encoded import EncodedGrid
+
+ENGINE = "llama-cpp"
+LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
+CHUNK_WEIGHTS = 1 << 16
+
+
+@cache
+def library() -> Any:
+    """The engine's libggml-base, loaded once.
+
+    Raises:
+        UnavailableError: the engine is not installed.
+    """
+    engine = find_engine(ENGINE)
+    if not is_installed(engine):
+        raise UnavailableError(f"the engine {ENGINE} is not installed", fix=f"`{engine.install_command}`")
+    paths = sorted(path for name in LIBRARIES for path in environment_of(engine).rglob(name))
+    if not paths:
+        raise UnavailableError(
+            f"the environment of {ENGINE} has no libggml-base", where=str(environment_of(engine)), fix="install it anew"
+        )
+    found = ctypes.CDLL(str(paths[0]))
+    found.ggml_quantize_chunk.restype = ctypes.c_size_t
+    found.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    found.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
+    found.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    found.ggml_quantize_init.restype = None
+    found.ggml_quantize_init.argtypes = [ctypes.c_int]
+    return found
+
+
+def encode(weight_OI: Tensor, kind: str, importance_I: Tensor | None, *, where: str = "") -> tuple[Tensor, EncodedGrid]:
+    """Bytes uint8 [O, bytes of a row] that ggml makes of a linear, and the grid that decodes them.
+
+    Args:
+        weight_OI: any float dtype; I is a multiple of the type's block. Not modified.
+        kind: ggml's type name.
+        importance_I: mean square of every input; None where it is not known.
+        where: the linear's name, for the error.
+
+    Raises:
+        RefusedError: the type needs an importance matrix.
+        UnavailableError: the engine is not installed.
+    """
+    ggml, number = library(), int(gguf.GGMLQuantizationType[kind])
+    if importance_I is None and ggml.ggml_quantize_requires_imatrix(number):
+        raise RefusedError(
+            f"{where}: {kind} cannot be made without an importance matrix",
+            where="quantize.imatrix",
+            fix="set it to true, or choose another type",
+        )
+    ggml.ggml_quantize_init(number)
+    values_OI = weight_OI.to(device="cpu", dtype=torch.float32).contiguous()
+    given_I = None if importance_I is None else importance_I.to(device="cpu", dtype=torch.float32).contiguous()
+    rows, columns = values_OI.shape
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    encoded_OY = torch.empty((rows, columns // block * block_bytes), dtype=torch.uint8)
+    step = max(1, CHUNK_WEIGHTS // columns)
+    pointer = None if given_I is None else given_I.data_ptr()
+
+    def chunk(first: int) -> None:
+        count = min(step, rows - first)
+        ggml.ggml_quantize_chunk(
+            number, values_OI.data_ptr(), encoded_OY.data_ptr(), first * columns, count, columns, pointer
+        )
+
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        list(pool.map(chunk, range(0, rows, step)))
+    return encoded_OY.to(weight_OI.device), EncodedGrid(kind)
