@@ -119,7 +119,15 @@ def _raised_by_mlx(num_layers: int) -> frozenset[str]:
 def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
     """Searched block codes in GGUF files, embedding and head included, every type from one pass."""
     about = About(section.name, section.license, section.languages, section.base_model, section.quantized_by)
-    written = GgufFormat(section.types, Model.of(config), about, section.imatrix, int(section.shard_gb * 1e9))
+    written = GgufFormat(
+        section.types,
+        Model.of(config),
+        about,
+        weighted=section.imatrix,
+        shard_bytes=int(section.shard_gb * 1e9),
+        ollama=section.ollama,
+        system=section.system,
+    )
     damping = section.damping if section.solver == "gptq" else None
     with_ggml = section.encoder == "ggml"
     solver = BlockSolver(written.types, section.imatrix, damping, with_ggml)

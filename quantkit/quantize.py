@@ -165,6 +165,12 @@ class GgufSection(Section):
         description="Most gigabytes of weights in one file; what has more is split as gguf-split does "
         "(`-00001-of-00002`). The Hub takes files of 50.",
     )
+    ollama: bool = Field(
+        default=True,
+        description="Write `Modelfile`, `template`, `params` and, if it is given, `system` for Ollama, where the model "
+        "has a chat template.",
+    )
+    system: str | None = Field(default=None, description="System turn that Ollama gives the model by default.")
     license: str | None = Field(default=None, description="Licence that the files state.")
     languages: tuple[str, ...] = Field(
         default=("pl",), strict=False, description="ISO 639-1 codes that the files state."
@@ -180,6 +186,8 @@ class GgufSection(Section):
             raise ValueError(f'{", ".join(found)} need encoder = "ggml" (`quantkit engines install llama-cpp`)')
         if not self.imatrix and (found := [name for name in self.types if name in NEED_IMPORTANCE]):
             raise ValueError(f"{', '.join(found)} need imatrix = true")
+        if self.system and '"""' in self.system:
+            raise ValueError('system may not hold """, which ends it in a Modelfile')
         return self
 
 

@@ -57,6 +57,12 @@ class Tokenizer:
             ) from None
         return text.removeprefix(self._inner.bos_token or "")
 
+    @property
+    def end(self) -> str | None:
+        """The end token's text."""
+        token: str | None = self._inner.eos_token
+        return token
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         text: str = self._inner.decode(list(ids), skip_special_tokens=True)

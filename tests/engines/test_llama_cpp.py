@@ -232,6 +232,27 @@ def test_llama_cpp_computes_what_our_decode_computes(kind, engine, text, tmp_pat
         assert theirs["mean_kld"] == pytest.approx(ours["mean_kld"], rel=0.03, abs=1e-3)
 
 
+def test_llama_cpp_reads_a_split_file_as_the_whole(engine, text, tmp_path):
+    source = make_tiny(tmp_path / "model", "mistral", hidden_size=256, intermediate_size=256, vocab_size=416)
+    results = {}
+    for name, most in (("whole", 1.0), ("split", 0.0005)):
+        recipe = Recipe.of(
+            {
+                "format": "gguf",
+                "model": {"id": str(source)},
+                "quantize": {"types": ("Q8_0",), "imatrix": False, "shard_gb": most},
+                "validation": {"texts": (str(text),), "window_tokens": 64, "generated_tokens": 0},
+            }
+        )
+        out = build(recipe, out=tmp_path / name, device=CPU, validated=False).out
+        result = validate(out, model=str(source), texts=(str(text),), runtime="native", device=CPU)
+        (variant,) = result["variants"]
+        assert len(variant["files"]) == (3 if name == "split" else 1)
+        results[name] = variant["results"][-1]
+        assert (results[name]["runtime"], results[name]["status"]) == ("llama-cpp", "ok"), results[name]
+    assert results["split"]["ppl_per_token"] == results["whole"]["ppl_per_token"]
+
+
 def test_the_shipped_recipe_passes_its_gates_natively_too(engine, nano, tmp_path, monkeypatch):
     recipe = load_recipe(find_recipe("bielik-nano/gguf"), ('validation.require=["reference", "llama-cpp"]',))
     done = build(recipe, out=tmp_path / "out", device=CPU)

@@ -338,7 +338,9 @@ def test_one_folder_with_all_variants_judged_and_the_same_bytes_again(sources, t
     recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update={"variant_gates": limits})})
     done = build(recipe, out=tmp_path / "a", device=CPU)
     files = ["tiny.Q2_K.gguf", "tiny.Q4_K_M.gguf", "tiny.Q8_0.gguf", "tiny.imatrix.gguf"]
-    assert sorted(path.name for path in done.out.iterdir()) == ["README.md", "quantkit.json", *files]
+    names = ["Modelfile", "README.md", "params", "quantkit.json", "template", *files]
+    assert sorted(path.name for path in done.out.iterdir()) == sorted(names)
+    assert (done.out / "Modelfile").read_text(encoding="utf-8").startswith("FROM ./tiny.Q4_K_M.gguf\nTEMPLATE")
     assert done.record["variants"] == {kind: [f"tiny.{kind}.gguf"] for kind in TYPES}
     validation = done.record["validation"]
     assert [variant["name"] for variant in validation["variants"]] == list(TYPES)

@@ -4,6 +4,7 @@ A work file holds each linear once per type, under "<name>|<type>", and what the
 "<name>|importance" (mean squares) and "<name>|tokens".
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,15 +17,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quantkit.checkpoint.index import Checkpoint
+from quantkit.checkpoint.index import Checkpoint, read_json
+from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.formats.gguf.header import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_name
 from quantkit.formats.gguf.metadata import About, rope_factors, write_model, write_tokenizer
 from quantkit.formats.gguf.mixtures import MIXTURES, block_of, columns_of, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, heads_of, interleave
+from quantkit.formats.gguf.ollama import chat_pieces, modelfile, parameters, written_for
 from quantkit.formats.gguf.pack import pack, type_of
 from quantkit.formats.gguf.tokenizer import Vocabulary, vocabulary
 from quantkit.formats.shards import copy_file, extents
 from quantkit.qtensor import Item
+from quantkit.workdir import write_text
 
 NAME = "gguf"
 DENSE = "F32"
@@ -43,6 +47,8 @@ class GgufFormat:
         about: what the files say of the model.
         weighted: whether there is an importance matrix.
         shard_bytes: most weights in one file; what has more is split.
+        ollama: write Ollama's files too.
+        system: the system turn that these name, if any.
     """
 
     file_types: tuple[str, ...]
@@ -50,6 +56,8 @@ class GgufFormat:
     about: About
     weighted: bool
     shard_bytes: int
+    ollama: bool
+    system: str | None = None
     skip: tuple[str, ...] = ()
     name: str = NAME
     stored_dtype: torch.dtype = torch.float32
@@ -138,10 +146,29 @@ class GgufFormat:
             written[file_type] = self._write(folder, file_type, checkpoint, words, chosen, places, imatrix)
         if imatrix:
             write_imatrix(folder / imatrix, places)
+        if self.ollama and words.chat_template:
+            self._write_ollama(checkpoint, written, folder)
         for name in COPIED:
             if (checkpoint.folder / name).is_file():
                 copy_file(checkpoint.folder / name, folder / name)
         return written
+
+    def _write_ollama(self, checkpoint: Checkpoint, written: dict[str, list[str]], folder: Path) -> None:
+        tokenizer = load_tokenizer(checkpoint.folder, vocab_size=int(checkpoint.config["vocab_size"]))
+        pieces = chat_pieces(lambda turns, answer: tokenizer.render(turns, answer=answer))
+        generation = checkpoint.folder / "generation_config.json"
+        params = parameters(read_json(generation) if generation.is_file() else {}, pieces, tokenizer.end)
+        template = pieces.template() if pieces else None
+        texts = {
+            "template": template,
+            "params": json.dumps(params, ensure_ascii=False, indent=2),
+            "system": self.system,
+        }
+        if model := written_for(written):
+            texts["Modelfile"] = modelfile(model, template, params, self.system)
+        for name, text in texts.items():
+            if text:
+                write_text(folder / name, text)
 
     def _write(
         self,
