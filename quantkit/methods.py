@@ -127,6 +127,7 @@ def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
         shard_bytes=int(section.shard_gb * 1e9),
         ollama=section.ollama,
         system=section.system,
+        imatrix_dat=section.imatrix_dat,
     )
     damping = section.damping if section.solver == "gptq" else None
     with_ggml = section.encoder == "ggml"

@@ -15,7 +15,7 @@ from quantkit.checkpoint.layer import free_bytes
 from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
-from quantkit.formats.contract import Format, SeveralVariants
+from quantkit.formats.contract import Format, Headed, SeveralVariants
 from quantkit.methods import Method
 from quantkit.recipe import OWN_ENGINE, Recipe
 
@@ -92,8 +92,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     quantized = sum(rows * columns for _, rows, columns in solved)
     quantized_bits = sum(method.format.stored_bits(*shape) for shape in solved)
     dense_bytes = (parameters - quantized) * method.format.stored_dtype.itemsize
-    variants = _variants(method.format, solved, dense_bytes)
-    artifact_bytes = quantized_bits // 8 + dense_bytes * max(len(variants), 1)
+    beside_bytes = dense_bytes + (method.format.head_bytes(checkpoint) if isinstance(method.format, Headed) else 0)
+    variants = _variants(method.format, solved, beside_bytes)
+    artifact_bytes = quantized_bits // 8 + beside_bytes * max(len(variants), 1)
     reads_text = method.solvers.needs or recipe.engine != OWN_ENGINE
     tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if reads_text else 0
     plan = Plan(
@@ -143,15 +144,15 @@ def plan_lines(plan: Plan) -> list[str]:
     ]
 
 
-def _variants(form: Format, solved: list[tuple[str, int, int]], dense_bytes: int) -> dict[str, int]:
-    """Bytes of each variant's weights; empty for a format that writes one."""
+def _variants(form: Format, solved: list[tuple[str, int, int]], beside_bytes: int) -> dict[str, int]:
+    """Bytes of each variant; empty for a format that writes one."""
     if not isinstance(form, SeveralVariants):
         return {}
     bits: dict[str, int] = {}
     for shape in solved:
         for name, stored in form.variant_bits(*shape).items():
             bits[name] = bits.get(name, 0) + stored
-    return {name: stored // 8 + dense_bytes for name, stored in bits.items()}
+    return {name: stored // 8 + beside_bytes for name, stored in bits.items()}
 
 
 def _memory(recipe: Recipe, checkpoint: Checkpoint, method: Method, tokens: int) -> int:

@@ -141,6 +141,9 @@ class GgufSection(Section):
         description="Weight errors by the mean squares of the inputs, collected on the calibration text, and publish "
         'them as a file. Several types need `calibration.activations = "float"`.',
     )
+    imatrix_dat: bool = Field(
+        default=False, description="Publish the importance matrix in llama.cpp's older form too, `.imatrix.dat`."
+    )
     solver: Literal["search", "gptq"] = Field(
         default="search",
         description="`search` chooses scales and codes on the weights; `gptq` lets GPTQ choose the codes, with scales "

@@ -77,6 +77,19 @@ class SeveralVariants(Protocol):
         ...
 
 
+@runtime_checkable
+class Headed(Protocol):
+    """A format whose files begin with more than the names and places of tensors."""
+
+    def head_bytes(self, checkpoint: Checkpoint) -> int:
+        """Bytes that each variant takes beside its weights.
+
+        Raises:
+            RefusedError: what is to be written there cannot be.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Reading:
     """How a format is told, read and presented.

@@ -5,11 +5,13 @@ A work file holds each linear once per type, under "<name>|<type>", and what the
 """
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gguf
 import numpy as np
@@ -33,6 +35,7 @@ from quantkit.workdir import write_text
 NAME = "gguf"
 DENSE = "F32"
 IMPORTANCE, TOKENS = "importance", "tokens"
+CHUNKS = 1  # the statistics are one sum over all windows
 COPIED = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 THE_RECORD = "quantkit.json"  # tells which text the statistics come from
 
@@ -49,6 +52,7 @@ class GgufFormat:
         shard_bytes: most weights in one file; what has more is split.
         ollama: write Ollama's files too.
         system: the system turn that these name, if any.
+        imatrix_dat: write the importance matrix in the older form too.
     """
 
     file_types: tuple[str, ...]
@@ -58,6 +62,7 @@ class GgufFormat:
     shard_bytes: int
     ollama: bool
     system: str | None = None
+    imatrix_dat: bool = False
     skip: tuple[str, ...] = ()
     name: str = NAME
     stored_dtype: torch.dtype = torch.float32
@@ -88,6 +93,26 @@ class GgufFormat:
             block, block_bytes = block_of(self._type(file_type, name, columns))
             found[file_type] = rows * columns // block * block_bytes * 8
         return found
+
+    def head_bytes(self, checkpoint: Checkpoint) -> int:
+        """What stands in front of the weights: the vocabulary most of all."""
+        infos = checkpoint.tensors.tensors
+        words = vocabulary(checkpoint.folder, checkpoint.config, infos["model.embed_tokens.weight"].shape[0])
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "head.gguf"
+            writer = gguf.GGUFWriter(path, self.model.architecture)
+            self._describe(writer, self.file_types[0], checkpoint, words, self._imatrix, len(infos))
+            for name, info in infos.items():
+                writer.add_tensor_info(gguf_name(name), info.shape, np.dtype(np.float32), 0)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            return path.stat().st_size
+
+    @property
+    def _imatrix(self) -> str | None:
+        return f"{self.about.name}.imatrix.gguf" if self.weighted else None
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """An item's tensors as they stand in its work file."""
@@ -130,7 +155,7 @@ class GgufFormat:
         shapes = {extent.name: extent.shape for path in items for extent in extents(path)}
         rows = next(shape[0] for key, shape in shapes.items() if key.startswith("token_embd.weight|"))
         words = vocabulary(checkpoint.folder, checkpoint.config, rows)
-        imatrix = f"{self.about.name}.imatrix.gguf" if self.weighted else None
+        imatrix = self._imatrix
         written = {}
         for file_type in self.file_types:
             chosen = {}
@@ -146,6 +171,8 @@ class GgufFormat:
             written[file_type] = self._write(folder, file_type, checkpoint, words, chosen, places, imatrix)
         if imatrix:
             write_imatrix(folder / imatrix, places)
+            if self.imatrix_dat:
+                write_imatrix_dat(folder / f"{self.about.name}.imatrix.dat", places)
         if self.ollama and words.chat_template:
             self._write_ollama(checkpoint, written, folder)
         for name in COPIED:
@@ -193,7 +220,8 @@ class GgufFormat:
         for number, (name, part) in enumerate(zip(names, parts, strict=True)):
             writer = gguf.GGUFWriter(folder / name, self.model.architecture)
             if number == 0:
-                self._describe(writer, file_type, checkpoint, words, imatrix, places)
+                entries = sum(key.endswith(f"|{TOKENS}") for key in places)
+                self._describe(writer, file_type, checkpoint, words, imatrix, entries)
             if len(parts) > 1:
                 writer.add_uint16(SPLIT_NO, number)
                 writer.add_uint16(SPLIT_COUNT, len(parts))
@@ -208,7 +236,7 @@ class GgufFormat:
         checkpoint: Checkpoint,
         words: Vocabulary,
         imatrix: str | None,
-        places: dict[str, Path],
+        entries: int,
     ) -> None:
         parameters = sum(info.num_elements for info in checkpoint.tensors.tensors.values())
         write_model(writer, checkpoint.config, self.model, self.about, parameters)
@@ -217,7 +245,8 @@ class GgufFormat:
         if imatrix:
             writer.add_string("quantize.imatrix.file", imatrix)
             writer.add_string("quantize.imatrix.dataset", THE_RECORD)
-            writer.add_int32("quantize.imatrix.entries_count", sum(key.endswith(f"|{TOKENS}") for key in places))
+            writer.add_int32("quantize.imatrix.entries_count", entries)
+            writer.add_int32("quantize.imatrix.chunks_count", CHUNKS)
 
 
 @dataclass(frozen=True)
@@ -280,16 +309,43 @@ def write_imatrix(path: Path, places: dict[str, Path]) -> None:
     """
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
-    names = [key.removesuffix(f"|{IMPORTANCE}") for key in places if key.endswith(f"|{IMPORTANCE}")]
-    tokens = [int(_read(places[f"{name}|{TOKENS}"], f"{name}|{TOKENS}")[0]) for name in names]
+    found = _importance(places)
     writer.add_array("imatrix.datasets", [THE_RECORD])
-    writer.add_uint32("imatrix.chunk_count", 1)
-    writer.add_uint32("imatrix.chunk_size", max(tokens))
-    for name, count in zip(names, tokens, strict=True):
-        mean = _read(places[f"{name}|{IMPORTANCE}"], f"{name}|{IMPORTANCE}")
+    writer.add_uint32("imatrix.chunk_count", CHUNKS)
+    writer.add_uint32("imatrix.chunk_size", max(count for _, count in found.values()))
+    for name, (mean, count) in found.items():
         writer.add_tensor(f"{name}.in_sum2", (mean * np.float32(count)).reshape(1, -1))
         writer.add_tensor(f"{name}.counts", np.full((1, 1), count, dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_imatrix_dat(path: Path, places: dict[str, Path]) -> None:
+    """The importance matrix as llama.cpp wrote it before it had a GGUF form: little-endian counts, names and floats.
+
+    Args:
+        path, places: as for `write_imatrix`.
+    """
+    found = _importance(places)
+    dataset = THE_RECORD.encode()
+    with path.open("wb") as file:
+        file.write(struct.pack("<i", len(found)))
+        for name, (mean, _) in found.items():
+            # means times the number of calls, by which a reader divides
+            file.write(struct.pack("<i", len(name)) + name.encode() + struct.pack("<2i", CHUNKS, len(mean)))
+            file.write((mean * np.float32(CHUNKS)).astype("<f4").tobytes())
+        file.write(struct.pack("<2i", CHUNKS, len(dataset)) + dataset)
+
+
+def _importance(places: dict[str, Path]) -> dict[str, tuple[np.ndarray, int]]:
+    """Mean squares and token counts by tensor."""
+    names = [key.removesuffix(f"|{IMPORTANCE}") for key in places if key.endswith(f"|{IMPORTANCE}")]
+    return {
+        name: (
+            _read(places[f"{name}|{IMPORTANCE}"], f"{name}|{IMPORTANCE}"),
+            int(_read(places[f"{name}|{TOKENS}"], f"{name}|{TOKENS}")[0]),
+        )
+        for name in names
+    }
