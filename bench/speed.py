@@ -3,10 +3,15 @@
     python -m bench.speed --model DIR --way "quantkit:" --way "gptqmodel:engine=gptqmodel" --set bits=4
     python -m bench.speed --make 2048 5632 2 --windows 32 --way ...      # a random Mistral of that size
 
+    python -m bench.speed --make 4096 14336 1 --set format=gguf,imatrix=false \\
+        --way "llama-quantize:engine=llama-quantize" --way "quantkit:" --way "ggml:encoder=ggml"
+
 A way is NAME:KEY=VALUE,... as in bench.quality. Each is one process from start to exit: `quantkit build` without
-validation, or the engine's runner in its own environment, which does nothing but what the package's users write. All
-get the same tokens and threads. A first run of each, in which packages compile, is not counted; then they take turns.
-A ratio is this way's over the first way's of the same round.
+validation, or the engine's runner in its own environment, which does nothing but what the package's users write; the
+engine llama-quantize is bench.llama_quantize. All get the same tokens and threads. A first run of each, in which
+packages compile, is not counted; then they take turns. A ratio is this way's over the first way's of the same round.
+`written_over_files` is what a process has written to disk over what it left in its output folder; 0 where the folder is
+not on a disk.
 """
 
 import argparse
@@ -38,7 +43,9 @@ from quantkit.texts import load_text_set
 from quantkit.upstream import settled
 
 QUANTKIT = [sys.executable, "-c", "from quantkit.cli import app; app()"]
-MEASURES = ("wall_s", "cpu_s", "peak_gb")
+LLAMA_QUANTIZE = "llama-quantize"
+MEASURES = ("wall_s", "cpu_s", "peak_gb", "written_over_files")
+DISK_BLOCK_BYTES = 512  # in which the kernel counts writes
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,19 @@ def prepared(way: Way, options: argparse.Namespace, scratch: Path) -> Run:
     """The whole-process run of a way."""
     content = recipe_of(way, options.model, {options.calibration: options.windows}, options.window_tokens)
     content["compute"]["threads"] = options.threads
+    if way.engine == LLAMA_QUANTIZE:
+        content["engine"] = OWN_ENGINE
     recipe = settled(Recipe.of(content))
     folder = scratch / way.name.replace(" ", "-")
     folder.mkdir()
     out = folder / "out"
-    if way.engine == OWN_ENGINE:
+    if way.engine in (OWN_ENGINE, LLAMA_QUANTIZE):
         path = folder / "recipe.toml"
         path.write_text(tomlkit.dumps(content), encoding="utf-8")
+        if way.engine == LLAMA_QUANTIZE:
+            peer = [sys.executable, "-m", "bench.llama_quantize", str(path), str(out)]
+            paths = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
+            return Run(peer, dict(os.environ) | {"PYTHONPATH": paths}, out)
         arguments = ["build", str(path), "--out", str(out), "--device", "cpu", "--no-validate"]
         return Run([*QUANTKIT, *arguments], dict(os.environ), out)
     engine = find_engine(way.engine)
@@ -93,8 +106,11 @@ def measured(run: Run) -> dict[str, float]:
         if status:
             log.seek(0)
             sys.exit(f"{run.command} failed:\n{log.read()[-3000:]}")
+    left_bytes = sum(path.stat().st_size for path in run.out.rglob("*") if path.is_file())
     shutil.rmtree(run.out)
-    return dict(zip(MEASURES, (wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9), strict=True))
+    written = usage.ru_oublock * DISK_BLOCK_BYTES / left_bytes
+    values = (wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, written)
+    return dict(zip(MEASURES, values, strict=True))
 
 
 def main() -> None:
@@ -128,7 +144,8 @@ def main() -> None:
     rows = []
     for way in ways:
         taken = found[way.name]
-        facts = None if way.engine == OWN_ENGINE else installed_facts(find_engine(way.engine))
+        name = "llama-cpp" if way.engine == LLAMA_QUANTIZE or way.quantize.get("encoder") == "ggml" else way.engine
+        facts = None if name == OWN_ENGINE else installed_facts(find_engine(name))
         rows.append(
             {
                 "way": way.name,
@@ -137,7 +154,7 @@ def main() -> None:
                 **{key: round(statistics.median(run[key] for run in taken), 3) for key in MEASURES},
                 "over_first": {
                     key: [round(run[key] / base[key], 3) for run, base in zip(taken, first, strict=True)]
-                    for key in MEASURES
+                    for key in MEASURES[:3]
                 },
             }
         )

@@ -1,6 +1,7 @@
 """Ways to quantize, as benches name them on the command line: NAME:KEY=VALUE,..."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ def parse_way(text: str, common: dict[str, Any]) -> Way:
 
 
 def parse_pairs(text: str) -> dict[str, Any]:
-    """Keys with their values, from KEY=VALUE,..."""
+    """Keys with their values, from KEY=VALUE,...; commas within brackets belong to a value."""
     found = {}
-    for pair in filter(None, text.split(",")):
+    for pair in filter(None, re.split(r",(?![^\[]*\])", text)):
         key, _, value = pair.partition("=")
         try:
             found[key.strip()] = json.loads(value)
