@@ -14,6 +14,7 @@ from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.engines.env import find_engine
 from quantkit.errors import RefusedError
 from quantkit.formats import READERS, open_variants
+from quantkit.formats.contract import Format, InPlace, LaidOut
 from quantkit.formats.shards import read_item, write_item
 from quantkit.judgement import check_window, judge, keep
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
@@ -215,11 +216,15 @@ def _make(
     stages = {"prepare": watch.lap()}
 
     if recipe.engine == OWN_ENGINE:
-        _quantize(source.checkpoint, method, calibration, decoder, work, progress)
+        places = _lay_out(source.checkpoint, method.format, work)
+        _quantize(source.checkpoint, method, calibration, decoder, work, places, progress)
         stages["quantize"] = watch.lap()
         progress.stage("writing the artifact")
         items = [work.path(name) for name in source.checkpoint.items]
-        variants = work.assemble(lambda folder: method.format.assemble(source.checkpoint, items, folder))
+        variants = work.assemble(
+            lambda folder: method.format.assemble(source.checkpoint, items, folder),
+            kept=frozenset() if places is None else places.files,
+        )
         engine = None
     else:
         assert calibration is not None, "an engine is always given text"
@@ -251,18 +256,35 @@ def _make(
     return record
 
 
+def _lay_out(checkpoint: Checkpoint, form: Format, work: Workdir) -> LaidOut | None:
+    """The files that solved items go straight into, for a format that has such."""
+    if not isinstance(form, InPlace):
+        return None
+    places = work.lay_out(lambda folder: form.lay_out(checkpoint, folder))
+    if places.fresh:
+        work.forget_items()
+    return places
+
+
 def _quantize(
     checkpoint: Checkpoint,
     method: Method,
     calibration: Calibration | None,
     decoder: Decoder,
     work: Workdir,
+    places: LaidOut | None,
     progress: Progress,
 ) -> None:
     """Stream the checkpoint and keep every item; those that are kept already are only walked through."""
 
     def finished(name: str) -> dict[str, torch.Tensor] | None:
-        return method.format.decode_item(read_item(work.path(name))) if work.is_finished(name) else None
+        if not work.is_finished(name):
+            return None
+        placed = {} if places is None else places.read(name)
+        return method.format.decode_item(read_item(work.path(name)) | placed)
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        write_item(path, tensors if places is None else places.write(tensors))
 
     names = checkpoint.items
     sinks = Sinks(
@@ -281,7 +303,7 @@ def _quantize(
     ):
         tensors = method.format.encode_item(item)
         facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
-        work.finish(item.name, lambda path, tensors=tensors: write_item(path, tensors), facts)  # type: ignore[misc]
+        work.finish(item.name, lambda path, tensors=tensors: write(path, tensors), facts)  # type: ignore[misc]
     progress.steps("quantize", len(names), len(names))
 
 

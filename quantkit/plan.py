@@ -15,7 +15,7 @@ from quantkit.checkpoint.layer import free_bytes
 from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
-from quantkit.formats.contract import Format, Headed, SeveralVariants
+from quantkit.formats.contract import Format, Headed, InPlace, SeveralVariants
 from quantkit.methods import Method
 from quantkit.recipe import OWN_ENGINE, Recipe
 
@@ -102,7 +102,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
         parameters=parameters,
         artifact_bytes=artifact_bytes,
         bits_per_weight=quantized_bits / max(quantized * max(len(variants), 1), 1),
-        disk_bytes=2 * artifact_bytes,
+        disk_bytes=artifact_bytes * (1 if isinstance(method.format, InPlace) else 2),
         disk_free_bytes=shutil.disk_usage(_existing(out)).free,
         memory_bytes=_memory(recipe, checkpoint, method, tokens)
         if recipe.engine == OWN_ENGINE

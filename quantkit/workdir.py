@@ -144,11 +144,30 @@ class Workdir:
             self._journal["items"][item] = {"size_bytes": path.stat().st_size, "facts": facts}
             write_json(self.folder / JOURNAL, self._journal)
 
-    def assemble(self, write: Callable[[Path], T]) -> T:
-        """Fill a new `artifact` folder; returns what `write` returns."""
+    def lay_out(self, write: Callable[[Path], T]) -> T:
+        """Let `write` make or open files in the `artifact` folder before the items; returns what it returns."""
         with disk_errors(self.folder):
-            shutil.rmtree(self.artifact, ignore_errors=True)
-            self.artifact.mkdir(parents=True)
+            self.artifact.mkdir(parents=True, exist_ok=True)
+            return write(self.artifact)
+
+    def forget_items(self) -> None:
+        """Count no item as finished."""
+        self._journal["items"].clear()
+
+    def assemble(self, write: Callable[[Path], T], *, kept: frozenset[str] = frozenset()) -> T:
+        """Fill the `artifact` folder, empty but for files that were laid out; returns what `write` returns.
+
+        Args:
+            write: is given the folder.
+            kept: names of the files that were laid out.
+        """
+        with disk_errors(self.folder):
+            self.artifact.mkdir(parents=True, exist_ok=True)
+            for path in self.artifact.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name not in kept:
+                    path.unlink()
             return write(self.artifact)
 
     def publish(self) -> None:

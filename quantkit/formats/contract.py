@@ -90,6 +90,37 @@ class Headed(Protocol):
         ...
 
 
+class LaidOut(Protocol):
+    """Files of an artifact in which every tensor has its place before it is solved."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether they hold nothing of an earlier run."""
+        ...
+
+    @property
+    def files(self) -> frozenset[str]:
+        """Their names below the artifact's folder."""
+        ...
+
+    def write(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Put an encoded item into its places, durably; returns what has none, for the work file."""
+        ...
+
+    def read(self, item: str) -> dict[str, Tensor]:
+        """What `decode_item` needs of an item that was written, but for what had no place."""
+        ...
+
+
+@runtime_checkable
+class InPlace(Protocol):
+    """A format whose solved items go straight into the artifact's files, so that they are written once."""
+
+    def lay_out(self, checkpoint: Checkpoint, folder: Path) -> LaidOut:
+        """Make the files in the folder, or open those of an earlier run."""
+        ...
+
+
 @dataclass(frozen=True)
 class Reading:
     """How a format is told, read and presented.

@@ -1,6 +1,7 @@
 """GGUF files held against gguf-py's reader, transformers' decode and the rules as the specification has them."""
 
 import json
+import os
 import shutil
 import struct
 import tracemalloc
@@ -19,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from quantkit.checkpoint.index import open_checkpoint, read_json
 from quantkit.errors import RefusedError, UnavailableError
 from quantkit.formats import detect
+from quantkit.formats.gguf import write
 from quantkit.formats.gguf.metadata import rope_factors
 from quantkit.formats.gguf.mixtures import MIXTURES, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, interleave
@@ -29,7 +31,7 @@ from quantkit.pipeline import build, plan
 from quantkit.progress import Progress
 from quantkit.quantize import NEED_IMPORTANCE, GgufSection
 from quantkit.recipe import GatesSection, Recipe
-from quantkit.workdir import hash_files
+from quantkit.workdir import hash_files, work_folder
 from tests.tiny import VARIANTS, WORDS, make_tiny
 
 CPU = torch.device("cpu")
@@ -518,6 +520,53 @@ def test_parts_that_are_missing_or_strange_are_named(split):
         open_file(split / "other.gguf")
     with pytest.raises(RefusedError, match="its name is not that of a first file"):
         open_variants(split)
+
+
+class Killed(BaseException):
+    """As if the process had ended here."""
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama"])  # llama has a tensor of no item: its rope factors
+@pytest.mark.parametrize("moment", ["files", "factors", "tensors", "others"])
+def test_a_build_killed_while_it_writes_in_place_ends_in_the_same_bytes(
+    kind, moment, sources, text, artifacts, tmp_path, monkeypatch
+):
+    def kill(*_, **__):
+        raise Killed
+
+    def second_time(function):
+        calls = iter((function, kill))
+        return lambda *arguments: next(calls)(*arguments)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        if moment == "files":
+            patch.setattr(write, "lay_out", second_time(write.lay_out))
+        elif moment == "factors":
+            patch.setattr(write, "TypedFiles", kill)
+        elif moment == "tensors":
+            patch.setattr(os, "fsync", second_time(os.fsync))
+        else:
+            patch.setattr(write, "write_imatrix", kill)
+        with pytest.raises(Killed):
+            build(recipe_of(sources[kind], text), out=out, device=CPU, validated=False)
+    left = work_folder(out) / "artifact" / ".half.partial"
+    left.write_text("what a kill leaves")
+    build(recipe_of(sources[kind], text), out=out, device=CPU, validated=False)
+    names = sorted(path.name for path in artifacts[kind].iterdir() if path.suffix == ".gguf")
+    assert hash_files(out, names) == hash_files(artifacts[kind], names)
+    assert not (out / left.name).exists()
+
+
+def test_a_file_that_was_taken_away_is_made_again(sources, text, artifacts, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "write_imatrix", lambda *_: (_ for _ in ()).throw(Killed()))
+        with pytest.raises(Killed):
+            build(recipe_of(sources["mistral"], text), out=out, device=CPU, validated=False)
+    (work_folder(out) / "artifact" / "tiny.Q4_K_M.gguf").unlink()
+    build(recipe_of(sources["mistral"], text), out=out, device=CPU, validated=False)
+    assert hash_files(out, ["tiny.Q4_K_M.gguf"]) == hash_files(artifacts["mistral"], ["tiny.Q4_K_M.gguf"])
 
 
 # what follows is about files of other makers

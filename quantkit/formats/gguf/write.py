@@ -1,15 +1,12 @@
 """GGUF files from one pass: one per file type, every (tensor, type) pair encoded once.
 
-A work file holds each linear once per type, under "<name>|<type>", and what the importance matrix is made of under
-"<name>|importance" (mean squares) and "<name>|tokens".
+Solved tensors, "<name>|<type>", go straight to their places in the files; a work file holds what the importance matrix
+is made of: "<name>|importance" (mean squares) and "<name>|tokens".
 """
 
 import json
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,8 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from quantkit.checkpoint.families import EMBEDDING, END_MODULES
 from quantkit.checkpoint.index import Checkpoint, read_json
 from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.formats.gguf.files import DENSE, Planned, TypedFiles, head_of, lay_out, parts_of, write_head
 from quantkit.formats.gguf.header import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_name
 from quantkit.formats.gguf.metadata import About, rope_factors, write_model, write_tokenizer
 from quantkit.formats.gguf.mixtures import MIXTURES, block_of, columns_of, tensor_type
@@ -33,7 +32,7 @@ from quantkit.qtensor import Item
 from quantkit.workdir import write_text
 
 NAME = "gguf"
-DENSE = "F32"
+ROPE_FACTORS = "rope_freqs.weight"
 IMPORTANCE, TOKENS = "importance", "tokens"
 CHUNKS = 1  # the statistics are one sum over all windows
 COPIED = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
@@ -96,19 +95,66 @@ class GgufFormat:
 
     def head_bytes(self, checkpoint: Checkpoint) -> int:
         """What stands in front of the weights: the vocabulary most of all."""
-        infos = checkpoint.tensors.tensors
-        words = vocabulary(checkpoint.folder, checkpoint.config, infos["model.embed_tokens.weight"].shape[0])
+        words = self._words(checkpoint)
         with TemporaryDirectory() as folder:
             path = Path(folder) / "head.gguf"
             writer = gguf.GGUFWriter(path, self.model.architecture)
-            self._describe(writer, self.file_types[0], checkpoint, words, self._imatrix, len(infos))
-            for name, info in infos.items():
-                writer.add_tensor_info(gguf_name(name), info.shape, np.dtype(np.float32), 0)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            writer.close()
+            self._describe(writer, self.file_types[0], checkpoint, words)
+            write_head(writer, self._planned(checkpoint, self.file_types[0]))
             return path.stat().st_size
+
+    def lay_out(self, checkpoint: Checkpoint, folder: Path) -> TypedFiles:
+        """Every type's files with their heads and room for all tensors; what an earlier run left is kept."""
+        names = self._files(checkpoint)
+        paths = [folder / name for found in names.values() for name in found]
+        fresh = not all(path.is_file() for path in paths)
+        if fresh:
+            words = self._words(checkpoint)
+            for file_type, found in names.items():
+                tensors = self._planned(checkpoint, file_type)
+                for number, part in enumerate(parts_of(tensors, self.shard_bytes)):
+                    path = folder / found[number]
+                    writer = gguf.GGUFWriter(head_of(path), self.model.architecture)
+                    if number == 0:
+                        self._describe(writer, file_type, checkpoint, words)
+                    if len(found) > 1:
+                        writer.add_uint16(SPLIT_NO, number)
+                        writer.add_uint16(SPLIT_COUNT, len(found))
+                        writer.add_int32(SPLIT_TENSORS, len(tensors))
+                    lay_out(path, writer, part)
+        placed = {item: [gguf_name(name) for name in checkpoint.names(item)] for item in checkpoint.items}
+        laid_out = TypedFiles([folder / found[0] for found in names.values()], placed, fresh=fresh)
+        # of no item, so nothing tells whether a run before this one came so far
+        if (factors := rope_factors(checkpoint.config)) is not None:
+            laid_out.write({f"{ROPE_FACTORS}|{DENSE}": factors})
+        return laid_out
+
+    def _files(self, checkpoint: Checkpoint) -> dict[str, list[str]]:
+        """Names of each type's files."""
+        found = {}
+        for file_type in self.file_types:
+            stem = f"{self.about.name}.{file_type}"
+            count = len(parts_of(self._planned(checkpoint, file_type), self.shard_bytes))
+            found[file_type] = [split_name(stem, n, count) for n in range(count)] if count > 1 else [f"{stem}.gguf"]
+        return found
+
+    def _planned(self, checkpoint: Checkpoint, file_type: str) -> list[Planned]:
+        """A file's tensors in the order of the stream."""
+        infos = checkpoint.tensors.tensors
+        linears = {name: columns for name, _, columns in checkpoint.linear_shapes(ends=True)}
+        factors = rope_factors(checkpoint.config)
+        tensors = [] if factors is None else [Planned(ROPE_FACTORS, DENSE, tuple(factors.shape))]
+        for item in checkpoint.items:
+            for name in sorted(checkpoint.names(item)):
+                module, _, part = name.rpartition(".")
+                solved = module in linears and part == "weight"
+                kind = self._type(file_type, module, linears[module]) if solved else DENSE
+                tensors.append(Planned(gguf_name(name), kind, infos[name].shape))
+        return tensors
+
+    def _words(self, checkpoint: Checkpoint) -> Vocabulary:
+        rows = checkpoint.tensors.tensors["model.embed_tokens.weight"].shape[0]
+        return vocabulary(checkpoint.folder, checkpoint.config, rows)
 
     @property
     def _imatrix(self) -> str | None:
@@ -150,30 +196,14 @@ class GgufFormat:
         return dense
 
     def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
-        """One file per file type, the importance matrix, and the source's licence."""
+        """The importance matrix, what Ollama wants, and the source's licence, beside the files of the types."""
         places = {extent.name: extent.path for path in items for extent in extents(path)}
-        shapes = {extent.name: extent.shape for path in items for extent in extents(path)}
-        rows = next(shape[0] for key, shape in shapes.items() if key.startswith("token_embd.weight|"))
-        words = vocabulary(checkpoint.folder, checkpoint.config, rows)
-        imatrix = self._imatrix
-        written = {}
-        for file_type in self.file_types:
-            chosen = {}
-            for key in places:
-                name, kind = key.split("|")
-                if kind in (IMPORTANCE, TOKENS):
-                    continue
-                if kind != DENSE:
-                    module = str(checkpoint_name(name)).removesuffix(".weight")
-                    if kind != self._type(file_type, module, columns_of(kind, shapes[key][1])):
-                        continue
-                chosen[name] = key
-            written[file_type] = self._write(folder, file_type, checkpoint, words, chosen, places, imatrix)
+        imatrix, written = self._imatrix, self._files(checkpoint)
         if imatrix:
             write_imatrix(folder / imatrix, places)
             if self.imatrix_dat:
                 write_imatrix_dat(folder / f"{self.about.name}.imatrix.dat", places)
-        if self.ollama and words.chat_template:
+        if self.ollama and self._words(checkpoint).chat_template:
             self._write_ollama(checkpoint, written, folder)
         for name in COPIED:
             if (checkpoint.folder / name).is_file():
@@ -197,101 +227,23 @@ class GgufFormat:
             if text:
                 write_text(folder / name, text)
 
-    def _write(
-        self,
-        folder: Path,
-        file_type: str,
-        checkpoint: Checkpoint,
-        words: Vocabulary,
-        chosen: dict[str, str],
-        places: dict[str, Path],
-        imatrix: str | None,
-    ) -> list[str]:
-        """One file type; returns the names of its files."""
-        tensors = [_stored(name, places[key], key) for name, key in chosen.items()]
-        if (factors := rope_factors(checkpoint.config)) is not None:
-            values = factors.numpy()
-            tensors.insert(0, _Stored("rope_freqs.weight", DENSE, values.shape, values.nbytes, lambda: values))
-        parts = _parts(tensors, self.shard_bytes)
-        stem = f"{self.about.name}.{file_type}"
-        names = [f"{stem}.gguf"]
-        if len(parts) > 1:
-            names = [split_name(stem, number, len(parts)) for number in range(len(parts))]
-        for number, (name, part) in enumerate(zip(names, parts, strict=True)):
-            writer = gguf.GGUFWriter(folder / name, self.model.architecture)
-            if number == 0:
-                entries = sum(key.endswith(f"|{TOKENS}") for key in places)
-                self._describe(writer, file_type, checkpoint, words, imatrix, entries)
-            if len(parts) > 1:
-                writer.add_uint16(SPLIT_NO, number)
-                writer.add_uint16(SPLIT_COUNT, len(parts))
-                writer.add_int32(SPLIT_TENSORS, len(tensors))
-            _write_tensors(writer, part)
-        return names
-
     def _describe(
         self,
         writer: gguf.GGUFWriter,
         file_type: str,
         checkpoint: Checkpoint,
         words: Vocabulary,
-        imatrix: str | None,
-        entries: int,
     ) -> None:
         parameters = sum(info.num_elements for info in checkpoint.tensors.tensors.values())
         write_model(writer, checkpoint.config, self.model, self.about, parameters)
         writer.add_file_type(MIXTURES[file_type].number)
         write_tokenizer(writer, words)
-        if imatrix:
-            writer.add_string("quantize.imatrix.file", imatrix)
+        if self._imatrix:
+            writer.add_string("quantize.imatrix.file", self._imatrix)
             writer.add_string("quantize.imatrix.dataset", THE_RECORD)
-            writer.add_int32("quantize.imatrix.entries_count", entries)
+            solved = [name for name, _, _ in checkpoint.linear_shapes(ends=True) if name != END_MODULES[EMBEDDING]]
+            writer.add_int32("quantize.imatrix.entries_count", len(solved))
             writer.add_int32("quantize.imatrix.chunks_count", CHUNKS)
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor to be written: name, ggml's type, shape of what is stored, its bytes, and how to get them."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    size_bytes: int
-    read: Callable[[], np.ndarray]
-
-
-def _stored(name: str, path: Path, key: str) -> _Stored:
-    kind = key.split("|")[1]
-    with safe_open(path, framework="np") as file:
-        shape = tuple(file.get_slice(key).get_shape())
-    size_bytes = prod(shape) * (np.dtype(np.float32).itemsize if kind == DENSE else 1)
-    return _Stored(name, kind, shape, size_bytes, partial(_read, path, key))
-
-
-def _parts(tensors: list[_Stored], most_bytes: int) -> list[list[_Stored]]:
-    """Tensors in runs of no more than so many bytes, or of one tensor."""
-    parts: list[list[_Stored]] = [[]]
-    held = 0
-    for tensor in tensors:
-        if parts[-1] and held + tensor.size_bytes > most_bytes:
-            parts.append([])
-            held = 0
-        parts[-1].append(tensor)
-        held += tensor.size_bytes
-    return parts
-
-
-def _write_tensors(writer: gguf.GGUFWriter, tensors: list[_Stored]) -> None:
-    for tensor in tensors:
-        dtype = np.dtype(np.float32 if tensor.kind == DENSE else np.uint8)
-        kind = None if tensor.kind == DENSE else gguf.GGMLQuantizationType[tensor.kind]
-        writer.add_tensor_info(tensor.name, tensor.shape, dtype, tensor.size_bytes, kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor in tensors:
-        writer.write_tensor_data(tensor.read())
-    writer.close()
 
 
 def _read(path: Path, key: str) -> np.ndarray:
