@@ -18,6 +18,7 @@ from typing import Any
 from quantkit.errors import GateError, RefusedError, RunFailedError
 from quantkit.hub import Branch, collect, read_branch, upload
 from quantkit.report.record import CARD, read_record, require_unchanged, write_record
+from quantkit.report.table import size_text
 from quantkit.signature import SIGNATURE, problem, public_part, sign
 from quantkit.workdir import RECORD, sha256_of
 
@@ -296,11 +297,11 @@ def publication_lines(found: dict[str, Any]) -> list[str]:
     for branch in found["branches"]:
         size = sum(file["size_bytes"] for file in branch["upload"])
         lines += [f"branch            {branch['revision']}"]
-        lines += [f"  {file['size_bytes'] / 1e6:>10.2f} MB  {file['name']}" for file in branch["upload"]]
+        lines += [f"  {size_text(file['size_bytes']):>13}  {file['name']}" for file in branch["upload"]]
         lines += [f"on the Hub only   {name}" for name in branch["others"]]
         if not branch["upload"]:
             lines += ["nothing to upload: the Hub has these bytes"]
             continue
         done = "would be uploaded" if found["dry_run"] else f"uploaded, commit {branch['commit']}"
-        lines += [f"{len(branch['upload'])} files, {size / 1e6:.2f} MB, {done}"]
+        lines += [f"{len(branch['upload'])} files, {size_text(size)}, {done}"]
     return lines

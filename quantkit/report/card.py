@@ -117,7 +117,8 @@ def _quality(record: dict[str, Any]) -> str:
 
 
 def _making(record: dict[str, Any]) -> str:
-    quantize = "\n".join(f"* `{key}`: {value}" for key, value in record["recipe"]["quantize"].items())
+    asked = {key: value for key, value in record["recipe"]["quantize"].items() if value not in (None, [])}
+    quantize = "\n".join(f"* `{key}`: {_shown(value)}" for key, value in asked.items())
     calibration = record["calibration"]
     if calibration is None:
         text = "No calibration text was used."
@@ -125,6 +126,12 @@ def _making(record: dict[str, Any]) -> str:
         sets = ", ".join(f"{part['name']} ({part['windows']} windows)" for part in calibration["texts"])
         text = f"Calibration: {sets} of {calibration['window_tokens']} tokens; seed {calibration['seed']}."
     return f"{quantize}\n\n{text}\n"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _chat(record: dict[str, Any]) -> str:

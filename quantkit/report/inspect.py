@@ -6,6 +6,7 @@ from typing import Any
 from quantkit.errors import RefusedError
 from quantkit.formats import READERS, detect
 from quantkit.report.record import CARD, changed_files, read_record
+from quantkit.report.table import size_text
 from quantkit.signature import SIGNATURE, problem
 from quantkit.workdir import RECORD
 
@@ -69,7 +70,7 @@ def inspection_lines(found: dict[str, Any]) -> list[str]:
         f"artifact          {found['artifact']}",
         f"format            {found['format']}",
         f"bits per weight   {found['bits_per_weight']:.3f}",
-        f"size              {found['size_bytes'] / 1e6:.2f} MB in weights, {len(found['tensors'])} tensors",
+        f"size              {size_text(found['size_bytes'])} in weights, {len(found['tensors'])} tensors",
     ]
     if record is None:
         lines += ["record            none: not made by quantkit"]

@@ -15,6 +15,7 @@ from typing import Any
 from quantkit.errors import RefusedError
 from quantkit.report.plots import COLOURS, MEASURES, SHAPES, chart, draw_png, outline, require_matplotlib
 from quantkit.report.record import read_record
+from quantkit.report.table import size_text
 from quantkit.workdir import RECORD, write_json, write_text
 
 PAGE, DATA = "report.html", "report.json"
@@ -196,7 +197,7 @@ def page(report: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": _size, "figure": _figure, "whole": _whole, "download": _download}
+    environment.filters |= {"size": size_text, "figure": _figure, "whole": _whole, "download": _download}
     points = [point for point in report["points"] if point["runtime"] == REFERENCE]
     return environment.get_template("report.html.jinja").render(
         report=report,
@@ -295,10 +296,6 @@ def _prompts(report: dict[str, Any]) -> list[dict[str, Any]]:
         if point["answer"] is not None:
             asked.setdefault(prompt_of[point["artifact"]], []).append(point)
     return [{"prompt": prompt, "points": points} for prompt, points in asked.items()]
-
-
-def _size(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
 
 
 def _figure(value: float | None, digits: int) -> str:

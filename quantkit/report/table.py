@@ -30,7 +30,7 @@ def rows(name: str, validation: dict[str, Any], *, seconds: float | None = None)
     for variant in validation["variants"]:
         gate = "passed" if variant["gate"]["passed"] else "FAILED"
         label = name if len(validation["variants"]) == 1 else f"{name} {variant['name']}"
-        start = [f"{variant['bits_per_weight']:.3f}", f"{variant['size_bytes'] / 1e6:.2f} MB"]
+        start = [f"{variant['bits_per_weight']:.3f}", size_text(variant["size_bytes"])]
         for result in variant["results"]:
             shown = label if result["runtime"] == "reference" else f"{label} ({result['runtime']})"
             if result["status"] != "ok":
@@ -50,6 +50,11 @@ def rows(name: str, validation: dict[str, Any], *, seconds: float | None = None)
                 ]
             )
     return found
+
+
+def size_text(size_bytes: int) -> str:
+    """A size as people read it, in decimal units as the Hub shows them."""
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
 
 
 def _perplexities(result: dict[str, Any]) -> list[str]:

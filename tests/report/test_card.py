@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from quantkit.formats import READERS
 from quantkit.report.card import card
 from quantkit.report.schema import Record
+from quantkit.report.table import size_text
 from tests.report.records import record_of, variant
 
 CARDS = Path(__file__).parent / "cards"
@@ -48,6 +49,20 @@ def test_a_failed_variant_is_in_the_table_and_not_announced():
     assert names == {"good"}
     assert "| gptq bad | 2.000 |" in text
     assert "**Did not pass the recipe's gates:**" in text
+
+
+def test_sizes_are_read_as_the_hub_shows_them_and_keys_not_asked_for_are_left_out():
+    assert [size_text(num) for num in (999_990_000, 1_000_000_000, 4_250_000_000)] == [
+        "999.99 MB",
+        "1.00 GB",
+        "4.25 GB",
+    ]
+    text = card(record_of("gguf"))
+    assert "| 4.25 GB |" in text
+    assert "`: None" not in text
+    assert "`skip`" not in card(record_of("gptq"))
+    assert "* `imatrix`: yes\n" in text
+    assert "* `types`: Q2_K, Q3_K_S, " in text
 
 
 def test_own_words_and_a_prompt_with_fences():
