@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import RefusedError
-from quantkit.report.plots import COLOURS, MEASURES, SHAPES, chart, draw_png, outline, require_matplotlib
+from quantkit.report.plots import COLOURS, MEASURES, SHAPES, beyond, chart, draw_png, outline, require_matplotlib
 from quantkit.report.record import read_record
 from quantkit.report.table import size_text
 from quantkit.workdir import RECORD, write_json, write_text
@@ -207,6 +207,7 @@ def page(report: dict[str, Any]) -> str:
                 "measure": measure,
                 "wide": chart(points, measure, width=620, height=400),
                 "narrow": chart(points, measure, width=350, height=330),
+                "beyond": beyond(points, measure),
             }
             for measure in MEASURES
         ],

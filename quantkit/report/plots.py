@@ -14,7 +14,8 @@ from quantkit.errors import UnavailableError
 # outlines within a circle of radius 1, one per format, so that formats are told apart without colour
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "pentagon", "triangle-down")
 COLOURS = 8
-CHARACTER = 7.3  # mean width of a label's character, pixels
+# widths of a label's characters, pixels: names are mostly capitals, which are wider than text is
+WIDEST, CAPITAL, CHARACTER = 12.0, 9.0, 7.3
 LINE = 15.0
 MARK = 6.5
 LEFT, RIGHT, TOP, BOTTOM = 68.0, 18.0, 16.0, 46.0
@@ -131,6 +132,12 @@ def drawable(points: Sequence[dict[str, Any]], measure: Measure) -> list[dict[st
     return sorted(found, key=lambda point: (point["size_bytes"], point["label"]))
 
 
+def beyond(points: Sequence[dict[str, Any]], measure: Measure) -> list[str]:
+    """Labels of points that have a value, which the measure's axis cannot show."""
+    drawn = {id(point) for point in drawable(points, measure)}
+    return [point["label"] for point in points if point[measure.key] is not None and id(point) not in drawn]
+
+
 def chart(points: Sequence[dict[str, Any]], measure: Measure, *, width: float, height: float) -> Chart | None:
     """The chart of a measure over size; None where no point has a value.
 
@@ -190,7 +197,7 @@ def _labels(
     taken = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in places]
     found: list[tuple[float, float, str] | None] = []
     for name, (x, y) in zip(names, places, strict=True):
-        wide = CHARACTER * len(name)
+        wide = label_width(name)
         gap = MARK + 4
         tries = (
             (x + gap, y + 4, "start"),
@@ -210,6 +217,11 @@ def _labels(
         if place is not None:
             taken.append(_box(place, wide))
     return found
+
+
+def label_width(name: str) -> float:
+    """About how wide a name is drawn, pixels."""
+    return sum(WIDEST if one in "MW" else CAPITAL if one.isupper() else CHARACTER for one in name)
 
 
 def _box(place: tuple[float, float, str], wide: float) -> tuple[float, float, float, float]:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from quantkit.report.plots import MEASURES, SHAPES, chart, draw_png, linear_axis, log_axis, outline
+from quantkit.report.plots import MEASURES, SHAPES, beyond, chart, draw_png, linear_axis, log_axis, outline
 
 
 def point(size: float, ratio: float | None, *, kld: float | None = None, label: str = "Q4_K_M", **changes) -> dict:
@@ -48,6 +48,7 @@ def test_what_has_no_value_is_not_drawn():
     # a divergence of zero has no logarithm
     assert [dot.point["size_bytes"] for dot in chart(points, MEASURES[1], width=600, height=400).dots] == [3e9]
     assert chart(points[:1], MEASURES[0], width=600, height=400) is None
+    assert [beyond(points, measure) for measure in MEASURES[:2]] == [[], ["Q4_K_M"]]
 
 
 def test_labels_cover_neither_each_other_nor_points():
@@ -65,6 +66,22 @@ def test_labels_cover_neither_each_other_nor_points():
         assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
     for box in boxes:
         assert not any(box[0] < dot.x < box[2] and box[1] < dot.y < box[3] for dot in shown.dots)
+
+
+def test_labels_of_capitals_do_not_reach_a_mark_beside_them():
+    sizes = {"AWQ": (4.25e9, 1.013), "GPTQ": (4.25e9, 1.01), "Q4_K_S": (4.6e9, 1.014)}
+    others = [point(2.6e9, 1.2), point(6.6e9, 1.001)]
+    shown = chart(
+        [*others, *(point(size, ratio, label=label) for label, (size, ratio) in sizes.items())],
+        MEASURES[1],
+        width=620,
+        height=400,
+    )
+    awq = next(dot for dot in shown.dots if dot.point["label"] == "AWQ")
+    near = next(dot for dot in shown.dots if dot.point["label"] == "Q4_K_S")
+    x, y, anchor = awq.label
+    # measured in the browsers' usual sans at 12 pixels
+    assert anchor != "start" or x + 29.5 < near.x - 6 or abs(y - 4 - near.y) > 12
 
 
 @pytest.mark.parametrize("shape", SHAPES)
