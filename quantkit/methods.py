@@ -12,6 +12,7 @@ from quantkit.formats.awq import BITS as AWQ_BITS
 from quantkit.formats.awq import AwqFormat
 from quantkit.formats.compressed_tensors import CompressedTensorsFormat
 from quantkit.formats.contract import Format
+from quantkit.formats.exl2 import Exl2Format
 from quantkit.formats.gguf.metadata import About
 from quantkit.formats.gguf.names import Model
 from quantkit.formats.gguf.write import GgufFormat
@@ -19,16 +20,28 @@ from quantkit.formats.gptq import LOWEST_ASYMMETRIC_ZERO, GptqFormat
 from quantkit.formats.hqq import HqqFormat
 from quantkit.formats.mlx import MlxFormat
 from quantkit.grids.affine import AffineRule, BiasRule, FloatZeroRule
-from quantkit.quantize import AwqSection, CompressedTensorsSection, GgufSection, GptqSection, HqqSection, MlxSection
+from quantkit.grids.exl2 import Mixture
+from quantkit.grids.exl2_options import HEADS
+from quantkit.quantize import (
+    AwqSection,
+    CompressedTensorsSection,
+    Exl2Section,
+    GgufSection,
+    GptqSection,
+    HqqSection,
+    MlxSection,
+)
 from quantkit.solvers.awq import ChannelScaling
 from quantkit.solvers.blocks import BlockSolver
 from quantkit.solvers.contract import Solver
+from quantkit.solvers.exl2 import Exl2Solver
+from quantkit.solvers.exl2_measure import OptionTrial, allocate, with_allocations
 from quantkit.solvers.ggml import ENGINE as GGML
 from quantkit.solvers.gptq import GptqSolver
 from quantkit.solvers.hqq import HalfQuadratic
 from quantkit.solvers.rtn import RoundToNearest
 from quantkit.solvers.weights import ByWidth, WeightSolver, WhereCalibrated
-from quantkit.stream import Solvers
+from quantkit.stream import Measuring, Solvers
 
 # where a recipe has no key for them
 GPTQ_DAMPING = 0.01
@@ -36,12 +49,32 @@ GPTQ_ASYMMETRIC = 0.5
 
 
 @dataclass(frozen=True)
+class Survey:
+    """A pass over the unquantized model that comes first, where a method has something to find out.
+
+    Attributes:
+        measuring: finds out something about every decoder layer.
+        settle: the method as it is once everything was measured, given all layers' findings in order.
+    """
+
+    measuring: Measuring
+    settle: Callable[[list[dict[str, Any]]], "Method"]
+
+
+@dataclass(frozen=True)
 class Method:
-    """Solvers, and the format their codes are written in; `engine` names an engine whose library the solvers call."""
+    """Solvers, and the format their codes are written in.
+
+    Attributes:
+        solvers, format: what works together.
+        engine: names an engine whose library the solvers call.
+        survey: comes first, and changes both before the first item is solved.
+    """
 
     solvers: Solvers
     format: Format
     engine: str | None = None
+    survey: Survey | None = None
 
 
 def gptq(section: GptqSection, config: dict[str, Any]) -> Method:
@@ -160,6 +193,33 @@ def compressed_tensors(section: CompressedTensorsSection, config: dict[str, Any]
     )
 
 
+def exl2(section: Exl2Section, config: dict[str, Any]) -> Method:
+    """GPTQ codes of mixed widths that a measurement allots, in EXL2 folders, one for each target."""
+    head = HEADS[section.head_bits]
+    refusals = tuple(
+        f"config.json has {key} = true: exllamav2 expects no such biases in a {config['model_type']}"
+        for key in ("attention_bias", "mlp_bias")
+        if config.get(key)
+    )
+    written = Exl2Format(section.bits, head, section.head_bits, int(config["vocab_size"]), refusals)
+    trial = OptionTrial(section.damping, section.scale_candidates, section.measure_windows)
+
+    def solvers(mixtures: Callable[[str], tuple[Mixture, ...]]) -> Solvers:
+        solver = Exl2Solver(mixtures, section.damping, section.scale_candidates)
+        return Solvers(solver, ends=solver, unties_head=True)
+
+    def settle(layers: list[dict[str, Any]]) -> Method:
+        measured = {key: rows for layer in layers for key, rows in layer["measured"].items()}
+        weights = sum(layer["weights"] for layer in layers)
+        found = [allocate(measured, weights, bits) for bits in section.bits]
+        chosen = {name: tuple(each.mixtures[name] for each in found) for name in found[0].mixtures}
+        settled = replace(written, measurement=with_allocations(measured, found, written.variants))
+        return Method(solvers(lambda name: chosen.get(name, (head,) * len(found))), settled)
+
+    unsettled = solvers(lambda name: (head,) * len(section.bits))
+    return Method(unsettled, written, Survey(trial, settle))
+
+
 METHODS: dict[str, Callable[[Any, dict[str, Any]], Method]] = {
     "gptq": gptq,
     "awq": awq,
@@ -167,4 +227,5 @@ METHODS: dict[str, Callable[[Any, dict[str, Any]], Method]] = {
     "hqq": hqq,
     "mlx": mlx,
     "gguf": gguf,
+    "exl2": exl2,
 }

@@ -18,13 +18,13 @@ from quantkit.formats.contract import Format, InPlace, LaidOut
 from quantkit.formats.shards import read_item, write_item
 from quantkit.judgement import check_window, judge, keep
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
-from quantkit.methods import METHODS, Method
+from quantkit.methods import METHODS, Method, Survey
 from quantkit.plan import Plan, make_plan
 from quantkit.progress import Progress
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
 from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
 from quantkit.sources import Source, open_source
-from quantkit.stream import Calibration, Sinks, stream
+from quantkit.stream import Calibration, Sinks, stream, survey
 from quantkit.texts import TextSet, load_text_set
 from quantkit.upstream import adopt, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
@@ -216,6 +216,10 @@ def _make(
     stages = {"prepare": watch.lap()}
 
     if recipe.engine == OWN_ENGINE:
+        if method.survey is not None:
+            assert calibration is not None, "a survey needs text"
+            method = _surveyed(source.checkpoint, method.survey, calibration, decoder, work, progress)
+            stages["measure"] = watch.lap()
         places = _lay_out(source.checkpoint, method.format, work)
         _quantize(source.checkpoint, method, calibration, decoder, work, places, progress)
         stages["quantize"] = watch.lap()
@@ -305,6 +309,30 @@ def _quantize(
         facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
         work.finish(item.name, lambda path, tensors=tensors: write(path, tensors), facts)  # type: ignore[misc]
     progress.steps("quantize", len(names), len(names))
+
+
+def _surveyed(
+    checkpoint: Checkpoint,
+    wanted: Survey,
+    calibration: Calibration,
+    decoder: Decoder,
+    work: Workdir,
+    progress: Progress,
+) -> Method:
+    """The method as it is after its survey; layers that were measured before an interruption are not measured again."""
+    names = checkpoint.items[1:-1]
+    sinks = Sinks(item=lambda name: progress.steps("measure", checkpoint.items.index(name), len(names) + 1))
+    if any(work.noted(name) is None for name in names):
+        for name, found in survey(
+            checkpoint,
+            calibration,
+            wanted.measuring,
+            decoder=decoder,
+            known=lambda name: work.noted(name) is not None,
+            sinks=sinks,
+        ):
+            work.note(name, found)
+    return wanted.settle([work.noted(name) for name in names])
 
 
 def _decoder(recipe: Recipe, source: Source, device: torch.device) -> Decoder:

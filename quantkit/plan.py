@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from quantkit.calibration.statistics import DEVIATION, HESSIAN
-from quantkit.checkpoint.families import EMBEDDING, HEAD
+from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import free_bytes
 from quantkit.engines.env import find_engine
@@ -79,6 +79,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
             fix='set it to "float", or let the recipe name a single variant',
         )
     shapes = list(checkpoint.linear_shapes(ends=method.solvers.ends is not None))
+    untied = method.solvers.unties_head and all(name != END_MODULES[HEAD] for name, _, _ in shapes)
+    if untied:
+        shapes += [
+            (END_MODULES[HEAD], rows, columns) for name, rows, columns in shapes if name == END_MODULES[EMBEDDING]
+        ]
     solved = [shape for shape in shapes if not shape[0].endswith(method.format.skip)]
     if problems := method.format.problems(shapes):
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
@@ -90,8 +95,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     infos = checkpoint.tensors.tensors
     parameters = sum(info.num_elements for info in infos.values())
     quantized = sum(rows * columns for _, rows, columns in solved)
+    parameters_held = parameters + (shapes[-1][1] * shapes[-1][2] if untied else 0)
     quantized_bits = sum(method.format.stored_bits(*shape) for shape in solved)
-    dense_bytes = (parameters - quantized) * method.format.stored_dtype.itemsize
+    dense_bytes = (parameters_held - quantized) * method.format.stored_dtype.itemsize
     beside_bytes = dense_bytes + (method.format.head_bytes(checkpoint) if isinstance(method.format, Headed) else 0)
     variants = _variants(method.format, solved, beside_bytes)
     artifact_bytes = quantized_bits // 8 + beside_bytes * max(len(variants), 1)

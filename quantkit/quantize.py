@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -270,6 +270,38 @@ class CompressedTensorsSection(Section):
     )
 
 
+class Exl2Section(Section):
+    """Which sizes are written, and how mixtures are measured and solved."""
+
+    bits: tuple[float, ...] = Field(
+        default=(4.0,),
+        strict=False,
+        min_length=1,
+        description="Targets of bits per weight over the linears of the decoder layers, scales and tables included; "
+        'one folder each. Several need `calibration.activations = "float"`.',
+    )
+    head_bits: Literal[2, 3, 4, 5, 6, 8] = Field(default=6, description="About so many bits for the head.")
+    damping: float = Field(
+        default=0.01,
+        gt=0,
+        lt=1,
+        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
+    )
+    scale_candidates: int = Field(
+        default=12, ge=1, le=200, description="Scales tried per column and group, weighted by the Hessian's diagonal."
+    )
+    measure_windows: int = Field(
+        default=16, ge=1, description="Calibration windows that options are compared on, evenly spaced."
+    )
+
+    @field_validator("bits")
+    @classmethod
+    def _distinct(cls, bits: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(bits)) < len(bits) or min(bits) < 2 or max(bits) > 8:
+            raise ValueError("targets lie between 2 and 8, each once")
+        return tuple(sorted(bits))
+
+
 QUANTIZE: dict[str, Section] = {
     "awq": AwqSection(),
     "compressed-tensors": CompressedTensorsSection(),
@@ -277,5 +309,6 @@ QUANTIZE: dict[str, Section] = {
     "hqq": HqqSection(),
     "mlx": MlxSection(),
     "gguf": GgufSection(),
+    "exl2": Exl2Section(),
 }
 """Each format's table with its defaults, by the format's name."""

@@ -9,10 +9,10 @@ Shape legend: W windows, T tokens per window, D hidden size.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
 from quantkit.qtensor import Item, LinearFacts
 from quantkit.solvers.contract import Solver
+
+HEAD_WEIGHT = f"{END_MODULES[HEAD]}.weight"
 
 
 class Preparation(Protocol):
@@ -50,11 +52,13 @@ class Solvers:
         ends: solves the embedding and the head, where a format quantizes them too; of what it needs the head's input
             is collected, and an embedding has no input to collect.
         preparation: rewrites each layer first.
+        unties_head: a tied model gets a head of its own, solved from the embedding.
     """
 
     layers: Solver
     ends: Solver | None = None
     preparation: Preparation | None = None
+    unties_head: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
@@ -126,6 +130,8 @@ def stream(
             if position + 1 < len(names):
                 pending = reader.submit(checkpoint.read, names[position + 1])
             sinks.item(name)
+            if name == HEAD and solvers.unties_head and HEAD_WEIGHT not in source:
+                source |= {HEAD_WEIGHT: checkpoint.read(EMBEDDING)[f"{END_MODULES[EMBEDDING]}.weight"]}
             replay = finished(name)
             if replay is not None:
                 if activations:
@@ -134,6 +140,62 @@ def stream(
             item = _solve_item(checkpoint, name, source, solvers, activations, stored_dtype, skip, sinks, decoder)
             item.seconds["read"] = waited
             yield item
+
+
+class Measuring(Protocol):
+    """Finds something out about the decoder layers of the unquantized model before the first of them is solved."""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics of every stage's inputs."""
+        ...
+
+    @property
+    def windows(self) -> int:
+        """Most calibration windows whose hidden states `measure` is given."""
+        ...
+
+    def measure(
+        self,
+        layer: DecoderLayer,
+        statistics: Mapping[str, Statistics],
+        hidden_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+    ) -> dict[str, Any]:
+        """What is found out, for JSON.
+
+        Args:
+            layer: holding the source's weights; may be altered.
+            statistics: over all windows, by the stage's name.
+            hidden_BTD: the layer's input [B, T, D] for some windows, evenly spaced; may be altered.
+            rope: for `DecoderLayer.walk`.
+        """
+        ...
+
+
+def survey(
+    checkpoint: Checkpoint,
+    calibration: Calibration,
+    measuring: Measuring,
+    *,
+    decoder: Decoder,
+    known: Callable[[str], bool] = lambda item: False,
+    sinks: Sinks | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield what is found out about every decoder layer, by its name, but those that are known already."""
+    sinks = sinks or Sinks()
+    activations = Activations(decoder, replace(calibration, from_float=True), both=False)
+    for name in checkpoint.items[:-1]:
+        sinks.item(name)
+        source = checkpoint.read(name)
+        if name == EMBEDDING or known(name):
+            activations.advance(name, source, source)
+            continue
+        layer = decoder.layer(int(name.removeprefix("layers.")), source)
+        hidden_BTD = activations.sample(measuring.windows)
+        statistics = activations.observe(layer, measuring.needs)
+        release_freed_memory()
+        yield name, measuring.measure(layer, statistics, hidden_BTD, activations.rope)
 
 
 def _solve_item(
@@ -260,6 +322,22 @@ class Activations:
         self.batches = self._through(name, used, self.batches)
         if self.exact is not None:
             self.exact = self._through(name, source, self.exact)
+
+    def sample(self, most: int) -> Tensor:
+        """A copy of at most so many windows [W, T, D], evenly spaced."""
+        windows = [window for batch in self.batches for window in batch.unbind()]
+        count = min(most, len(windows))
+        return torch.stack([windows[place * len(windows) // count] for place in range(count)])
+
+    def observe(self, layer: DecoderLayer, needs: frozenset[str]) -> dict[str, Statistics]:
+        """Go through a layer that is not solved, and collect what each of its stages reads, by the stage's name."""
+        statistics = {stage.name: Statistics(needs) for stage in layer.family.stages}
+        for place, batch in enumerate(self.batches):
+            walk = layer.walk(batch, self.rope)
+            for stage in layer.family.stages:
+                statistics[stage.name].add(next(walk)[1])
+            self.batches[place] = _finish([walk])[0]
+        return statistics
 
     def _through(self, name: str, tensors: dict[str, Tensor], batches: list[Tensor]) -> list[Tensor]:
         if name == EMBEDDING:

@@ -144,6 +144,18 @@ class Workdir:
             self._journal["items"][item] = {"size_bytes": path.stat().st_size, "facts": facts}
             write_json(self.folder / JOURNAL, self._journal)
 
+    def note(self, name: str, content: Any) -> None:
+        """Keep something for JSON beside the items."""
+        with disk_errors(self.folder):
+            path = self.folder / "notes" / f"{name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, content)
+
+    def noted(self, name: str) -> Any:
+        """What `note` kept under the name; None if nothing was."""
+        path = self.folder / "notes" / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
     def lay_out(self, write: Callable[[Path], T]) -> T:
         """Let `write` make or open files in the `artifact` folder before the items; returns what it returns."""
         with disk_errors(self.folder):

@@ -3,6 +3,7 @@
 They share nothing with quantkit/solvers and quantkit/grids.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,3 +71,69 @@ def oracle_gptq(weight, hessian, *, bits, group_size, damping, order, symmetric=
         w[:, i:] -= torch.outer((w[:, i] - decoded[:, i]) / inverse[0, 0], inverse[0])
     back = torch.argsort(torch.tensor(order))
     return codes[:, back], decoded[:, back]
+
+
+def half(value: float) -> float:
+    """As float16 holds it."""
+    return float(np.float16(value))
+
+
+def oracle_exl2_scales(group: Tensor, importance: Tensor, *, bits: int, candidates: int) -> tuple[list[int], float]:
+    """Scale code of every row and the group's largest scale, for one group [rows, columns], row by row."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def error(row: Tensor, scale: float, holds) -> float:
+        steps = [min(max(round(float(value) / scale), low), high) if scale else 0 for value in row]
+        decoded = torch.tensor([holds(step * scale) for step in steps], dtype=torch.float64)
+        return float((importance * (row - decoded) ** 2).sum())
+
+    wanted = []
+    for row in group:
+        full = float(row.abs().max()) / ((2**bits - 1) / 2)
+        tried = [full * (1.1 - 0.6 * i / (candidates - 1)) for i in range(candidates)] if candidates > 1 else [full]
+        wanted.append(min(tried, key=lambda scale: error(row, scale, float)))
+    largest = half(max(wanted))
+    unit = half(largest / 256)
+    codes = []
+    for row, scale in zip(group, wanted, strict=True):
+        near = round(16 * (scale / largest) ** 0.5) if largest else 1
+        around = [min(max(near + shift, 1), 16) for shift in (0, -1, 1)]
+        codes.append(min(around, key=lambda code: error(row, half(code * code * unit), half)))
+    return codes, largest
+
+
+def oracle_exl2(weight, hessian, *, groups, damping, candidates):
+    """GPTQ on EXL2's grid with a fresh inverse of the remaining Hessian for every column, strongest first.
+
+    Args:
+        groups: (bits, columns) in the order of falling diagonal.
+
+    Returns:
+        codes [rows, columns] in the original channel order, scale codes [groups, rows], each group's largest scale,
+        and the decoded weights.
+    """
+    order = sorted(range(weight.shape[1]), key=lambda channel: -float(hessian[channel, channel]))
+    w = weight[:, order].clone()
+    h = hessian[order][:, order].clone()
+    h.diagonal().add_(damping * h.diagonal().mean())
+    codes = torch.empty(w.shape, dtype=torch.uint8)
+    decoded = torch.empty_like(w)
+    scale_codes, largest, start = [], [], 0
+    for bits, size in groups:
+        inside = slice(start, start + size)
+        found, top = oracle_exl2_scales(w[:, inside], h.diagonal()[inside], bits=bits, candidates=candidates)
+        scale_codes.append(found)
+        largest.append(top)
+        for i in range(start, start + size):
+            for row, code in enumerate(found):
+                scale = half(code * code * half(top / 256))
+                step = (
+                    min(max(round(float(w[row, i]) / scale), -(2 ** (bits - 1))), 2 ** (bits - 1) - 1) if scale else 0
+                )
+                codes[row, i] = step + 2 ** (bits - 1)
+                decoded[row, i] = half(step * scale)
+            inverse = torch.linalg.inv(h[i:, i:])
+            w[:, i:] -= torch.outer((w[:, i] - decoded[:, i]) / inverse[0, 0], inverse[0])
+        start += size
+    back = torch.argsort(torch.tensor(order))
+    return codes[:, back], torch.tensor(scale_codes), largest, decoded[:, back]

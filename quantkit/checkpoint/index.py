@@ -22,6 +22,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "U8": torch.uint8,
     "U32": torch.uint32,
 }
@@ -197,6 +198,32 @@ def open_tensors(folder: Path, stem: str = STEM) -> TensorFolder:
             fix="download the checkpoint again: index and shards are of different versions",
         )
     return TensorFolder(folder, {name: tensors[name] for name in sorted(weight_map)})
+
+
+def open_every_file(folder: Path, below: str = ".") -> TensorFolder:
+    """The tensors of all safetensors files of a folder, whatever they are called and without an index.
+
+    Args:
+        folder: what file names are given from.
+        below: where in it the files lie.
+
+    Raises:
+        RefusedError: no weights, a truncated file, a tensor that two files hold.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for path in sorted((folder / below).glob("*.safetensors")):
+        file = path.relative_to(folder).as_posix()
+        found = _headers(folder, file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise RefusedError(
+                f"{twice[0]} is in {tensors[twice[0]].file} and in {file}",
+                where=str(folder),
+                fix="remove the files of another conversion",
+            )
+        tensors |= found
+    if not tensors:
+        raise RefusedError("no *.safetensors is there", where=str(folder / below), fix="give a complete folder")
+    return TensorFolder(folder, tensors)
 
 
 def _headers(folder: Path, file: str) -> dict[str, TensorInfo]:

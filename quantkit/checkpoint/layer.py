@@ -89,6 +89,13 @@ class DecoderLayer:
         )[0]
         return attended
 
+    def normed(self, stage: Stage, hidden_BTD: Tensor) -> Tensor:
+        """What the stage that opens a block, attention or MLP, reads of the hidden states before it."""
+        first = stage == self.family.stages[0]
+        norm = self.module.input_layernorm if first else self.module.post_attention_layernorm
+        normed: Tensor = norm(hidden_BTD)  # type: ignore[operator]
+        return normed
+
     def block_output(self, stage: Stage, inputs_BTF: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Output [B, T, D] of the block that a stage stands in, attention or MLP, given the stage's input."""
         qkv, _, gate_up, _ = self.family.stages

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from quantkit.checkpoint.index import read_json
 from quantkit.errors import RefusedError
-from quantkit.formats import awq, compressed_tensors, gguf, gptq, hqq, mlx
+from quantkit.formats import awq, compressed_tensors, exl2, gguf, gptq, hqq, mlx
 from quantkit.formats.contract import Artifact, Reading
 
 READERS: dict[str, Reading] = {
-    module.NAME: module.READING for module in (gptq, awq, compressed_tensors, hqq, mlx, gguf)
+    module.NAME: module.READING for module in (gptq, awq, compressed_tensors, hqq, mlx, gguf, exl2)
 }
 
 

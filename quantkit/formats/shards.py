@@ -8,8 +8,8 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -73,6 +73,7 @@ def merge(
     stem: str = STEM,
     metadata: dict[str, str] = METADATA,
     index: dict[str, Any] | None = None,
+    renamed: Callable[[str], str | None] = lambda name: name,
 ) -> list[Path]:
     """Join item files into `<stem>.safetensors`, or into shards with an index; returns the files written.
 
@@ -82,12 +83,13 @@ def merge(
         stem: what the file names start with.
         metadata: of every file; one key, because the library writes several in random order.
         index: written for a single file too, with these facts in its metadata; None only indexes shards.
+        renamed: a tensor's name in the files written, or None to leave it out.
         max_shard_bytes: a shard is closed before it would grow beyond this.
     """
     shards: list[list[Extent]] = [[]]
     size = 0
     for path in items:
-        found = extents(path)
+        found = [replace(each, name=name) for each in extents(path) if (name := renamed(each.name)) is not None]
         item_bytes = sum(extent.size_bytes for extent in found)
         if shards[-1] and size + item_bytes > max_shard_bytes:
             shards.append([])

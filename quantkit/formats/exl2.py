@@ -1,0 +1,317 @@
+"""EXL2 folders, one for each target of bits per weight: linears and head packed for exllamav2 (docs/formats/exl2.md).
+
+Shape legend: O out features (N where padded to 32), I in features, G groups, Q packed rows.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantkit.checkpoint.families import END_MODULES, HEAD, Family, family_of, item_of
+from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_every_file, read_json
+from quantkit.errors import RefusedError
+from quantkit.formats.bitstream import pack, unpack
+from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.shards import merge
+from quantkit.formats.sidecars import quantized_config, write_sidecars
+from quantkit.grids.exl2 import SCALE_BITS, UNIT, WIDTHS, Exl2Grid, Mixture, padded
+from quantkit.grids.exl2_options import LINEARS, OPTIONS
+from quantkit.qtensor import Item, QuantizedLinear
+
+NAME = "exl2"
+NATIVE_ENGINE = "exllamav2"
+VERSION = "0.3.2"  # of exllamav2, whose layout this is
+STEM = "output"
+SUFFIX = "bpw"
+MEASUREMENT = "measurement.json"
+PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+MOST_CHANNELS = 2**16 - 1  # of an input: places are 16-bit numbers in the reader's memory
+USE = """One branch holds each size; exllamav2 0.3.2 (CUDA) or a server built on it, such as TabbyAPI, loads it:
+
+```sh
+hf download {repo} --revision {branch} --local-dir model
+```
+"""
+
+
+def variant_name(bits: float) -> str:
+    """Name of a variant, of its folder and of its branch: "4.0bpw"."""
+    return f"{bits}{SUFFIX}"
+
+
+def encode_linear(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """The tensors of one linear by their names in the file; out features are padded to 32 with what decodes to 0."""
+    grid = linear.grid
+    assert isinstance(grid, Exl2Grid), "EXL2 stores mixed widths with quadratic scales"
+    codes_IO = linear.codes_OI[:, grid.order_I].t()
+    rows = codes_IO.shape[1]
+    words, table, start, place = [], [], 0, 0
+    for bits, size in grid.groups:
+        codes_IN = codes_IO.new_full((size, padded(rows)), 2 ** (bits - 1))
+        codes_IN[:, :rows] = codes_IO[start : start + size]
+        words.append(pack(codes_IN, bits))
+        table += [bits, place]
+        start += size
+        place += words[-1].shape[0]
+    code_NG = torch.zeros((padded(rows), len(grid.groups)), dtype=torch.uint8, device=codes_IO.device)
+    code_NG[:rows] = grid.code_GO.t() - 1
+    tensors = {
+        "q_weight": torch.cat(words),
+        "q_scale": pack(code_NG, SCALE_BITS).t().contiguous(),
+        "q_scale_max": grid.scale_max_G.half(),
+        "q_groups": torch.tensor(table, dtype=torch.int16),
+        "q_invperm": torch.argsort(grid.order_I).to(torch.int32),
+    }
+    if linear.bias_O is not None:
+        tensors["bias"] = torch.nn.functional.pad(linear.bias_O.half(), (0, padded(rows) - rows))
+    return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+
+
+def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
+    """One linear from its tensors, padding included.
+
+    Raises:
+        RefusedError: tensors that do not fit together, or groups that no reader walks through.
+    """
+    words_QN, packed_GW = tensors[f"{name}.q_weight"], tensors[f"{name}.q_scale"]
+    table, inverse_I = tensors[f"{name}.q_groups"].tolist(), tensors[f"{name}.q_invperm"].long()
+    widths, starts = table[0::2], table[1::2]
+    stops = [*starts[1:], words_QN.shape[0]]
+    if not widths or not set(widths) <= set(WIDTHS) or widths != sorted(widths, reverse=True):
+        raise _damaged(name, f"its groups have the widths {widths[:8]}")
+    lengths = [32 * (stop - start) // bits for bits, start, stop in zip(widths, starts, stops, strict=True)]
+    if sum(lengths) != inverse_I.numel() or min(lengths) <= 0 or any(length % UNIT for length in lengths):
+        raise _damaged(name, f"its groups hold {sum(lengths)} input channels, its permutation {inverse_I.numel()}")
+    order_I = torch.argsort(inverse_I)
+    if not torch.equal(inverse_I[order_I], torch.arange(inverse_I.numel())):
+        raise _damaged(name, "q_invperm is no permutation")
+    codes_IN = torch.cat(
+        [unpack(words_QN[start:stop], bits) for bits, start, stop in zip(widths, starts, stops, strict=True)]
+    )
+    codes_NI = torch.empty_like(codes_IN.t().contiguous())
+    codes_NI[:, order_I] = codes_IN.t()
+    code_GN = unpack(packed_GW.t().contiguous(), SCALE_BITS).t() + 1
+    groups = tuple(zip(widths, lengths, strict=True))
+    grid = Exl2Grid(groups, tensors[f"{name}.q_scale_max"].float(), code_GN, order_I)
+    return QuantizedLinear(codes_NI, grid, tensors.get(f"{name}.bias"))
+
+
+def _damaged(name: str, what: str) -> RefusedError:
+    return RefusedError(f"{name} is damaged: {what}", where=name, fix="download the folder again")
+
+
+def decode_item(tensors: dict[str, Tensor], head_rows: int) -> dict[str, Tensor]:
+    """Dense tensors by checkpoint name: decoded linears in float32, everything else as stored.
+
+    Args:
+        tensors: of one item.
+        head_rows: out features of the head without its padding.
+    """
+    quantized = [name.removesuffix(".q_weight") for name in tensors if name.endswith(".q_weight")]
+    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
+    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
+    for name in quantized:
+        weight_NI = decode_linear(name, tensors).dequantize()
+        dense[f"{name}.weight"] = weight_NI[:head_rows] if name == END_MODULES[HEAD] else weight_NI
+    return dense
+
+
+@dataclass(frozen=True)
+class Exl2Format:
+    """The writing side, see `quantkit.formats.contract.Format`.
+
+    Attributes:
+        bits: targets, over the linears of the decoder layers.
+        head: mixture of the head.
+        head_bits: what config.json calls it.
+        head_rows: out features of the head.
+        refusals: what of the model's architecture the reader cannot take.
+        measurement: content of measurement.json, once it is known.
+    """
+
+    bits: tuple[float, ...]
+    head: Mixture
+    head_bits: int
+    head_rows: int
+    refusals: tuple[str, ...] = ()
+    measurement: dict[str, Any] | None = None
+    skip: tuple[str, ...] = ("embed_tokens",)
+    name: str = NAME
+    stored_dtype: torch.dtype = torch.float16
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        return tuple(variant_name(bits) for bits in self.bits)
+
+    def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
+        """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
+        found = list(self.refusals)
+        linears = {name: (rows, columns) for name, rows, columns in shapes if not name.endswith(self.skip)}
+        for name, (rows, columns) in linears.items():
+            if columns % UNIT:
+                found.append(f"{name}: in_features {columns} is not divisible by {UNIT}, the smallest group")
+            if rows % UNIT and name != END_MODULES[HEAD]:
+                found.append(f"{name}: out_features {rows} is not divisible by {UNIT}")
+            if columns > MOST_CHANNELS:
+                found.append(f"{name}: in_features {columns} is more than {MOST_CHANNELS}")
+        if not found and (least := least_bits(linears)) > min(self.bits):
+            found.append(f"quantize.bits = {min(self.bits)} is below {least:.3f}, the least that the mixtures allow")
+        return found
+
+    def stored_bits(self, name: str, rows: int, columns: int) -> int:
+        """Bits that a linear takes in all variants together; in the decoder layers what the targets allow."""
+        return sum(self.variant_bits(name, rows, columns).values())
+
+    def variant_bits(self, name: str, rows: int, columns: int) -> dict[str, int]:
+        """Bits that a linear takes in each variant, as far as is known before anything was measured."""
+        if name == END_MODULES[HEAD]:
+            return dict.fromkeys(self.variants, self.head.stored_bits(rows, columns))
+        return {variant_name(bits): int(bits * rows * columns) for bits in self.bits}
+
+    def encode_item(self, item: Item) -> dict[str, Tensor]:
+        """An item's tensors as they stand in its work file; those of a linear as "<variant>|<name>"."""
+        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
+        for name, linear in item.linears.items():
+            each = (linear, *linear.others) if linear.others else (linear,) * len(self.bits)
+            for variant, one in zip(self.variants, each, strict=True):
+                encoded = encode_linear(name, replace(one, bias_O=linear.bias_O))
+                tensors |= {f"{variant}|{key}": tensor.cpu().clone() for key, tensor in encoded.items()}
+        return tensors
+
+    def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Dense tensors by checkpoint name; of several variants the first's."""
+        kept = ((_stored_name(key, self.variants[0]), tensor) for key, tensor in tensors.items())
+        return decode_item({key: tensor for key, tensor in kept if key is not None}, self.head_rows)
+
+    def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
+        """A complete folder for each variant, and what was measured beside them."""
+        written = {}
+        for bits, variant in zip(self.bits, self.variants, strict=True):
+            target = folder / variant
+            target.mkdir()
+            files = merge(
+                items,
+                target,
+                max_shard_bytes=MAX_SHARD_BYTES,
+                stem=STEM,
+                renamed=lambda key, variant=variant: _stored_name(key, variant),  # type: ignore[misc]
+            )
+            settings = {"quant_method": NAME, "version": VERSION, "bits": bits, "head_bits": self.head_bits}
+            write_sidecars(checkpoint.folder, target, quantized_config(checkpoint.config, settings, "float16"), {})
+            written[variant] = [f"{variant}/{path.name}" for path in files]
+        if self.measurement is not None:
+            (folder / MEASUREMENT).write_text(json.dumps(self.measurement, indent=1) + "\n", encoding="utf-8")
+        return written
+
+
+def _stored_name(key: str, variant: str) -> str | None:
+    """A tensor's name in a variant's file; None if it is of another variant."""
+    of, _, name = key.rpartition("|")
+    return name if of in ("", variant) else None
+
+
+def least_bits(linears: Mapping[str, tuple[int, int]]) -> float:
+    """Fewest bits per weight that the mixtures allow the decoder layers, given (out, in) by full module name."""
+    least = weights = 0
+    for key, shapes in sublayers(linears).items():
+        options = OPTIONS[key.rsplit(".", 1)[1]]
+        least += min(option.stored_bits(shapes) for option in options)
+        weights += sum(rows * columns for rows, columns in shapes.values())
+    return least / weights
+
+
+def sublayers(linears: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, tuple[int, int]]]:
+    """(out, in) of the linears of each attention and MLP, by the sub-layer's full name."""
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, shape in linears.items():
+        parent, _, linear = name.rpartition(".")
+        if parent.rsplit(".", 1)[-1] in LINEARS:
+            found.setdefault(parent, {})[linear] = shape
+    return found
+
+
+@dataclass(frozen=True)
+class Exl2Artifact:
+    """One variant's folder as dense weights by item, ours or anybody's.
+
+    Attributes:
+        tensors: the stored tensors.
+        config: config.json.
+        settings: its `quantization_config`.
+        family: the architecture's row.
+    """
+
+    tensors: TensorFolder
+    config: dict
+    settings: dict[str, Any]
+    family: Family
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized linears, head, scales, tables and permutations included, over their weights."""
+        infos = self.tensors.tensors
+        modules = [name.removesuffix(".q_weight") for name in infos if name.endswith(".q_weight")]
+        stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS)
+        return 8 * stored / sum(self._rows(module) * infos[f"{module}.q_invperm"].shape[0] for module in modules)
+
+    def _rows(self, module: str) -> int:
+        if module == END_MODULES[HEAD]:
+            return int(self.config["vocab_size"])
+        return int(self.tensors.tensors[f"{module}.q_weight"].shape[1])
+
+    def read(self, item: str) -> dict[str, Tensor]:
+        """Dense tensors of an item by checkpoint name, on the CPU."""
+        names = [name for name in self.tensors.tensors if item_of(name) == item]
+        return decode_item(self.tensors.read(names), int(self.config["vocab_size"]))
+
+
+def open_variants(folder: Path) -> dict[str, Exl2Artifact]:
+    """The folder's variants, narrowest first; a folder that is one variant itself goes by its bits.
+
+    Raises:
+        RefusedError: a file is missing or damaged.
+    """
+    if not (folder / "config.json").exists():
+        parts = sorted(folder.glob(f"*{SUFFIX}/config.json"), key=lambda path: _bits(path.parent))
+        return {path.parent.name: _open(folder, path.parent.name) for path in parts}
+    artifact = _open(folder, ".")
+    return {variant_name(float(artifact.settings["bits"])): artifact}
+
+
+def _bits(folder: Path) -> tuple[float, str]:
+    return float(read_json(folder / "config.json")["quantization_config"]["bits"]), folder.name
+
+
+def open_artifact(folder: Path) -> Exl2Artifact:
+    """The first variant of a folder; see `open_variants`."""
+    return next(iter(open_variants(folder).values()))
+
+
+def _open(folder: Path, variant: str) -> Exl2Artifact:
+    path = folder / variant / "config.json"
+    config = read_json(path)
+    tensors = open_every_file(folder, variant)
+    return Exl2Artifact(tensors, config, config["quantization_config"], family_of(config, where=str(path)))
+
+
+def recognizes(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a folder's config.json names EXL2, or that of a folder named by bits per weight inside it."""
+    if not config:
+        config = next((read_json(path) for path in sorted(folder.glob(f"*{SUFFIX}/config.json"))), {})
+    return (config.get("quantization_config") or {}).get("quant_method") == NAME
+
+
+def _use(repo: str, quantize: dict[str, Any]) -> str:
+    return USE.format(repo=repo, branch=variant_name(quantize["bits"][0]))
+
+
+READING = Reading(recognizes, open_artifact, NATIVE_ENGINE, (NAME, "exllamav2"), None, _use, open_variants)

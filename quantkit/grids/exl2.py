@@ -1,0 +1,184 @@
+"""The grid of EXL2: groups of input channels, each with a width of its own and column scales from a quadratic table.
+
+A code q of width b stands for (q - 2^(b-1)) * s with s = c^2 * (m / 256), c in 1 .. 16 per column and group, m per
+group. Every product is rounded to float16, subnormals kept, as exllamav2's kernels do: a solver that rounded against
+the real-valued scale would see other weights than the reader decodes.
+
+Shape legend: O out features, I in features, G groups.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WIDTHS = (8, 6, 5, 4, 3, 2)
+UNIT = 32  # channels of a group and columns of a matrix come in multiples of it
+TOP_CODE = 16
+SCALE_BITS = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive channels of one width.
+
+    Attributes:
+        bits: of each code.
+        share: of the linear's input channels; unitless.
+        group_size: channels per scale.
+    """
+
+    bits: int
+    share: float
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the input channels of a linear, the strongest first, are cut into groups; widths never rise."""
+
+    parts: tuple[Part, ...]
+
+    def __post_init__(self) -> None:
+        widths = [part.bits for part in self.parts]
+        assert widths == sorted(widths, reverse=True), f"readers walk through falling widths, not {widths}"
+        assert all(part.bits in WIDTHS and part.group_size % UNIT == 0 for part in self.parts)
+
+    @classmethod
+    def of(cls, text: str) -> "Mixture":
+        """From "bits:share/group size ...", such as "4:.1/128 3:.9/128"."""
+        parts = []
+        for word in text.split():
+            bits, rest = word.split(":")
+            share, size = rest.split("/")
+            parts.append(Part(int(bits), float(share), int(size)))
+        return cls(tuple(parts))
+
+    def groups(self, columns: int) -> tuple[tuple[int, int], ...]:
+        """(bits, channels) of every group of a linear with so many input channels; only the last may be short."""
+        left, found = columns, []
+        for position, part in enumerate(self.parts):
+            wanted = left if position + 1 == len(self.parts) else min(columns * part.share, left)
+            for _ in range(math.ceil(wanted / part.group_size)):
+                size = min(part.group_size, left)
+                found.append((part.bits, size))
+                left -= size
+        return tuple(found)
+
+    def stored_bits(self, rows: int, columns: int) -> int:
+        """Bits that a linear of [rows, columns] takes in the file: codes, scales, group table and permutation."""
+        rows = padded(rows)
+        groups = self.groups(columns)
+        return sum(rows * bits * size for bits, size in groups) + len(groups) * (48 + SCALE_BITS * rows) + 32 * columns
+
+
+def padded(rows: int) -> int:
+    """Out features as the file holds them."""
+    return -(-rows // UNIT) * UNIT
+
+
+def column_scales(code_GO: Tensor, scale_max_G: Tensor) -> Tensor:
+    """float32 [G, O], each a float16: what a step of a code is worth, by the reader's own chain of roundings.
+
+    Args:
+        code_GO: 1 .. 16.
+        scale_max_G: values that float16 holds.
+    """
+    unit_G = (scale_max_G.half() * (1 / 256)).half()
+    return (code_GO.half().square() * unit_G.unsqueeze(1)).float()
+
+
+@dataclass(frozen=True)
+class Exl2Grid:
+    """What one linear's codes mean.
+
+    Attributes:
+        groups: (bits, channels) of every group, in stored order.
+        scale_max_G: float32 [G], every value a float16.
+        code_GO: uint8 [G, O], 1 .. 16.
+        order_I: int64 [I], the input channel stored at each place.
+    """
+
+    groups: tuple[tuple[int, int], ...]
+    scale_max_G: Tensor
+    code_GO: Tensor
+    order_I: Tensor
+
+    @property
+    def bits(self) -> int:
+        """Bits of the widest codes."""
+        return self.groups[0][0]
+
+    def decode(self, codes_OI: Tensor) -> Tensor:
+        """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
+        sizes = torch.tensor([size for _, size in self.groups], device=codes_OI.device)
+        middle_G = torch.tensor([2.0 ** (bits - 1) for bits, _ in self.groups], device=codes_OI.device)
+        scale_IO = column_scales(self.code_GO, self.scale_max_G).repeat_interleave(sizes, dim=0)
+        steps_IO = codes_OI[:, self.order_I].t().float() - middle_G.repeat_interleave(sizes).unsqueeze(1)
+        decoded_OI = torch.empty(codes_OI.shape, device=codes_OI.device)
+        decoded_OI[:, self.order_I] = rounded_product(steps_IO, scale_IO).t()
+        return decoded_OI
+
+
+def rounded_product(steps: Tensor, scale: Tensor) -> Tensor:
+    """Whole steps times their scale as float16 holds it, in the dtype of `steps`."""
+    return (steps * scale).half().to(steps.dtype)
+
+
+def fit(weight_IO: Tensor, importance_I: Tensor, bits: int, candidates: int) -> tuple[Tensor, Tensor]:
+    """Scale codes uint8 [O] and the group's largest scale [] (a float16) that suit the group's weights.
+
+    Each column looks for its own best scale among `candidates` fractions of its full range, from 1.1 down to 0.5; the
+    largest sets the group's, and each column takes the best of the three codes around the root of its share, judged by
+    what the reader will decode.
+
+    Args:
+        weight_IO: [I, O] of one group.
+        importance_I: [I], weights of the squared errors.
+        bits: of the codes.
+        candidates: at least 1; with 1 the full range is taken.
+    """
+    half = (2**bits - 1) / 2
+    base_O = weight_IO.abs().amax(0) / half
+    weighing_IO = importance_I.unsqueeze(1)
+    fractions = [1.0] if candidates == 1 else [1.1 - 0.6 * i / (candidates - 1) for i in range(candidates)]
+    best_O, least_O = base_O, None
+    for fraction in fractions:
+        scale_O = base_O * fraction
+        error_O = _error(weight_IO, scale_O, bits, weighing_IO, rounding=False)
+        if least_O is None:
+            best_O, least_O = scale_O, error_O
+            continue
+        better_O = error_O < least_O
+        best_O, least_O = torch.where(better_O, scale_O, best_O), torch.where(better_O, error_O, least_O)
+    scale_max = best_O.amax().clamp(max=torch.finfo(torch.float16).max).half().float()
+    share_O = best_O / scale_max.to(best_O.dtype).clamp(min=1e-30)
+    middle_O = (TOP_CODE * share_O.sqrt()).round().clamp(1, TOP_CODE)
+    code_O, least_O = middle_O, None
+    for shift in (0, -1, 1):
+        tried_O = (middle_O + shift).clamp(1, TOP_CODE)
+        scale_O = column_scales(tried_O.unsqueeze(0), scale_max.unsqueeze(0))[0].to(weight_IO.dtype)
+        error_O = _error(weight_IO, scale_O, bits, weighing_IO, rounding=True)
+        if least_O is None:
+            least_O = error_O
+            continue
+        better_O = error_O < least_O
+        code_O, least_O = torch.where(better_O, tried_O, code_O), torch.where(better_O, error_O, least_O)
+    return code_O.to(torch.uint8), scale_max
+
+
+def _error(weight_IO: Tensor, scale_O: Tensor, bits: int, weighing_IO: Tensor, *, rounding: bool) -> Tensor:
+    steps_IO = encode(weight_IO, inverse(scale_O), bits)
+    decoded_IO = rounded_product(steps_IO, scale_O) if rounding else steps_IO * scale_O
+    return ((weight_IO - decoded_IO).square_() * weighing_IO).sum(0)
+
+
+def encode(weight: Tensor, inverse_O: Tensor, bits: int) -> Tensor:
+    """Whole steps nearest to the weights, -2^(b-1) .. 2^(b-1) - 1, given the inverse of the scales."""
+    return (weight * inverse_O).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def inverse(scale_O: Tensor) -> Tensor:
+    """1 / scale; 0 where the scale vanished, so that everything there becomes 0."""
+    return torch.where(scale_O == 0, 0.0, 1 / scale_O)

@@ -1,0 +1,137 @@
+"""GPTQ on EXL2's grid: the strongest input channels first, in the widest codes, with error feedback through all.
+
+The mathematics is that of `quantkit.solvers.gptq` in activation order. Each group's scales are fitted when it is
+reached, on the weights as earlier errors would have them, and errors are those of the float16 values a reader decodes.
+
+Shape legend: O out features, I in features.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quantkit.calibration.statistics import HESSIAN, Statistics
+from quantkit.errors import RefusedError
+from quantkit.grids.exl2 import Exl2Grid, Mixture, column_scales, encode, fit, inverse, rounded_product
+from quantkit.qtensor import LinearFacts, QuantizedLinear
+from quantkit.solvers.gptq import PANEL, Factor, factorize, updated
+
+LARGEST = torch.finfo(torch.float16).max
+
+
+def solve_exl2(
+    weight_OI: Tensor, factor: Factor, mixture: Mixture, *, candidates: int, where: str = ""
+) -> tuple[QuantizedLinear, float]:
+    """Codes and grid that minimize the linear's output error over the calibration tokens, and the share that was lost.
+
+    Args:
+        weight_OI: [O, I] in the factor's dtype; I a multiple of 32. Not modified.
+        factor: the Hessian's factor, strongest channels first.
+        mixture: widths and group sizes.
+        candidates: scales tried per column and group, see `quantkit.grids.exl2.fit`.
+        where: the linear's name, for the error.
+
+    Raises:
+        RefusedError: weights too large for float16.
+    """
+    if float(weight_OI.abs().max()) > LARGEST:
+        raise RefusedError(
+            f"{where} holds weights beyond float16",
+            where=where,
+            fix="EXL2 stores float16 scales; this model cannot be stored in it",
+        )
+    upper_II, order_I = factor.upper_II, factor.order_I
+    weight_IO = weight_OI.t()[order_I]
+    columns, rows = weight_IO.shape
+    groups = mixture.groups(columns)
+    error_IO = torch.empty_like(weight_IO)
+    codes_IO = torch.empty((columns, rows), dtype=torch.uint8, device=weight_IO.device)
+    code_GO = torch.empty((len(groups), rows), dtype=torch.uint8, device=weight_IO.device)
+    scale_max_G = torch.empty(len(groups), device=weight_IO.device)
+    lost, energy = weight_IO.new_zeros(()), weight_IO.new_zeros(())
+    start = 0
+    for group, (bits, size) in enumerate(groups):
+        stop = start + size
+        inside = slice(start, stop)
+        feedback_IO = upper_II[:start, inside].t() @ error_IO[:start]
+        free_IO = updated(weight_IO[inside], feedback_IO, upper_II[inside, inside])
+        code_GO[group], scale_max_G[group] = fit(free_IO, factor.importance_I[inside], bits, candidates)
+        scale_O = column_scales(code_GO[group : group + 1], scale_max_G[group : group + 1])[0].to(weight_IO.dtype)
+        for first in range(start, stop, PANEL):
+            here = slice(first, min(first + PANEL, stop))
+            feedback_PO = feedback_IO[here.start - start : here.stop - start]
+            feedback_PO += upper_II[start:first, here].t() @ error_IO[start:first]
+            upper_PP = upper_II[here, here]
+            codes_IO[here] = _solve_panel(weight_IO[here], feedback_PO, upper_PP, error_IO[here], bits, scale_O)
+            lost += torch.addmm(feedback_PO, upper_PP.t(), error_IO[here]).square_().sum()
+            energy += (upper_II[: here.stop, here].t() @ weight_IO[: here.stop]).square_().sum()
+        start = stop
+    codes_OI = torch.empty((rows, columns), dtype=torch.uint8, device=weight_IO.device)
+    codes_OI[:, order_I] = codes_IO.t()
+    linear = QuantizedLinear(codes_OI, Exl2Grid(groups, scale_max_G, code_GO, order_I))
+    return linear, float(lost / energy) if float(energy) else 0.0
+
+
+def _solve_panel(
+    weight_PO: Tensor, feedback_PO: Tensor, upper_PP: Tensor, error_PO: Tensor, bits: int, scale_O: Tensor
+) -> Tensor:
+    """Codes [P, O], as whole numbers, of P channels; fills `error_PO` with the weights minus what they stand for."""
+    steps_PO = torch.empty_like(weight_PO)
+    inverse_O = inverse(scale_O)
+    error_OP = error_PO.t()
+    pivots = upper_PP.diagonal().unbind()
+    rows = zip(weight_PO.unbind(), feedback_PO.unbind(), steps_PO.unbind(), error_PO.unbind(), pivots, strict=True)
+    for i, (weight_O, pull_O, steps_O, error_O, pivot) in enumerate(rows):
+        if i:
+            pull_O = torch.addmv(pull_O, error_OP[:, :i], upper_PP[:i, i])
+        steps_O.copy_(encode(torch.addcdiv(weight_O, pull_O, pivot), inverse_O, bits))
+        torch.sub(weight_O, rounded_product(steps_O, scale_O), out=error_O)
+    return steps_PO.add_(2 ** (bits - 1))
+
+
+@dataclass(frozen=True)
+class Exl2Solver:
+    """Adaptive GPTQ as the stream's solver: one factorization serves every linear of a stage in every variant.
+
+    Attributes:
+        mixtures: of each variant, by the linear's full name; a stream goes on with the first.
+        damping: see `quantkit.solvers.gptq.factorize`.
+        candidates: see `solve_exl2`.
+    """
+
+    mixtures: Callable[[str], tuple[Mixture, ...]]
+    damping: float
+    candidates: int
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({HESSIAN})
+
+    def solve(
+        self, weights: dict[str, Tensor], statistics: Statistics
+    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
+        """Solved linears, one by one; see `quantkit.solvers.contract.Solver`."""
+        if not weights:
+            return
+        started = time.perf_counter()
+        factor = activation_factor(statistics, self.damping, where=next(iter(weights)))
+        for name, weight in weights.items():
+            weight_OI = weight.to(factor.upper_II.dtype)
+            wanted = self.mixtures(name)
+            solved = {
+                mixture: solve_exl2(weight_OI, factor, mixture, candidates=self.candidates, where=name)
+                for mixture in dict.fromkeys(wanted)
+            }
+            linear, loss = solved[wanted[0]]
+            others = tuple(solved[mixture][0] for mixture in wanted[1:])
+            finished = time.perf_counter()
+            yield name, replace(linear, others=others), LinearFacts(name, loss, factor.damping, finished - started)
+            started = finished
+
+
+def activation_factor(statistics: Statistics, damping: float, *, where: str) -> Factor:
+    """The factor that visits channels by falling energy, over all groups."""
+    return factorize(statistics.hessian(), order="activation", group_size=-1, damping=damping, where=where)

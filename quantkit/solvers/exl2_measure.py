@@ -1,0 +1,205 @@
+"""What each mixture of EXL2 does to a sub-layer's output, and which to take for a target of bits per weight.
+
+Statistics and one factorization per input serve every mixture; a mixture that several options name is solved once.
+Figures have the shape of exllamav2's measurement.json, so that either program can read the other's.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from quantkit.calibration.statistics import HESSIAN, Statistics
+from quantkit.checkpoint.families import Stage
+from quantkit.checkpoint.layer import DecoderLayer
+from quantkit.errors import RefusedError
+from quantkit.grids.exl2 import SCALE_BITS, Mixture, Part
+from quantkit.grids.exl2_options import ATTENTION, LINEARS, MLP, OPTIONS
+from quantkit.qtensor import QuantizedLinear
+from quantkit.solvers.exl2 import activation_factor, solve_exl2
+from quantkit.solvers.knapsack import Choice, choose
+
+LEAST_ACCURACY = 1e-6
+Measured = dict[str, list[dict[str, Any]]]
+"""Options with their accuracy, by the sub-layer's full name."""
+Solved = dict[tuple[str, Mixture], QuantizedLinear]
+
+
+@dataclass(frozen=True)
+class OptionTrial:
+    """How mixtures are tried out, see `quantkit.stream.Measuring`.
+
+    Attributes:
+        damping, candidates: of the solver, see `quantkit.solvers.exl2`.
+        windows: most calibration windows that outputs are compared on; statistics come from all.
+    """
+
+    damping: float
+    candidates: int
+    windows: int
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({HESSIAN})
+
+    def measure(
+        self,
+        layer: DecoderLayer,
+        statistics: Mapping[str, Statistics],
+        hidden_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+    ) -> dict[str, Any]:
+        """{"weights": of the layer's linears, "measured": accuracy of every option} of attention and MLP.
+
+        Accuracy is 1 - mean over windows of ||error|| / ||hidden states after the block||. Outputs are compared in
+        float32: what 8-bit codes change is less than what bfloat16 rounds away.
+        """
+        _in_float32(layer)
+        hidden_BTD, rope = hidden_BTD.float(), (rope[0].float(), rope[1].float())
+        found: Measured = {}
+        for block, stages in ((ATTENTION, layer.family.stages[:2]), (MLP, layer.family.stages[2:])):
+            solved = self._solved(layer, block, stages, statistics)
+            inputs_BTD = layer.normed(stages[0], hidden_BTD)
+            exact_BTD = layer.block_output(stages[0], inputs_BTD, rope)
+            hidden_BTD += exact_BTD
+            norm_B = _norms(hidden_BTD)
+            weights = {linear: layer.linears[f"{block}.{linear}"].weight for linear in LINEARS[block]}
+            exact = {linear: weight.data for linear, weight in weights.items()}
+            shapes = {linear: (weight.shape[0], weight.shape[1]) for linear, weight in weights.items()}
+            rows = found[layer.linear_name(block)] = []
+            for option in OPTIONS[block]:
+                for linear, mixture in option.mixtures:
+                    weights[linear].data = solved[linear, mixture].dequantize()
+                share_B = _norms(layer.block_output(stages[0], inputs_BTD, rope) - exact_BTD) / norm_B
+                accuracy = max(LEAST_ACCURACY, 1 - float(share_B.mean()))
+                described_by = {linear: described(mixture) for linear, mixture in option.mixtures}
+                rows.append({"accuracy": accuracy, "total_bits": option.stored_bits(shapes)} | described_by)
+            for linear, weight in weights.items():
+                weight.data = exact[linear]
+        return {"weights": sum(linear.weight.numel() for linear in layer.linears.values()), "measured": found}
+
+    def _solved(
+        self, layer: DecoderLayer, block: str, stages: Sequence[Stage], statistics: Mapping[str, Statistics]
+    ) -> Solved:
+        """Every linear of a block with every mixture that an option gives it; what comes to the same is solved once."""
+        solved: Solved = {}
+        for stage in stages:
+            where = layer.linear_name(stage.linears[0])
+            factor = activation_factor(statistics[stage.name], self.damping, where=where)
+            for full in stage.linears:
+                linear = full.rsplit(".", 1)[1]
+                weight_OI = layer.linears[full].weight.to(factor.upper_II.dtype)
+                by_groups: dict[tuple[tuple[int, int], ...], QuantizedLinear] = {}
+                for mixture in dict.fromkeys(dict(option.mixtures)[linear] for option in OPTIONS[block]):
+                    groups = mixture.groups(weight_OI.shape[1])
+                    if groups not in by_groups:
+                        by_groups[groups], _ = solve_exl2(
+                            weight_OI, factor, mixture, candidates=self.candidates, where=layer.linear_name(full)
+                        )
+                    solved[linear, mixture] = by_groups[groups]
+        return solved
+
+
+def _in_float32(layer: DecoderLayer) -> None:
+    layer.module.float()
+    for linear in layer.linears.values():
+        linear.float()
+
+
+def _norms(states_BTD: Tensor) -> Tensor:
+    return states_BTD.flatten(1).double().norm(dim=1)
+
+
+def described(mixture: Mixture) -> dict[str, Any]:
+    """A mixture as measurement.json has it."""
+    return {
+        "group_size": {str(part.bits): part.group_size for part in mixture.parts},
+        "bits": [part.bits for part in mixture.parts],
+        "bits_prop": [part.share for part in mixture.parts],
+        "scale_bits": SCALE_BITS,
+    }
+
+
+def mixture_of(entry: Mapping[str, Any]) -> Mixture:
+    """A mixture from its description; the inverse of `described`.
+
+    Raises:
+        RefusedError: scales of another number of bits, or widths that no file holds.
+    """
+    try:
+        if entry["scale_bits"] != SCALE_BITS:
+            raise ValueError(f"scales of {entry['scale_bits']} bits")
+        parts = tuple(
+            Part(bits, share, int(entry["group_size"][str(bits)]))
+            for bits, share in zip(entry["bits"], entry["bits_prop"], strict=True)
+        )
+        return Mixture(parts)
+    except (KeyError, TypeError, ValueError, AssertionError) as error:
+        raise RefusedError(
+            f"not a mixture that EXL2 holds: {error}", where="measurement.json", fix="measure again"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Mixtures for one target.
+
+    Attributes:
+        mixtures: by the linear's full name.
+        choice: what the knapsack found.
+        bits_per_weight: over the linears of the decoder layers.
+    """
+
+    mixtures: dict[str, Mixture]
+    choice: Choice
+    bits_per_weight: float
+
+
+def allocate(measured: Measured, weights: int, target: float) -> Allocation:
+    """The options of least total noise, the sum of (1 - accuracy)^2, whose bits stay within the target.
+
+    Noise that a sub-layer adds to the residual stream is measured relative to the stream; independent noises add by
+    their squares.
+
+    Args:
+        measured: options of every sub-layer.
+        weights: number of weights of the decoder layers' linears.
+        target: bits per weight, everything that the file stores for them included.
+
+    Raises:
+        RefusedError: the target is below what the options allow.
+    """
+    slots = [[(int(row["total_bits"]), (1 - row["accuracy"]) ** 2) for row in rows] for rows in measured.values()]
+    try:
+        choice = choose(slots, int(target * weights))
+    except ValueError:
+        least = sum(min(size for size, _ in slot) for slot in slots) / weights
+        raise RefusedError(
+            f"{target} bits per weight are below {least:.3f}, the least that the mixtures allow",
+            where="quantize.bits",
+            fix="ask for more bits",
+        ) from None
+    mixtures = {
+        f"{key}.{linear}": mixture_of(rows[taken][linear])
+        for (key, rows), taken in zip(measured.items(), choice.options, strict=True)
+        for linear in LINEARS[key.rsplit(".", 1)[1]]
+    }
+    return Allocation(mixtures, choice, choice.size / weights)
+
+
+def with_allocations(measured: Measured, found: Sequence[Allocation], variants: Sequence[str]) -> dict[str, Any]:
+    """measurement.json: exllamav2's keys, and what was chosen for each variant and how well that is proven."""
+    return {
+        "measurement": measured,
+        "last_module_idx": len(measured) - 1,
+        "allocations": {
+            variant: {
+                "bits_per_weight": each.bits_per_weight,
+                "options": dict(zip(measured, each.choice.options, strict=True)),
+                "noise": each.choice.cost,
+                "bound": each.choice.bound,
+            }
+            for variant, each in zip(variants, found, strict=True)
+        },
+    }

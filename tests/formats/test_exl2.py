@@ -1,0 +1,384 @@
+"""The EXL2 container against an independent decode that shares nothing with the writer but the specification."""
+
+import hashlib
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from quantkit import pipeline
+from quantkit.errors import RefusedError
+from quantkit.formats.bitstream import pack
+from quantkit.formats.exl2 import Exl2Format, decode_linear, encode_linear, least_bits, open_artifact, open_variants
+from quantkit.grids.exl2 import Exl2Grid, Mixture
+from quantkit.grids.exl2_options import HEADS
+from quantkit.pipeline import build
+from quantkit.qtensor import QuantizedLinear
+from quantkit.recipe import Recipe
+from quantkit.workdir import hash_files
+from tests.tiny import WORDS, make_tiny
+
+CPU = torch.device("cpu")
+# one column, the codes i mod 2^b
+WORDS = {
+    2: (16, "e4e4e4e4"),
+    3: (32, "88fac688 c688fac6 fac688fa"),
+    4: (8, "76543210"),
+    5: (32, "8a418820 c5a92839 ca307b9a 38bdab49 ffbbcdeb"),
+    6: (16, "440c2040 a2481c61 3ce34c2c"),
+    8: (4, "03020100"),
+}
+
+
+def golden() -> QuantizedLinear:
+    """The specification's example: 192 in, 32 out, a group of 32 channels of every width."""
+    groups = tuple((bits, 32) for bits in (8, 6, 5, 4, 3, 2))
+    order = 35 * torch.arange(192) % 192
+    row, column = torch.arange(192)[:, None], torch.arange(32)
+    stored = (7 * row + 3 * column) % torch.tensor([2**bits for bits, size in groups for _ in range(size)])[:, None]
+    codes = torch.empty(32, 192, dtype=torch.uint8)
+    codes[:, order] = stored.t().to(torch.uint8)
+    code = (1 + (5 * torch.arange(6)[:, None] + column) % 16).to(torch.uint8)
+    scale_max = torch.tensor([0.5, 0.25, 0.1, 0.05, 0.0123, 0.00071]).half().float()
+    return QuantizedLinear(codes, Exl2Grid(groups, scale_max, code, order))
+
+
+def mixed(rows: int, groups: tuple[tuple[int, int], ...], seed: int) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    columns = sum(size for _, size in groups)
+    order = torch.randperm(columns, generator=generator)
+    tops = torch.tensor([2**bits for bits, size in groups for _ in range(size)], dtype=torch.float32)
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    codes[:, order] = (torch.rand(rows, columns, generator=generator) * tops).to(torch.uint8)
+    code = torch.randint(1, 17, (len(groups), rows), generator=generator, dtype=torch.uint8)
+    scale_max = (torch.rand(len(groups), generator=generator) * 0.03).half().float()
+    bias = torch.randn(rows, generator=generator)
+    return QuantizedLinear(codes, Exl2Grid(groups, scale_max, code, order), bias)
+
+
+def decoded(tensors: dict[str, np.ndarray]) -> np.ndarray:
+    """float16 [in, out] bit by bit, from the specification."""
+    words = tensors["p.q_weight"].view(np.uint32)
+    nibbles = tensors["p.q_scale"].view(np.uint32)
+    table, inverse = tensors["p.q_groups"].tolist(), tensors["p.q_invperm"].tolist()
+    largest = tensors["p.q_scale_max"]
+    stored = []
+    for group in range(len(table) // 2):
+        bits, first = table[2 * group], table[2 * group + 1]
+        stop = table[2 * group + 3] if 2 * group + 3 < len(table) else words.shape[0]
+        unit = np.float16(largest[group] * np.float16(1 / 256))
+        for i in range((stop - first) * 32 // bits):
+            row = []
+            for column in range(words.shape[1]):
+                code = 0
+                for bit in range(bits):
+                    at = i * bits + bit
+                    code |= (int(words[first + at // 32, column]) >> at % 32 & 1) << bit
+                nibble = int(nibbles[group, column // 8]) >> 4 * (column % 8) & 15
+                scale = np.float16(np.float16((nibble + 1) ** 2) * unit)
+                row.append(np.float16(np.float16(code - 2 ** (bits - 1)) * scale))
+            stored.append(row)
+    assert len(stored) == len(inverse)
+    return np.array([stored[place] for place in inverse], dtype=np.float16)
+
+
+def as_numpy(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def sha256(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+
+
+def words(array: np.ndarray) -> str:
+    return " ".join(f"{word:08x}" for word in array.view(np.uint32))
+
+
+@pytest.mark.parametrize("bits", WORDS)
+def test_golden_words(bits):
+    number, expected = WORDS[bits]
+    column = torch.arange(32)[:, None] % 2**bits
+    found = words(pack(column, bits)[:, 0].numpy())
+    assert found.split()[: number * bits // 32] == expected.split()
+
+
+def test_the_golden_matrix_in_the_file():
+    arrays = as_numpy(encode_linear("p", golden()))
+    assert {name: (array.dtype.name, array.shape) for name, array in arrays.items()} == {
+        "p.q_weight": ("int32", (28, 32)),
+        "p.q_scale": ("int32", (6, 4)),
+        "p.q_scale_max": ("float16", (6,)),
+        "p.q_groups": ("int16", (12,)),
+        "p.q_invperm": ("int32", (192,)),
+    }
+    assert arrays["p.q_groups"].tolist() == [8, 0, 6, 8, 5, 14, 4, 19, 3, 23, 2, 26]
+    assert {row: words(arrays["p.q_weight"][row, :4]) for row in (0, 8, 14, 19, 23, 26)} == {
+        0: "150e0700 18110a03 1b140d06 1e171009",
+        8: "fcd6e9e0 bfe31aa3 42ef4b66 05fb7c29",
+        14: "87cab8e0 4dfc4543 122dd1a6 d85f5e09",
+        19: "1a3c5e70 4d6f81a3 7092b4d6 a3c5e709",
+        23: "b829cbb8 53977053 2ee0a72e c14e5dc1",
+        26: "6c6c6c6c 1b1b1b1b c6c6c6c6 b1b1b1b1",
+    }
+    assert words(arrays["p.q_scale"][0]) == "76543210 fedcba98 76543210 fedcba98"
+    assert words(arrays["p.q_scale"][1]) == "cba98765 43210fed cba98765 43210fed"
+    assert words(arrays["p.q_scale"][5]) == "0fedcba9 87654321 0fedcba9 87654321"
+    assert [f"{bits:04x}" for bits in arrays["p.q_scale_max"].view(np.uint16)] == [
+        "3800",
+        "3400",
+        "2e66",
+        "2a66",
+        "224c",
+        "11d1",
+    ]
+    assert arrays["p.q_invperm"][:8].tolist() == [0, 11, 22, 33, 44, 55, 66, 77]
+    assert {name: sha256(array) for name, array in arrays.items()} == {
+        "p.q_weight": "04d4ae0fff651455",
+        "p.q_scale": "cadc9289bc51382d",
+        "p.q_scale_max": "16d4379b19eeae6b",
+        "p.q_groups": "ad97e32ddacffa8d",
+        "p.q_invperm": "7cab84f3dc3d9e96",
+    }
+
+
+def test_the_golden_matrix_decoded():
+    weight = decode_linear("p", encode_linear("p", golden())).dequantize().t().contiguous()
+    assert torch.equal(weight, golden().dequantize().t())
+    found = {at: float(weight[at]) for at in ((0, 0), (1, 0), (2, 5), (35, 0), (100, 7), (191, 31))}
+    assert found == {
+        (0, 0): -0.25,
+        (1, 0): -0.099609375,
+        (2, 5): 2.8828125,
+        (35, 0): -0.236328125,
+        (100, 7): -0.020751953125,
+        (191, 31): -0.000453948974609375,
+    }
+    assert float(weight.double().sum()) == 1845.1715183258057
+    assert float(weight.double().abs().sum()) == 13240.101852416992
+    assert sha256(weight.half().numpy()) == "466d1b7b5b3b2d78"
+    assert sha256(decoded(as_numpy(encode_linear("p", golden())))) == "466d1b7b5b3b2d78"
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        ((8, 32),),
+        ((6, 64), (6, 32)),
+        ((5, 32), (3, 128), (3, 32)),
+        ((4, 64), (2, 64), (2, 32)),
+        ((8, 32), (6, 32), (5, 32), (4, 32), (3, 32), (2, 32)),
+    ],
+)
+@pytest.mark.parametrize("rows", [32, 37])
+def test_what_is_written_decodes_as_the_specification_says(groups, rows):
+    source = mixed(rows, groups, seed=rows + len(groups))
+    tensors = encode_linear("p", source)
+    weight = decoded(as_numpy(tensors))
+    np.testing.assert_array_equal(source.dequantize().t().numpy(), weight[:, :rows].astype(np.float32))
+    assert weight.shape[1] == -(-rows // 32) * 32
+    assert not weight[:, rows:].any(), "what is padded decodes to nothing"
+    read = decode_linear("p", tensors)
+    assert torch.equal(read.codes_OI[:rows], source.codes_OI)
+    assert torch.equal(read.dequantize().t(), torch.from_numpy(weight).float())
+    assert read.grid.groups == groups
+    assert torch.equal(read.bias_O, tensors["p.bias"])
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("q_groups", [6, 0, 8, 8, 5, 14, 4, 19, 3, 23, 2, 26], "its groups have the widths"),
+        ("q_groups", [8, 0, 7, 8, 5, 14, 4, 19, 3, 23, 2, 26], "its groups have the widths"),
+        ("q_groups", [8, 0, 6, 6, 5, 14, 4, 19, 3, 23, 2, 26], "its groups hold"),
+        ("q_invperm", [0] * 192, "q_invperm is no permutation"),
+        ("q_invperm", [*range(191), -1], "q_invperm is no permutation"),
+        ("q_invperm", list(range(160)), "its groups hold 192 input channels, its permutation 160"),
+    ],
+)
+def test_what_no_reader_walks_through_is_refused(part, values, message):
+    tensors = encode_linear("p", golden())
+    tensors[f"p.{part}"] = torch.tensor(values, dtype=tensors[f"p.{part}"].dtype)
+    with pytest.raises(RefusedError, match=message) as caught:
+        decode_linear("p", tensors)
+    assert caught.value.where == "p"
+
+
+LAYER = {
+    "self_attn.q_proj": (64, 64),
+    "self_attn.k_proj": (32, 64),
+    "self_attn.v_proj": (32, 64),
+    "self_attn.o_proj": (64, 64),
+    "mlp.gate_proj": (96, 64),
+    "mlp.up_proj": (96, 64),
+    "mlp.down_proj": (64, 96),
+}
+
+
+def shapes(**changes: tuple[int, int]) -> list[tuple[str, int, int]]:
+    found = {f"model.layers.0.{name}": shape for name, shape in LAYER.items()} | {"lm_head": (415, 64)}
+    return [(name, *shape) for name, shape in (found | changes).items()] + [("model.embed_tokens", 415, 64)]
+
+
+def test_what_the_reader_cannot_take_is_a_problem():
+    form = Exl2Format((4.0,), HEADS[6], 6, 415)
+    assert form.problems(shapes()) == [], "a head is padded, whatever its rows"
+    name = "model.layers.0.mlp.up_proj"
+    assert form.problems(shapes(**{name: (95, 64)})) == [f"{name}: out_features 95 is not divisible by 32"]
+    assert form.problems(shapes(**{name: (96, 72)})) == [
+        f"{name}: in_features 72 is not divisible by 32, the smallest group"
+    ]
+    assert form.problems(shapes(**{name: (96, 2**16)})) == [f"{name}: in_features 65536 is more than 65535"]
+    (line,) = Exl2Format((2.05, 4.0), HEADS[6], 6, 415).problems(shapes())
+    least = least_bits({name: (rows, columns) for name, rows, columns in shapes()})
+    assert line == f"quantize.bits = 2.05 is below {least:.3f}, the least that the mixtures allow"
+    assert Exl2Format((4.0,), HEADS[6], 6, 415, ("no such biases",)).problems(shapes()) == ["no such biases"]
+
+
+def test_stored_bits_are_those_of_the_file():
+    for groups in (((8, 32), (6, 64), (2, 32)), ((4, 128),)):
+        tensors = encode_linear("p", mixed(37, groups, seed=1))
+        stored = sum(8 * tensor.nbytes for name, tensor in tensors.items() if name != "p.bias")
+        parts = " ".join(f"{bits}:{size / 128}/{size}" for bits, size in groups)
+        assert Mixture.of(parts).stored_bits(37, 128) == stored
+
+
+def recipe_for(source, text, *, activations="float", **quantize) -> Recipe:
+    return Recipe.of(
+        {
+            "format": "exl2",
+            "model": {"id": str(source)},
+            "quantize": {"scale_candidates": 4, "measure_windows": 4} | quantize,
+            "calibration": {"texts": {str(text): 8}, "window_tokens": 16, "activations": activations},
+            "validation": {"texts": [str(text)], "window_tokens": 32, "generated_tokens": 0},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Tied, with biases, and a vocabulary that is no multiple of 32."""
+    return make_tiny(tmp_path_factory.mktemp("source") / "m", "qwen2", vocab_size=415, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(source, text, tmp_path_factory):
+    return build(recipe_for(source, text, bits=[3.5, 5.0, 8.0]), out=tmp_path_factory.mktemp("out") / "a", device=CPU)
+
+
+def test_a_folder_for_each_target_and_one_measurement(built):
+    names = ["3.5bpw", "5.0bpw", "8.0bpw"]
+    assert built.record["variants"] == {name: [f"{name}/output.safetensors"] for name in names}
+    assert [path.name for path in sorted(built.out.iterdir()) if path.is_dir()] == names
+    judged = built.record["validation"]["variants"]
+    assert [variant["name"] for variant in judged] == names
+    losses = [variant["results"][0]["mean_kld"] for variant in judged]
+    assert losses[0] > losses[1] > losses[2] < 0.01
+    for name in names:
+        config = json.loads((built.out / name / "config.json").read_text())
+        assert config["quantization_config"] == {
+            "quant_method": "exl2",
+            "version": "0.3.2",
+            "bits": float(name.removesuffix("bpw")),
+            "head_bits": 6,
+            "calibration": {"rows": 8, "length": 16, "dataset": "text.jsonl"},
+        }
+        assert config["rope_theta"] > 0
+        assert [path.name for path in (built.out / name).glob("*.safetensors")] == ["output.safetensors"]
+
+
+def test_measurements_have_the_converters_keys_and_choices_keep_to_the_target(built):
+    content = json.loads((built.out / "measurement.json").read_text())
+    measured = content["measurement"]
+    blocks = [f"model.layers.{layer}.{block}" for layer in (0, 1) for block in ("self_attn", "mlp")]
+    assert list(measured) == blocks
+    assert [len(measured[name]) for name in blocks] == [19, 17, 19, 17]
+    assert measured[blocks[1]][0].keys() == {"accuracy", "total_bits", "gate_proj", "up_proj", "down_proj"}
+    assert measured[blocks[1]][0]["down_proj"] == {
+        "group_size": {"6": 32, "3": 64, "2": 64},
+        "bits": [6, 3, 2],
+        "bits_prop": [0.05, 0.2, 0.75],
+        "scale_bits": 4,
+    }
+    assert measured[blocks[0]][18]["accuracy"] > measured[blocks[0]][6]["accuracy"] > measured[blocks[0]][0]["accuracy"]
+    weights = 2 * sum(rows * columns for rows, columns in LAYER.values())
+    for name, chosen in content["allocations"].items():
+        artifact = open_variants(built.out)[name]
+        infos = artifact.tensors.tensors
+        stored = 8 * sum(
+            info.size_bytes for tensor, info in infos.items() if ".q_" in tensor and "lm_head" not in tensor
+        )
+        assert stored == sum(measured[block][option]["total_bits"] for block, option in chosen["options"].items())
+        assert stored / weights == pytest.approx(chosen["bits_per_weight"], rel=1e-12)
+        assert chosen["bits_per_weight"] <= float(name.removesuffix("bpw"))
+        assert chosen["noise"] == chosen["bound"], "the best by proof"
+
+
+def test_the_files_hold_what_the_specification_lists(built, source):
+    parts = ("q_weight", "q_invperm", "q_scale", "q_scale_max", "q_groups")
+    expected = {"model.embed_tokens.weight", "model.norm.weight"} | {f"lm_head.{part}" for part in parts}
+    for layer in (0, 1):
+        prefix = f"model.layers.{layer}."
+        expected |= {f"{prefix}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")}
+        expected |= {f"{prefix}{linear}.{part}" for linear in LAYER for part in parts}
+        expected |= {f"{prefix}self_attn.{letter}_proj.bias" for letter in "qkv"}
+    variants = open_variants(built.out)
+    for name, artifact in variants.items():
+        with safe_open(built.out / name / "output.safetensors", framework="np") as file:
+            arrays = {key: file.get_tensor(key) for key in file.keys()}
+        assert arrays.keys() == expected
+        assert {array.dtype.name for key, array in arrays.items() if ".q_" not in key} == {"float16"}
+        assert arrays["lm_head.q_weight"].shape[1] == 416
+        read = {
+            key: tensor
+            for item in ("embedding", "layers.0", "layers.1", "head")
+            for key, tensor in artifact.read(item).items()
+        }
+        for module in {key.rsplit(".", 1)[0] for key in arrays if key.endswith(".q_weight")}:
+            weight = decoded({f"p.{part}": arrays[f"{module}.{part}"] for part in parts}).astype(np.float32).T
+            np.testing.assert_array_equal(
+                read[f"{module}.weight"].numpy(), weight[:415] if module == "lm_head" else weight
+            )
+        assert artifact.bits_per_weight > float(name.removesuffix("bpw")) - 1
+
+
+def test_one_variant_of_several_is_the_same_as_alone(built, source, text, tmp_path):
+    alone = build(recipe_for(source, text, bits=[5.0]), out=tmp_path / "b", device=CPU, validated=False)
+    assert hash_files(alone.out, ["5.0bpw/output.safetensors"]) == hash_files(built.out, ["5.0bpw/output.safetensors"])
+
+
+def test_a_variants_folder_is_an_artifact_of_its_own(built):
+    artifact = open_artifact(built.out / "5.0bpw")
+    assert list(open_variants(built.out / "5.0bpw")) == ["5.0bpw"]
+    same = open_variants(built.out)["5.0bpw"]
+    assert torch.equal(
+        artifact.read("layers.1")["model.layers.1.mlp.up_proj.weight"],
+        same.read("layers.1")["model.layers.1.mlp.up_proj.weight"],
+    )
+
+
+def test_plan_refuses_what_no_mixture_reaches(source, text, tmp_path):
+    recipe = recipe_for(source, text, bits=[2.0, 4.0])
+    with pytest.raises(RefusedError, match=re.escape("quantize.bits = 2.0 is below")):
+        pipeline.plan(recipe, out=tmp_path / "c", device=CPU, progress=pipeline.Progress())
+
+
+def test_plan_refuses_biases_that_the_reader_does_not_expect(text, tmp_path):
+    biased = make_tiny(tmp_path / "m", "llama", attention_bias=True)
+    with pytest.raises(RefusedError, match="attention_bias = true"):
+        pipeline.plan(recipe_for(biased, text), out=tmp_path / "c", device=CPU, progress=pipeline.Progress())
+
+
+def test_several_targets_want_the_float_stream(source, text, tmp_path):
+    recipe = recipe_for(source, text, bits=[4.0, 5.0], activations="quantized")
+    with pytest.raises(RefusedError, match="several variants cannot share"):
+        pipeline.plan(recipe, out=tmp_path / "c", device=CPU, progress=pipeline.Progress())
