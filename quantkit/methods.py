@@ -217,7 +217,7 @@ def exl2(section: Exl2Section, config: dict[str, Any]) -> Method:
         return Method(solvers(lambda name: chosen.get(name, (head,) * len(found))), settled)
 
     unsettled = solvers(lambda name: (head,) * len(section.bits))
-    return Method(unsettled, written, Survey(trial, settle))
+    return Method(unsettled, written, survey=Survey(trial, settle))
 
 
 METHODS: dict[str, Callable[[Any, dict[str, Any]], Method]] = {

@@ -23,7 +23,7 @@ from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
 # one column, the codes i mod 2^b
-WORDS = {
+PACKED = {
     2: (16, "e4e4e4e4"),
     3: (32, "88fac688 c688fac6 fac688fa"),
     4: (8, "76543210"),
@@ -97,9 +97,9 @@ def words(array: np.ndarray) -> str:
     return " ".join(f"{word:08x}" for word in array.view(np.uint32))
 
 
-@pytest.mark.parametrize("bits", WORDS)
+@pytest.mark.parametrize("bits", PACKED)
 def test_golden_words(bits):
-    number, expected = WORDS[bits]
+    number, expected = PACKED[bits]
     column = torch.arange(32)[:, None] % 2**bits
     found = words(pack(column, bits)[:, 0].numpy())
     assert found.split()[: number * bits // 32] == expected.split()
@@ -334,7 +334,7 @@ def test_the_files_hold_what_the_specification_lists(built, source):
     variants = open_variants(built.out)
     for name, artifact in variants.items():
         with safe_open(built.out / name / "output.safetensors", framework="np") as file:
-            arrays = {key: file.get_tensor(key) for key in file.keys()}
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         assert arrays.keys() == expected
         assert {array.dtype.name for key, array in arrays.items() if ".q_" not in key} == {"float16"}
         assert arrays["lm_head.q_weight"].shape[1] == 416
