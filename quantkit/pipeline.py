@@ -19,7 +19,7 @@ from quantkit.formats.shards import read_item, write_item
 from quantkit.judgement import check_window, judge, keep
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
 from quantkit.methods import METHODS, Method, Survey
-from quantkit.plan import Plan, make_plan
+from quantkit.plan import Plan, make_plan, require_here
 from quantkit.progress import Progress
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
 from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
@@ -71,12 +71,24 @@ def default_out(recipe: Recipe, name: str) -> Path:
     return Path("artifacts") / f"{model}-{name.upper()}"
 
 
-def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress) -> Plan:
-    """What building a recipe will need; see `quantkit.plan.make_plan`."""
+def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress, here: bool = True) -> Plan:
+    """What building a recipe will need; see `quantkit.plan`.
+
+    Args:
+        recipe: what would be built.
+        out: where.
+        device: what would compute it.
+        progress: told what is going on.
+        here: on this machine, so refuse what it cannot run.
+    """
     recipe = settled(recipe)
     use_threads(recipe.compute.threads)
     source = open_source(recipe.model.id, recipe.model.revision, progress)
-    return make_plan(recipe, source.checkpoint, _method(recipe, source), out=out, device=device)
+    method = _method(recipe, source)
+    found = make_plan(recipe, source.checkpoint, method, out=out, device=device)
+    if here:
+        require_here(found, recipe, method, out=out, device=device)
+    return found
 
 
 def build(
@@ -118,7 +130,8 @@ def build(
         record = _finished(out, identity, fresh=fresh)
         reused = record is not None
         if record is None:
-            make_plan(recipe, source.checkpoint, method, out=out, device=device)
+            needed = make_plan(recipe, source.checkpoint, method, out=out, device=device)
+            require_here(needed, recipe, method, out=out, device=device)
             record = _make(recipe, source, method, texts, identity, out, device, fresh, progress)
         if validated and (record["validation"] is None or record["recipe"] != recipe.resolved()):
             record = record | {"recipe": recipe.resolved()}

@@ -64,13 +64,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     """The plan of a build.
 
     Raises:
-        RefusedError: the format cannot hold a linear, or disk or memory will not do; every problem is named.
-        UnavailableError: the recipe's engine cannot run here.
+        RefusedError: the format cannot hold a linear; every problem is named.
     """
-    if recipe.engine != OWN_ENGINE:
-        require(find_engine(recipe.engine), device.type)
-    if method.engine:
-        require(find_engine(method.engine), "cpu")
     several = isinstance(method.format, SeveralVariants) and len(method.format.variants) > 1
     if several and method.solvers.needs and recipe.calibration.activations != "float":
         raise RefusedError(
@@ -103,7 +98,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     artifact_bytes = quantized_bits // 8 + beside_bytes * max(len(variants), 1)
     reads_text = method.solvers.needs or recipe.engine != OWN_ENGINE
     tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if reads_text else 0
-    plan = Plan(
+    return Plan(
         linears=len(solved),
         parameters=parameters,
         artifact_bytes=artifact_bytes,
@@ -120,6 +115,19 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
         / EFFICIENCY,
         variants=variants,
     )
+
+
+def require_here(plan: Plan, recipe: Recipe, method: Method, *, out: Path, device: torch.device) -> None:
+    """Stop unless this machine can run the build.
+
+    Raises:
+        RefusedError: disk or memory will not do.
+        UnavailableError: an engine that the build calls cannot run here.
+    """
+    if recipe.engine != OWN_ENGINE:
+        require(find_engine(recipe.engine), device.type)
+    if method.engine:
+        require(find_engine(method.engine), "cpu")
     if plan.disk_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
         raise RefusedError(
             f"the build needs {_gb(plan.disk_bytes)} of disk, {_gb(plan.disk_free_bytes)} are free",
@@ -133,7 +141,6 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
             where="calibration and compute",
             fix="use fewer or shorter windows (calibration.texts, calibration.window_tokens), or a larger machine",
         )
-    return plan
 
 
 def plan_lines(plan: Plan) -> list[str]:

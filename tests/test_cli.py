@@ -19,6 +19,11 @@ FROZEN = {
     "publish": {"--repo", "--revision", "--private", "--dry-run", "--sign", "--json"},
     "plan": {"--model", "--out", "--device", "--set", "--json"},
     "demo": {"--out", "--device", "--json"},
+    "submit": {
+        *("--model", "--out", "--set", "--partition", "--account", "--qos", "--time", "--gpus", "--cpus", "--memory"),
+        *("--at-once", "--publish", "--wait", "--dry-run", "--json"),
+    },
+    "jobs": {"--json"},
     "doctor": {"--json"},
     "recipes list": {"--json"},
     "recipes show": {"--set", "--json"},

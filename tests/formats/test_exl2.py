@@ -337,7 +337,9 @@ def test_the_files_hold_what_the_specification_lists(built, source):
         with safe_open(built.out / name / "output.safetensors", framework="np") as file:
             arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         assert arrays.keys() == expected
-        assert {array.dtype.name for key, array in arrays.items() if not key.rsplit(".", 1)[1].startswith("q_")} == {"float16"}
+        assert {array.dtype.name for key, array in arrays.items() if not key.rsplit(".", 1)[1].startswith("q_")} == {
+            "float16"
+        }
         assert arrays["lm_head.q_weight"].shape[1] == 416
         read = {
             key: tensor

@@ -1,0 +1,427 @@
+"""Builds as Slurm jobs: arrays with one task per artifact, then one job that reports and publishes.
+
+A job that is preempted or reaches its time limit goes back into the queue, and `quantkit build` there continues from
+its last finished layer. Every task runs the same command that a user would type, and leaves its exit code beside its
+log; what the queue says is asked only of tasks that have left none.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import GateError, RefusedError, UnavailableError
+from quantkit.workdir import RECORD, disk_errors, write_json
+
+LOGS = "slurm"  # folder beside the artifacts
+JOBS = "jobs.json"
+MEMORY_SLACK = 1.25  # allocator and page cache beside what a plan counts
+RESTARTS = 100  # after time-outs; each continues where the last one stopped
+POLL_SECONDS = 5.0
+
+DONE, GATE, LOST = "done", "gate failed", "lost"
+STATES = {0: DONE, GateError.exit_code: GATE}
+"""What an exit code means; any other is `failed`."""
+DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+)(?::(?P<minutes>[0-5]?\d))?(?::(?P<seconds>[0-5]?\d))?")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one task asks of Slurm.
+
+    Attributes:
+        partition, account, qos: by name; None leaves them to the cluster.
+        minutes: time limit.
+        gpus, cpus, memory_gb: of one node.
+    """
+
+    minutes: int
+    cpus: int
+    memory_gb: int
+    gpus: int = 0
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A cluster's rules for one of its partitions.
+
+    Attributes:
+        account_suffix: that account names have there.
+        cpus, memory_gb: that come with one GPU; more is billed as more GPUs.
+        minutes: longest job.
+    """
+
+    account_suffix: str
+    cpus: int
+    memory_gb: int
+    minutes: int
+
+
+PARTITIONS = {
+    # Athena, ACK Cyfronet AGH
+    "plgrid-gpu-a100": Partition(account_suffix="-gpu-a100", cpus=16, memory_gb=128, minutes=48 * 60),
+}
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """One artifact: `quantkit build` with these arguments.
+
+    Attributes:
+        recipe: as on the command line.
+        out: the artifact's folder.
+        options: further arguments.
+    """
+
+    recipe: str
+    out: Path
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.out.name
+
+    def __call__(self) -> None:
+        """Run it inside a job."""
+        _run_in_job([("build", self.recipe, "--out", str(self.out), *self.options)])
+
+    def __submitit_checkpoint__(self) -> Any:
+        """What goes back into the queue: the same, for the build finds its finished layers."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class ReleaseJob:
+    """What follows when all builds have ended, well or not: a report of the artifacts there are, and their publication.
+
+    Attributes:
+        artifacts: folders; one without a record is left out.
+        report: folder of the report.
+        publishes: whether they are published, each into its recipe's repository.
+    """
+
+    artifacts: tuple[Path, ...]
+    report: Path
+    publishes: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.report.name
+
+    def __call__(self) -> None:
+        """Run it inside a job."""
+        there = [str(folder) for folder in self.artifacts if (folder / RECORD).is_file()]
+        commands: list[tuple[str, ...]] = [("report", *there, "--out", str(self.report))] if there else []
+        commands += [("publish", folder) for folder in there] if self.publishes else []
+        _run_in_job(commands)
+
+    __submitit_checkpoint__ = BuildJob.__submitit_checkpoint__
+
+
+Job = BuildJob | ReleaseJob
+
+
+def minutes_of(text: str) -> int:
+    """Slurm's own notation of a time limit in minutes, rounded up: `90` (minutes), `H:MM:SS`, `D-HH`, `D-HH:MM`.
+
+    Raises:
+        RefusedError: something else.
+    """
+    if text.isdecimal() and int(text):
+        return int(text)
+    found = DURATION.fullmatch(text)
+    if found is None or ("-" not in text and text.count(":") != 2):
+        raise RefusedError(f"no time limit: {text!r}", where="--time", fix="say minutes, H:MM:SS or D-HH:MM")
+    days, hours, minutes, seconds = (int(part or 0) for part in found.group("days", "hours", "minutes", "seconds"))
+    if total := math.ceil((days * 24 + hours) * 60 + minutes + seconds / 60):
+        return total
+    raise RefusedError("a time limit of nothing", where="--time", fix="say minutes, H:MM:SS or D-HH:MM")
+
+
+def resources(asked: Resources, *, threads: int, memory_bytes: int) -> Resources:
+    """What a build gets: what was asked, else what its partition gives with a GPU, else what its plan needs.
+
+    Args:
+        asked: 0 for `cpus` and `memory_gb` means not asked.
+        threads: of the recipe.
+        memory_bytes: of the plan.
+
+    Raises:
+        RefusedError: it does not agree with the rules of the partition.
+    """
+    needed_gb = math.ceil(memory_bytes * MEMORY_SLACK / 1e9)
+    rules = PARTITIONS.get(asked.partition or "")
+    if rules is None:
+        return replace(asked, cpus=asked.cpus or threads, memory_gb=asked.memory_gb or needed_gb)
+    if not asked.account or not asked.account.endswith(rules.account_suffix):
+        raise RefusedError(
+            f"accounts of the partition {asked.partition} end in {rules.account_suffix}, not as in {asked.account}",
+            where="--account",
+            fix=f"give --account GRANT{rules.account_suffix}",
+        )
+    if asked.minutes > rules.minutes:
+        raise RefusedError(
+            f"{asked.partition} lets no job run for more than {rules.minutes // 60} hours",
+            where="--time",
+            fix="ask for less: a build that reaches its limit is queued again and goes on",
+        )
+    gpus = asked.gpus or 1
+    return replace(
+        asked,
+        gpus=gpus,
+        cpus=asked.cpus or gpus * rules.cpus,
+        memory_gb=asked.memory_gb or max(needed_gb, gpus * rules.memory_gb),
+    )
+
+
+def requests(jobs: list[tuple[BuildJob, Resources]]) -> list[dict[str, Any]]:
+    """What `submit` would ask for, in its shape."""
+    return [
+        {"name": job.name, "id": None, "log": None, "recipe": job.recipe, "resources": asdict(asked)}
+        for job, asked in jobs
+    ]
+
+
+def submit(
+    jobs: list[tuple[BuildJob, Resources]],
+    after: ReleaseJob | None,
+    *,
+    folder: Path,
+    at_once: int | None = None,
+) -> list[dict[str, Any]]:
+    """Put builds into Slurm's queue, those of equal resources as one array, and what follows behind them.
+
+    Args:
+        jobs: builds and what each asks for.
+        after: runs when all have ended.
+        folder: of logs, on a disk that the nodes share; lists what was submitted.
+        at_once: most tasks of an array that run at a time.
+
+    Returns:
+        [{"name", "id", "log", "recipe", "resources"}], also added to the folder's list; `recipe` is None for `after`.
+
+    Raises:
+        UnavailableError: no Slurm here, or submitit is not installed.
+        RefusedError: Slurm does not take them.
+    """
+    submitit = _submitit()
+    logs = folder.absolute()
+    with disk_errors(logs):
+        logs.mkdir(parents=True, exist_ok=True)
+    submitted: list[dict[str, Any]] = []
+
+    def put(group: list[Job], asked: Resources, **further: str) -> list[str]:
+        executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=RESTARTS)
+        executor.update_parameters(**_parameters(group, asked, at_once, further))
+        try:
+            if len(group) == 1:
+                placed = [executor.submit(group[0])]
+            else:
+                with executor.batch():
+                    placed = [executor.submit(job) for job in group]
+        except submitit.core.utils.FailedJobError as error:
+            reason = str(error).strip().splitlines()[-1].removeprefix("sbatch: error: ")
+            raise RefusedError(
+                f"Slurm does not take it: {reason}",
+                where="sbatch",
+                fix="compare --partition, --account, --time, --cpus, --memory and --gpus with what the cluster allows",
+            ) from None
+        submitted.extend(
+            {
+                "name": job.name,
+                "id": each.job_id,
+                "log": str(each.paths.stdout),
+                "recipe": getattr(job, "recipe", None),
+                "resources": asdict(asked),
+            }
+            for job, each in zip(group, placed, strict=True)
+        )
+        _keep(logs / JOBS, submitted)
+        return [each.job_id.split("_")[0] for each in placed]
+
+    groups: dict[Resources, list[Job]] = {}
+    for job, asked in jobs:
+        groups.setdefault(asked, []).append(job)
+    ids = [found for asked, group in groups.items() for found in put(group, asked)]
+    if after is not None:
+        # neither solves anything: no GPU, and the least memory that a build was given
+        least = min((asked for _, asked in jobs), key=lambda asked: asked.memory_gb)
+        awaited = ":".join(dict.fromkeys(ids))
+        put([after], least, dependency=f"afterany:{awaited}")
+    return submitted
+
+
+def submitted_jobs(folder: Path) -> list[dict[str, Any]]:
+    """What was submitted with logs in a folder, the latest of each name, with its `state`, `reason` and `exit_code`.
+
+    `state` is `done`, `gate failed`, `failed`, `lost` (gone from the queue without a word: cancelled, out of memory),
+    or Slurm's own word for a job in its queue, in small letters; then `reason` says in Slurm's words why it waits.
+
+    Raises:
+        RefusedError: nothing was submitted from there.
+        UnavailableError: no Slurm here, while something has not ended.
+    """
+    path = folder / JOBS
+    if not path.is_file():
+        raise RefusedError("no jobs were submitted from here", where=str(folder), fix="`quantkit submit` makes them")
+    latest = {job["name"]: job for job in json.loads(path.read_text(encoding="utf-8"))}
+    ended = {name: _ended(Path(job["log"]).parent, job["id"]) for name, job in latest.items()}
+    queue = _queue() if None in ended.values() else {}
+    # a task may end between the two looks; then it has left its word by now
+    states = {name: ended[name] or _ended(Path(job["log"]).parent, job["id"]) for name, job in latest.items()}
+    return [
+        job | {"exit_code": None, "reason": None} | (states[name] or queue.get(job["id"]) or {"state": LOST})
+        for name, job in latest.items()
+    ]
+
+
+def wait(folder: Path, names: Iterable[str], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Wait until all of the named jobs have ended, and say what becomes of each; returns them as `submitted_jobs`."""
+    wanted = set(names)
+    said: dict[str, str] = {}
+    while True:
+        found = [job for job in submitted_jobs(folder) if job["name"] in wanted]
+        for job in found:
+            if said.get(job["name"]) != job["state"]:
+                said[job["name"]] = job["state"]
+                say(f"{job['name']}: {job['state']}")
+        if all(job["exit_code"] is not None or job["state"] == LOST for job in found):
+            return found
+        time.sleep(POLL_SECONDS)
+
+
+def exit_code(jobs: list[dict[str, Any]]) -> int:
+    """Of a command that stands for all of them: 0, the gate's if nothing worse came of any, else the worst."""
+    codes = {1 if job["exit_code"] is None else job["exit_code"] for job in jobs} - {0}
+    return max(codes - {GateError.exit_code}, default=max(codes, default=0))
+
+
+def job_lines(jobs: list[dict[str, Any]]) -> list[str]:
+    """Jobs for people."""
+    width = max(len(job["name"]) for job in jobs) + 2
+    return [f"{job['id'] or '-':<12}{job['name']:<{width}}{_standing(job)}" for job in jobs]
+
+
+def _standing(job: dict[str, Any]) -> str:
+    """Where a job stands; of one that was not submitted, or only just, what it asks for."""
+    if "state" not in job:
+        return " ".join(f"{key}={value}" for key, value in job["resources"].items() if value)
+    waits = f" ({job['reason']})" if job["reason"] not in (None, "None") else ""
+    return f"{job['state']}{waits}  {job['log']}"
+
+
+def _parameters(group: list[Job], asked: Resources, at_once: int | None, further: dict[str, str]) -> dict[str, Any]:
+    """As submitit names them."""
+    given: dict[str, Any] = {
+        "job_name": f"quantkit-{group[0].name}" if len(group) == 1 else "quantkit",
+        "time": asked.minutes,
+        "cpus_per_task": asked.cpus,
+        "mem": f"{asked.memory_gb}G",
+        "gpus_per_node": asked.gpus or None,
+        "partition": asked.partition,
+        "account": asked.account,
+        "qos": asked.qos,
+        "array_parallelism": (at_once or len(group)) if len(group) > 1 else None,
+        "stderr_to_stdout": True,
+        "additional_parameters": further or None,
+    }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError:
+        raise UnavailableError(
+            "submitting jobs needs submitit", fix="pip install 'quantkit[cluster]'", where=sys.executable
+        ) from None
+    _require_slurm("sbatch")
+    return submitit
+
+
+def _require_slurm(program: str) -> None:
+    if shutil.which(program) is None:
+        raise UnavailableError(
+            f"no Slurm here: {program} is not on the PATH",
+            where=os.uname().nodename,
+            fix="log in to the cluster, and install quantkit on a disk that its nodes share",
+        )
+
+
+def _keep(path: Path, submitted: list[dict[str, Any]]) -> None:
+    """Add jobs to the list of what was submitted."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    ids = {job["id"] for job in submitted}
+    with disk_errors(path):
+        write_json(path, [job for job in known if job["id"] not in ids] + submitted)
+
+
+def _ended(logs: Path, identifier: str) -> dict[str, Any] | None:
+    """How a task ended; None if it has not, or could not say so."""
+    path = _word(logs, identifier)
+    if not path.is_file():
+        return None
+    word = json.loads(path.read_text(encoding="utf-8"))
+    return {"state": STATES.get(word["exit_code"], "failed")} | word
+
+
+def _word(logs: Path, identifier: str) -> Path:
+    return logs / f"{identifier}_ended.json"
+
+
+def _queue() -> dict[str, dict[str, str]]:
+    """Slurm's `state` and `reason` of every job of this user that is in the queue."""
+    _require_slurm("squeue")
+    listed = subprocess.run(["squeue", "-h", "-r", "--me", "-o", "%i %T %r"], capture_output=True, text=True)
+    if listed.returncode:
+        raise UnavailableError(
+            f"squeue does not answer: {listed.stderr.strip()}", where="squeue", fix="try again when Slurm is back"
+        )
+    rows = (line.split(maxsplit=2) for line in listed.stdout.splitlines())
+    return {identifier: {"state": state.lower(), "reason": reason} for identifier, state, reason in rows}
+
+
+def _run_in_job(commands: Iterable[tuple[str, ...]]) -> None:
+    """Run commands of quantkit inside a job, every one of them, and leave word of how the job ended.
+
+    The signal that announces a time limit goes to every process of the job. A build must not die of it before the job
+    has put itself back into the queue. One that was killed leaves no word: the queue knows what comes next.
+
+    Raises:
+        RuntimeError: a command failed, and Slurm is to know; its own message is in the log.
+    """
+    from submitit import JobEnvironment
+
+    environment = JobEnvironment()
+    word = _word(environment.paths.folder, environment.job_id)
+    word.unlink(missing_ok=True)
+    codes = []
+    for arguments in commands:
+        print("quantkit", *arguments, flush=True)
+        # a job's process has no other thread that could hold a lock while it forks
+        done = subprocess.run([sys.executable, "-m", "quantkit", *arguments], preexec_fn=_ignore_announcement)
+        if done.returncode < 0:
+            raise RuntimeError(f"killed by {signal.Signals(-done.returncode).name}")
+        codes.append({"exit_code": done.returncode})
+    worst = exit_code(codes)
+    write_json(word, {"exit_code": worst, "host": environment.hostname})
+    if worst:
+        raise RuntimeError(f"exit code {worst}")
+
+
+def _ignore_announcement() -> None:
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)

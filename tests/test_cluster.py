@@ -1,0 +1,240 @@
+"""Builds as Slurm jobs: what is asked of Slurm here, and in the slow tier a real Slurm that runs them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from quantkit.cluster import (
+    JOBS,
+    LOST,
+    BuildJob,
+    Resources,
+    exit_code,
+    minutes_of,
+    resources,
+    submitted_jobs,
+)
+from quantkit.errors import RefusedError
+from tests.slurm import missing, running_slurm
+from tests.tiny import WORDS, make_tiny
+
+ROOT = Path(__file__).parent.parent
+ATHENA = Resources(240, 0, 0, partition="plgrid-gpu-a100", account="plggrant-gpu-a100")
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("4:00:00", 240), ("0:00:30", 1), ("1:30:01", 91), ("2-00", 2880), ("1-12:30", 2190)],
+)
+def test_time_limits_are_slurms(text, minutes):
+    assert minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "0:00:00", "4:00", "1:2:3:4", "-5", "4h"])
+def test_other_time_limits_are_refused(text):
+    with pytest.raises(RefusedError) as caught:
+        minutes_of(text)
+    assert caught.value.where == "--time"
+
+
+def test_a_build_asks_for_what_its_plan_needs():
+    asked = resources(Resources(60, 0, 0, partition="cpu"), threads=4, memory_bytes=8 * 10**9)
+    assert asked == Resources(60, 4, 10, partition="cpu")
+    assert resources(Resources(60, 16, 64), threads=4, memory_bytes=8 * 10**9) == Resources(60, 16, 64)
+
+
+def test_a_gpu_of_athena_comes_with_16_cores_and_128_gb():
+    given = resources(ATHENA, threads=2, memory_bytes=10**9)
+    assert (given.gpus, given.cpus, given.memory_gb) == (1, 16, 128)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [({"account": "plggrant"}, "--account"), ({"account": None}, "--account"), ({"minutes": 2881}, "--time")],
+)
+def test_what_athena_would_refuse_is_refused_here(wrong, where):
+    from dataclasses import replace
+
+    with pytest.raises(RefusedError) as caught:
+        resources(replace(ATHENA, **wrong), threads=2, memory_bytes=10**9)
+    assert caught.value.where == where
+
+
+@pytest.mark.parametrize(
+    ("codes", "worst"), [([0, 0], 0), ([0, 3], 3), ([3, 1], 1), ([None, 0], 1), ([4, 3, 1], 4), ([], 0)]
+)
+def test_one_exit_code_stands_for_all(codes, worst):
+    assert exit_code([{"exit_code": code} for code in codes]) == worst
+
+
+def test_an_ended_job_needs_no_queue(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    job = {"name": "a-GPTQ", "id": "7_1", "log": str(tmp_path / "7_1_0_log.out"), "recipe": "a/gptq", "resources": {}}
+    (tmp_path / JOBS).write_text(json.dumps([job | {"id": "6"}, job]))
+    (tmp_path / "7_1_ended.json").write_text(json.dumps({"exit_code": 3, "host": "node"}))
+    assert [(each["id"], each["state"], each["exit_code"]) for each in submitted_jobs(tmp_path)] == [
+        ("7_1", "gate failed", 3)
+    ]
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory) -> list[Path]:
+    """Two recipes of a checkpoint of eight layers, the second with a gate that it cannot pass."""
+    folder = tmp_path_factory.mktemp("recipes")
+    model = make_tiny(folder / "model", "mistral", layers=8)
+    text = folder / "text.txt"
+    text.write_text(WORDS * 20, encoding="utf-8")
+    gates = {"good": "perplexity_ratio = 100", "bad": "perplexity_ratio = 1.0\ntop1_agreement = 1.0"}
+    for name, gate in gates.items():
+        (folder / f"{name}.toml").write_text(
+            f"""format = "gptq"
+[model]
+id = "{model}"
+[quantize]
+bits = 2
+group_size = 32
+[calibration]
+window_tokens = 16
+texts = {{ "{text}" = 4 }}
+[compute]
+threads = 1
+[validation]
+window_tokens = 32
+generated_tokens = 2
+texts = ["{text}"]
+[validation.gates]
+{gate}
+""",
+            encoding="utf-8",
+        )
+    return [folder / f"{name}.toml" for name in gates]
+
+
+def quantkit(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The real command."""
+    return subprocess.run(
+        [sys.executable, "-m", "quantkit", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+
+
+def test_a_dry_run_shows_what_would_be_asked(recipes, tmp_path):
+    found = quantkit("submit", *map(str, recipes), "--time", "30", "--dry-run", "--json", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    good, bad = json.loads(found.stdout)
+    assert (good["name"], bad["name"]) == ("model-GOOD", "model-BAD")
+    assert good["resources"]["minutes"] == 30
+    assert good["resources"]["cpus"] == 1
+    assert good["resources"]["memory_gb"] >= 1
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_without_slurm_it_says_so(recipes, tmp_path):
+    found = quantkit("submit", str(recipes[0]), cwd=tmp_path, PATH=str(tmp_path))
+    assert found.returncode == 4
+    assert "sbatch is not on the PATH" in found.stderr
+    assert quantkit("jobs", cwd=tmp_path).returncode == 2
+
+
+def test_a_recipe_named_twice_is_refused(recipes, tmp_path):
+    found = quantkit("submit", str(recipes[0]), str(recipes[0]), "--dry-run", cwd=tmp_path)
+    assert (found.returncode, "named twice" in found.stderr) == (2, True)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    if reason := missing():
+        pytest.skip(reason)
+    with running_slurm(tmp_path_factory.mktemp("slurm")) as config:
+        yield {"SLURM_CONF": str(config)}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything of an artifact but its record and its card."""
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("quantkit.json", "README.md")
+    }
+
+
+def direct(recipe: Path, cwd: Path) -> dict[str, bytes]:
+    """What the recipe gives without Slurm."""
+    out = cwd / f"direct-{recipe.stem}"
+    assert quantkit("build", str(recipe), "--device", "cpu", "--out", str(out), cwd=cwd).returncode in (0, 3)
+    return files(out)
+
+
+@pytest.mark.slow
+def test_an_array_of_builds_and_the_report_behind_it(slurm, recipes, tmp_path):
+    found = quantkit("submit", *map(str, recipes), "--time", "10", "--wait", "--json", cwd=tmp_path, **slurm)
+    assert found.returncode == 3, found.stderr
+    good, bad, report = json.loads(found.stdout)
+    assert [job["state"] for job in (good, bad, report)] == ["done", "gate failed", "done"]
+    assert good["id"].split("_")[0] == bad["id"].split("_")[0] != report["id"]
+    for job, recipe in zip((good, bad), recipes, strict=True):
+        assert "gate" in Path(job["log"]).read_text()
+        assert files(tmp_path / "artifacts" / job["name"]) == direct(recipe, tmp_path)
+    assert (tmp_path / "artifacts" / "report" / "report.html").is_file()
+    listed = quantkit("jobs", cwd=tmp_path, **slurm)
+    assert listed.returncode == 0
+    assert ["done" in line for line in listed.stdout.splitlines()] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_what_slurm_does_not_take_is_refused_with_its_reason(slurm, recipes, tmp_path):
+    found = quantkit("submit", str(recipes[0]), "--partition", "gpu", cwd=tmp_path, **slurm)
+    assert found.returncode == 2
+    assert "invalid partition" in found.stderr
+    found = quantkit("submit", str(recipes[0]), "--time", "2:00:00", cwd=tmp_path, **slurm)
+    assert found.returncode == 2
+    assert "Requested time limit is invalid" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interruption", [("scontrol", "requeue"), ("scancel", "--signal=USR2")], ids=["kill", "warn"])
+def test_an_interrupted_job_goes_on_and_ends_in_the_same_bytes(slurm, recipes, tmp_path, interruption):
+    """`requeue` kills it without a word; USR2 is what Slurm sends before a time limit or a preemption."""
+    submitted = quantkit("submit", str(recipes[0]), "--time", "30", "--json", cwd=tmp_path, **slurm)
+    assert submitted.returncode == 0, submitted.stderr
+    job = json.loads(submitted.stdout)[0]
+    journal = tmp_path / "artifacts" / "model-GOOD.work" / "journal.json"
+    give_up = time.monotonic() + 120
+    while not (journal.is_file() and "layers.0" in journal.read_text()):
+        assert time.monotonic() < give_up, Path(job["log"]).read_text()
+        time.sleep(0.05)
+    subprocess.run([*interruption, job["id"]], env=os.environ | slurm, check=True)
+    give_up = time.monotonic() + 400
+    while (state := json.loads(quantkit("jobs", "--json", cwd=tmp_path, **slurm).stdout)[0]["state"]) != "done":
+        assert state not in (LOST, "failed"), Path(job["log"]).read_text()
+        assert time.monotonic() < give_up, state
+        time.sleep(2)
+    log = Path(job["log"]).read_text()
+    assert log.count("quantkit build") == 2
+    assert files(tmp_path / "artifacts" / "model-GOOD") == direct(recipes[0], tmp_path)
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_is_lost(slurm, recipes, tmp_path):
+    submitted = quantkit("submit", str(recipes[0]), "--time", "30", "--json", cwd=tmp_path, **slurm)
+    for job in json.loads(submitted.stdout):
+        subprocess.run(["scancel", job["id"]], env=os.environ | slurm, check=True)
+    time.sleep(10)
+    states = [job["state"] for job in json.loads(quantkit("jobs", "--json", cwd=tmp_path, **slurm).stdout)]
+    assert states == [LOST, LOST]
+
+
+def test_jobs_are_pickled_by_name():
+    """A node loads the package that is installed there; it is not sent along."""
+    import pickle
+
+    job = BuildJob("bielik-nano/gptq", Path("/out/bielik-nano-GPTQ"), ("--device", "cpu"))
+    assert pickle.loads(pickle.dumps(job)) == job
+    assert len(pickle.dumps(job)) < 500
