@@ -1,7 +1,8 @@
-"""The mixtures that a sub-layer may be given, as exllamav2's converter lists them: data, to be extended here.
+"""The mixtures that a sub-layer may be given: data, to be extended here.
 
 An option names a mixture for each linear of attention or MLP; the strongest input channels come first in each. Bits of
-an option count everything that the file stores for it.
+an option count everything that the file stores for it. The rows are those of exllamav2's converter; between them lie
+options that take a linear or two of a row further down (`_BETWEEN`), whose mixtures are solved for the rows anyway.
 """
 
 from collections.abc import Mapping
@@ -54,6 +55,16 @@ _MLP = (
     ("8:.1/128 6:.9/128", "8:.1/128 6:.9/128", "8:1/128"),
     ("8:1/128",) * 3,
 )
+# linears that take the mixture of a later row, and how many rows later that is
+_BETWEEN = {
+    ATTENTION: (
+        (("v_proj",), (1, 2, 3)),
+        (("o_proj",), (1, 2)),
+        (("v_proj", "o_proj"), (1, 2)),
+        (("k_proj", "v_proj"), (1,)),
+    ),
+    MLP: ((("down_proj",), (1, 2)), (("up_proj",), (1, 2)), (("up_proj", "down_proj"), (1, 2))),
+}
 HEADS = {
     2: Mixture.of("4:.3/32 2:.7/32"),
     3: Mixture.of("4:.15/32 3:.85/32"),
@@ -75,7 +86,28 @@ class Option:
         return sum(mixture.stored_bits(*shapes[linear]) for linear, mixture in self.mixtures)
 
 
+def _rows(block: str, rows: tuple[tuple[str, ...], ...]) -> list[dict[str, Mixture]]:
+    return [dict(zip(LINEARS[block], map(Mixture.of, row), strict=True)) for row in rows]
+
+
+def _between(block: str, rows: list[dict[str, Mixture]]) -> list[dict[str, Mixture]]:
+    return [
+        row | {linear: later[linear] for linear in linears}
+        for linears, steps in _BETWEEN[block]
+        for step in steps
+        for row, later in zip(rows, rows[step:], strict=False)
+    ]
+
+
+def _options(rows: list[dict[str, Mixture]]) -> tuple[Option, ...]:
+    return tuple(dict.fromkeys(Option(tuple(row.items())) for row in rows))
+
+
+_ROWS = {ATTENTION: _rows(ATTENTION, _ATTENTION), MLP: _rows(MLP, _MLP)}
+PUBLISHED = {block: _options(rows) for block, rows in _ROWS.items()}
+"""exllamav2's options of each block, fewest bits first."""
 OPTIONS = {
-    block: tuple(Option(tuple(zip(LINEARS[block], (Mixture.of(text) for text in row), strict=True))) for row in rows)
-    for block, rows in ((ATTENTION, _ATTENTION), (MLP, _MLP))
+    block: _options(sorted(rows + _between(block, rows), key=lambda row: [*map(repr, row.values())]))
+    for block, rows in _ROWS.items()
 }
+"""All options of each block, those with the same first mixtures side by side."""

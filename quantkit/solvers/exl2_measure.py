@@ -68,9 +68,12 @@ class OptionTrial:
             exact = {linear: weight.data for linear, weight in weights.items()}
             shapes = {linear: (weight.shape[0], weight.shape[1]) for linear, weight in weights.items()}
             rows = found[layer.linear_name(block)] = []
+            held: dict[str, Mixture] = {}
             for option in OPTIONS[block]:
                 for linear, mixture in option.mixtures:
-                    weights[linear].data = solved[linear, mixture].dequantize()
+                    if held.get(linear) != mixture:
+                        weights[linear].data = solved[linear, mixture].dequantize()
+                        held[linear] = mixture
                 share_B = _norms(layer.block_output(stages[0], inputs_BTD, rope) - exact_BTD) / norm_B
                 accuracy = max(LEAST_ACCURACY, 1 - float(share_B.mean()))
                 described_by = {linear: described(mixture) for linear, mixture in option.mixtures}
@@ -156,8 +159,8 @@ class Allocation:
     bits_per_weight: float
 
 
-def allocate(measured: Measured, weights: int, target: float) -> Allocation:
-    """The options of least total noise, the sum of (1 - accuracy)^2, whose bits stay within the target.
+def allocate(measured: Measured, weights: int, target: float, *, norm: float = 2.0) -> Allocation:
+    """The options of least total noise, the sum of (1 - accuracy)^norm, whose bits stay within the target.
 
     Noise that a sub-layer adds to the residual stream is measured relative to the stream; independent noises add by
     their squares.
@@ -166,11 +169,12 @@ def allocate(measured: Measured, weights: int, target: float) -> Allocation:
         measured: options of every sub-layer.
         weights: number of weights of the decoder layers' linears.
         target: bits per weight, everything that the file stores for them included.
+        norm: how much more the larger errors count.
 
     Raises:
         RefusedError: the target is below what the options allow.
     """
-    slots = [[(int(row["total_bits"]), (1 - row["accuracy"]) ** 2) for row in rows] for rows in measured.values()]
+    slots = [[(int(row["total_bits"]), (1 - row["accuracy"]) ** norm) for row in rows] for rows in measured.values()]
     try:
         choice = choose(slots, int(target * weights))
     except ValueError:

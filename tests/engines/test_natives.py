@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from quantkit.checkpoint.families import EMBEDDING, HEAD
 from quantkit.engines import runtime
 from quantkit.engines.env import environment_python, list_engines, own_variables
-from quantkit.formats import READERS
+from quantkit.formats import READERS, open_variants
 from quantkit.formats.contract import Artifact
 from quantkit.pipeline import build
 from quantkit.quantize import QUANTIZE
@@ -27,7 +27,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 CPU = torch.device("cpu")
 SHAPE = {"vocab_size": 416, "hidden_size": 128, "intermediate_size": 256, "sharded": False}
 # of the largest logit: what half precision costs a reader; mlx-lm computes in float32 here
-TOLERANCE = {"autoawq": 0.004, "gptqmodel": 0.004, "hqq": 0.006, "llm-compressor": 1e-4, "mlx-lm": 1e-4}
+TOLERANCE = {
+    "autoawq": 0.004,
+    "exllamav2": 0.006,
+    "gptqmodel": 0.004,
+    "hqq": 0.006,
+    "llm-compressor": 1e-4,
+    "mlx-lm": 1e-4,
+}
 CASES = [
     *(("awq", kind, {"group_size": 32, "scaling_windows": 4}) for kind in VARIANTS),
     ("awq", "mistral", {"group_size": 64, "scaling_steps": 0}),
@@ -203,3 +210,16 @@ def test_the_cards_snippet_runs(name, kept_engine, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["mistral", "llama", "qwen2", "qwen3"])
+def test_exllamav2_sees_what_quantkit_decodes(kind, sources, kept_engine, tmp_path):
+    quantize = {"bits": [3.0 if kind == "mistral" else 4.0, 6.0], "scale_candidates": 4, "measure_windows": 4}
+    recipe = recipe_of("exl2", sources[kind], quantize, tmp_path)
+    recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"activations": "float"})})
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    engine = kept_engine("exllamav2")
+    for artifact in open_variants("exl2", out).values():
+        found = list(runtime.evaluate(engine, artifact.tensors.folder, windows(), device="cuda"))
+        assert largest_difference(found, decoded_logits(sources[kind], artifact)) <= TOLERANCE["exllamav2"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from quantkit.grids.exl2 import Exl2Grid, Mixture, column_scales, fit
-from quantkit.grids.exl2_options import ATTENTION, HEADS, MLP, OPTIONS
+from quantkit.grids.exl2_options import ATTENTION, HEADS, MLP, OPTIONS, PUBLISHED
 from tests.oracles import oracle_exl2_scales
 
 # shapes of Mistral-7B, and what the options take there
@@ -56,8 +56,16 @@ def test_every_mixture_cuts_every_width_into_whole_groups(columns):
 )
 def test_options_take_what_the_converters_table_says(block, shapes, expected):
     weights = sum(rows * columns for rows, columns in shapes.values())
-    found = [option.stored_bits(shapes) / weights for option in OPTIONS[block]]
+    found = [option.stored_bits(shapes) / weights for option in PUBLISHED[block]]
     assert found == pytest.approx([float(bits) for bits in expected.split()], abs=6e-4)
+
+
+@pytest.mark.parametrize("block", [ATTENTION, MLP])
+def test_options_between_the_converters_rows_need_no_further_solving(block):
+    assert set(PUBLISHED[block]) < set(OPTIONS[block])
+    assert len(OPTIONS[block]) == len(set(OPTIONS[block]))
+    published = {named for option in PUBLISHED[block] for named in option.mixtures}
+    assert {named for option in OPTIONS[block] for named in option.mixtures} == published
 
 
 def test_heads_take_what_the_converters_table_says():

@@ -1,0 +1,207 @@
+"""Perplexity against bits per weight for ways to allot EXL2's widths, on the same measured errors and the same solver.
+
+    python -m bench.exl2_curve --model DIR --calibration FILE --validation FILE --targets 2.5,3,3.5,4,5,6
+
+Ways, all with quantkit's own solver and grid, so that only the allotment differs:
+
+* quantkit: all of its options, the exact knapsack over squared errors;
+* exllamav2: the options of its converter and its published selection, errors to the power p, p searched in 1.5 .. 3.5
+  for the smallest largest error and then around it for the smallest again; solved exactly, not annealed at random;
+* uniform: every linear alike in groups of 128, at the bits per weight that this comes to.
+
+Each is compared with quantkit's at the same bits per weight, document by document; see `bench.quality`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.quality import CPU, Judge, interval
+from quantkit.calibration.tokens import calibration_windows
+from quantkit.checkpoint.families import Family
+from quantkit.checkpoint.index import Checkpoint
+from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.formats.exl2 import Exl2Format, sublayers
+from quantkit.grids.exl2 import WIDTHS, Mixture, Part
+from quantkit.grids.exl2_options import HEADS, OPTIONS, PUBLISHED
+from quantkit.machine import environment
+from quantkit.quantize import Exl2Section
+from quantkit.solvers.exl2 import Exl2Solver
+from quantkit.solvers.exl2_measure import Allocation, Measured, OptionTrial, allocate
+from quantkit.stream import Calibration, Solvers, stream, survey
+from quantkit.texts import load_text_set
+
+WINDOWS_PER_BATCH = 8
+SETTINGS = Exl2Section()
+Shapes = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Weights in memory, see `quantkit.checkpoint.source.WeightSource`."""
+
+    config: dict
+    family: Family
+    num_layers: int
+    items: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    def read(self, item: str) -> dict[str, Tensor]:
+        return self.items[item]
+
+
+def exact(measured: Measured, shapes: Shapes, target: float) -> dict[str, Mixture]:
+    return allocate(measured, _weights(shapes), target).mixtures
+
+
+def published(measured: Measured, shapes: Shapes, target: float) -> dict[str, Mixture]:
+    listed = {key: _published_rows(key, rows) for key, rows in measured.items()}
+
+    def found(norm: float) -> tuple[float, Allocation]:
+        allocation = allocate(listed, _weights(shapes), target, norm=norm)
+        options = zip(listed.values(), allocation.choice.options, strict=True)
+        return max(1 - rows[taken]["accuracy"] for rows, taken in options), allocation
+
+    centre = min(np.linspace(1.5, 3.5, 80), key=lambda norm: found(norm)[0])
+    near = min(np.linspace(centre - 0.075, centre + 0.075, 80), key=lambda norm: found(norm)[0])
+    return found(near)[1].mixtures
+
+
+def uniform(measured: Measured, shapes: Shapes, target: float) -> dict[str, Mixture]:
+    return dict.fromkeys(
+        shapes, min(UNIFORM, key=lambda mixture: abs(stored(dict.fromkeys(shapes, mixture), shapes) - target))
+    )
+
+
+def _published_rows(key: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    block = key.rsplit(".", 1)[1]
+    return [row for option, row in zip(OPTIONS[block], rows, strict=True) if option in PUBLISHED[block]]
+
+
+def stored(mixtures: Mapping[str, Mixture], shapes: Shapes) -> float:
+    """Bits per weight that mixtures take."""
+    return sum(mixtures[name].stored_bits(*shape) for name, shape in shapes.items()) / _weights(shapes)
+
+
+UNIFORM = tuple(Mixture((Part(bits, 1.0, 128),)) for bits in WIDTHS if bits > 2)
+WAYS: dict[str, Callable[[Measured, Shapes, float], dict[str, Mixture]]] = {
+    "quantkit": exact,
+    "exllamav2": published,
+    "uniform": uniform,
+}
+
+
+def _weights(shapes: Shapes) -> int:
+    return sum(rows * columns for rows, columns in shapes.values())
+
+
+def shapes_of(checkpoint: Checkpoint) -> Shapes:
+    """(out, in) of the decoder layers' linears by name."""
+    linears = {name: (rows, columns) for name, rows, columns in checkpoint.linear_shapes(ends=False)}
+    return {f"{key}.{name}": shape for key, parts in sublayers(linears).items() for name, shape in parts.items()}
+
+
+def measure(judge: Judge, calibration: Calibration) -> Measured:
+    """Errors of every option of every sub-layer."""
+    trial = OptionTrial(SETTINGS.damping, SETTINGS.scale_candidates, SETTINGS.measure_windows)
+    layers = survey(judge.source, calibration, trial, decoder=judge.decoder)
+    return {key: rows for _, found in layers for key, rows in found["measured"].items()}
+
+
+def solved(judge: Judge, calibration: Calibration, chosen: list[dict[str, Mixture]]) -> list[Dense]:
+    """The model with each choice of mixtures, all from one pass."""
+    head = HEADS[SETTINGS.head_bits]
+    solver = Exl2Solver(
+        lambda name: tuple(each.get(name, head) for each in chosen), SETTINGS.damping, SETTINGS.scale_candidates
+    )
+    source = judge.source
+    made = [Dense(source.config, source.family, source.num_layers) for _ in chosen]
+    solvers = Solvers(solver, ends=solver, unties_head=True)
+    stored, skip = Exl2Format.stored_dtype, Exl2Format.skip
+    for item in stream(source, solvers, calibration, decoder=judge.decoder, stored_dtype=stored, skip=skip):
+        for place, dense in enumerate(made):
+            linears = {name: (linear, *linear.others)[place] for name, linear in item.linears.items() if linear.others}
+            alike = {name: linear for name, linear in item.linears.items() if not linear.others}
+            weights = {f"{name}.weight": linear.dequantize() for name, linear in (linears | alike).items()}
+            dense.items[item.name] = item.tensors | weights
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--validation", required=True)
+    parser.add_argument("--targets", default="2.5,3,3.5,4,5,6")
+    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--window-tokens", type=int, default=512)
+    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    targets = [float(text) for text in options.targets.split(",")]
+    judge = Judge(options.model, options.validation, options.window_tokens)
+    tokens_D = torch.bincount(judge.document_N).double()
+    reference_D = judge.by_document(judge.source)
+    shapes = shapes_of(judge.source)
+    tokenizer = load_tokenizer(options.model, vocab_size=judge.source.config["vocab_size"])
+    text = load_text_set(options.calibration, "calibration")
+    alike = [stored(dict.fromkeys(shapes, mixture), shapes) for mixture in UNIFORM]
+    wanted = [(way, target) for target in targets for way in ("quantkit", "exllamav2")]
+    wanted += [(way, bits) for bits in alike for way in ("quantkit", "uniform")]
+    nats: dict[tuple[str, float], list[Tensor]] = {key: [] for key in wanted}
+    spent: dict[tuple[str, float], float] = {}
+    for seed in range(options.draws):
+        tokens_WT = calibration_windows(
+            [(text, options.windows)], tokenizer, window_tokens=options.window_tokens, seed=seed
+        )
+        calibration = Calibration(tokens_WT, WINDOWS_PER_BATCH, from_float=True)
+        started = time.perf_counter()
+        measured = measure(judge, calibration)
+        print(f"draw {seed}: measured in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        chosen = {(way, target): WAYS[way](measured, shapes, target) for way, target in nats}
+        for (key, mixtures), dense in zip(
+            chosen.items(), solved(judge, calibration, list(chosen.values())), strict=True
+        ):
+            nats[key].append(judge.by_document(dense))
+            spent[key] = stored(mixtures, shapes)
+    rows: list[dict[str, Any]] = []
+    for (way, target), found in nats.items():
+        losses = torch.stack(found)
+        mean, low, high = interval((losses - torch.stack(nats["quantkit", target])).mean(0), tokens_D)
+        verdict = "tie" if low <= 0 <= high else ("better" if high < 0 else "worse")
+        ratios = ((losses.sum(1) - reference_D.sum()) / tokens_D.sum()).exp()
+        rows.append(
+            {
+                "way": way,
+                "target": round(target, 4),
+                "bits_per_weight": round(spent[way, target], 4),
+                "ratio": round(float(ratios.mean()), 5),
+                "ratio_by_draw": [round(float(ratio), 5) for ratio in ratios],
+                "against_first_nats_per_token": [round(value, 6) for value in (mean, low, high)],
+                "verdict": "first" if way == "quantkit" else verdict,
+            }
+        )
+    facts = {
+        "model": options.model.name,
+        "calibration": Path(options.calibration).name,
+        "validation": Path(options.validation).name,
+        "windows": options.windows,
+        "window_tokens": options.window_tokens,
+        "reference_ppl_per_token": round(float((reference_D.sum() / tokens_D.sum()).exp()), 4),
+        "environment": environment(CPU),
+        "rows": rows,
+    }
+    print(json.dumps(facts, indent=2))
+
+
+if __name__ == "__main__":
+    main()
