@@ -111,7 +111,7 @@ def shapes_of(checkpoint: Checkpoint) -> Shapes:
 
 def measure(judge: Judge, calibration: Calibration) -> Measured:
     """Errors of every option of every sub-layer."""
-    trial = OptionTrial(SETTINGS.damping, SETTINGS.scale_candidates, SETTINGS.measure_windows)
+    trial = OptionTrial(SETTINGS.damping, SETTINGS.scale_candidates, SETTINGS.measure_tokens)
     layers = survey(judge.source, calibration, trial, decoder=judge.decoder)
     return {key: rows for _, found in layers for key, rows in found["measured"].items()}
 

@@ -202,7 +202,7 @@ def exl2(section: Exl2Section, config: dict[str, Any]) -> Method:
         if config.get(key)
     )
     written = Exl2Format(section.bits, head, section.head_bits, int(config["vocab_size"]), refusals)
-    trial = OptionTrial(section.damping, section.scale_candidates, section.measure_windows)
+    trial = OptionTrial(section.damping, section.scale_candidates, section.measure_tokens)
 
     def solvers(mixtures: Callable[[str], tuple[Mixture, ...]]) -> Solvers:
         solver = Exl2Solver(mixtures, section.damping, section.scale_candidates)

@@ -290,8 +290,10 @@ class Exl2Section(Section):
     scale_candidates: int = Field(
         default=12, ge=1, le=200, description="Scales tried per column and group, weighted by the Hessian's diagonal."
     )
-    measure_windows: int = Field(
-        default=16, ge=1, description="Calibration windows that options are compared on, evenly spaced."
+    measure_tokens: int = Field(
+        default=512,
+        ge=4,
+        description="Tokens that options are compared on, the beginnings of four calibration windows.",
     )
 
     @field_validator("bits")

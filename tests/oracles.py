@@ -82,23 +82,22 @@ def oracle_exl2_scales(group: Tensor, importance: Tensor, *, bits: int, candidat
     """Scale code of every row and the group's largest scale, for one group [rows, columns], row by row."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
 
-    def error(row: Tensor, scale: float, holds) -> float:
+    def error(row: Tensor, scale: float) -> float:
         steps = [min(max(round(float(value) / scale), low), high) if scale else 0 for value in row]
-        decoded = torch.tensor([holds(step * scale) for step in steps], dtype=torch.float64)
-        return float((importance * (row - decoded) ** 2).sum())
+        return float((importance * (row - torch.tensor(steps) * scale) ** 2).sum())
 
     wanted = []
     for row in group:
         full = float(row.abs().max()) / ((2**bits - 1) / 2)
         tried = [full * (1.1 - 0.6 * i / (candidates - 1)) for i in range(candidates)] if candidates > 1 else [full]
-        wanted.append(min(tried, key=lambda scale: error(row, scale, float)))
+        wanted.append(min(tried, key=lambda scale: error(row, scale)))
     largest = half(max(wanted))
     unit = half(largest / 256)
     codes = []
     for row, scale in zip(group, wanted, strict=True):
         near = round(16 * (scale / largest) ** 0.5) if largest else 1
         around = [min(max(near + shift, 1), 16) for shift in (0, -1, 1)]
-        codes.append(min(around, key=lambda code: error(row, half(code * code * unit), half)))
+        codes.append(min(around, key=lambda code: error(row, half(code * code * unit))))
     return codes, largest
 
 

@@ -96,15 +96,20 @@ class DecoderLayer:
         normed: Tensor = norm(hidden_BTD)  # type: ignore[operator]
         return normed
 
-    def block_output(self, stage: Stage, inputs_BTF: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Output [B, T, D] of the block that a stage stands in, attention or MLP, given the stage's input."""
+    def closing_input(self, stage: Stage, inputs_BTF: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """What o_proj or down_proj reads, [B, T, F], given the input of a stage of its block."""
         qkv, _, gate_up, _ = self.family.stages
         if stage == qkv:
-            inputs_BTF = self._attended(inputs_BTF, rope)
-        elif stage == gate_up:
-            inputs_BTF = self.module.mlp(inputs_BTF)  # type: ignore[operator]
+            return self._attended(inputs_BTF, rope)
+        if stage == gate_up:
+            gated: Tensor = self.module.mlp(inputs_BTF)  # type: ignore[operator]
+            return gated
+        return inputs_BTF
+
+    def block_output(self, stage: Stage, inputs_BTF: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Output [B, T, D] of the block that a stage stands in, attention or MLP, given the stage's input."""
         closing = "self_attn.o_proj" if stage in self.family.stages[:2] else "mlp.down_proj"
-        output: Tensor = self.linears[closing](inputs_BTF)
+        output: Tensor = self.linears[closing](self.closing_input(stage, inputs_BTF, rope))
         return output
 
     def producer(self, name: str) -> nn.Module:

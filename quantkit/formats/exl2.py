@@ -37,8 +37,8 @@ USE = """One branch holds each size; exllamav2 0.3.2 (CUDA) or a server built on
 hf download {repo} --revision {branch} --local-dir model
 ```
 
-Without flash-attn set `EXLLAMA_NO_SDPA=1`: exllamav2's other path gives running text no causal mask, and its figures come
-out too good and its answers wrong.
+Without flash-attn set `EXLLAMA_NO_SDPA=1`: exllamav2's other path gives running text no causal mask; figures then come
+out too good and answers wrong.
 """
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quantkit.kernels import rounding_errors
+
 WIDTHS = (8, 6, 5, 4, 3, 2)
 UNIT = 32  # channels of a group and columns of a matrix come in multiples of it
 TOP_CODE = 16
@@ -130,8 +132,7 @@ def fit(weight_IO: Tensor, importance_I: Tensor, bits: int, candidates: int) -> 
     """Scale codes uint8 [O] and the group's largest scale [] (a float16) that suit the group's weights.
 
     Each column looks for its own best scale among `candidates` fractions of its full range, from 1.1 down to 0.5; the
-    largest sets the group's, and each column takes the best of the three codes around the root of its share, judged by
-    what the reader will decode.
+    largest sets the group's, and each column takes the best of the three codes around the root of its share.
 
     Args:
         weight_IO: [I, O] of one group.
@@ -141,44 +142,25 @@ def fit(weight_IO: Tensor, importance_I: Tensor, bits: int, candidates: int) -> 
     """
     half = (2**bits - 1) / 2
     base_O = weight_IO.abs().amax(0) / half
-    weighing_IO = importance_I.unsqueeze(1)
     fractions = [1.0] if candidates == 1 else [1.1 - 0.6 * i / (candidates - 1) for i in range(candidates)]
-    best_O, least_O = base_O, None
-    for fraction in fractions:
-        scale_O = base_O * fraction
-        error_O = _error(weight_IO, scale_O, bits, weighing_IO, rounding=False)
-        if least_O is None:
-            best_O, least_O = scale_O, error_O
-            continue
-        better_O = error_O < least_O
-        best_O, least_O = torch.where(better_O, scale_O, best_O), torch.where(better_O, error_O, least_O)
+    scale_CO = base_O * base_O.new_tensor(fractions).unsqueeze(1)
+    best_O = _least(scale_CO, scale_CO, weight_IO, importance_I, bits)
     scale_max = best_O.amax().clamp(max=torch.finfo(torch.float16).max).half().float()
     share_O = best_O / scale_max.to(best_O.dtype).clamp(min=1e-30)
     middle_O = (TOP_CODE * share_O.sqrt()).round().clamp(1, TOP_CODE)
-    code_O, least_O = middle_O, None
-    for shift in (0, -1, 1):
-        tried_O = (middle_O + shift).clamp(1, TOP_CODE)
-        scale_O = column_scales(tried_O.unsqueeze(0), scale_max.unsqueeze(0))[0].to(weight_IO.dtype)
-        error_O = _error(weight_IO, scale_O, bits, weighing_IO, rounding=True)
-        if least_O is None:
-            least_O = error_O
-            continue
+    code_CO = (middle_O + middle_O.new_tensor([0, -1, 1]).unsqueeze(1)).clamp(1, TOP_CODE)
+    coded_CO = column_scales(code_CO, scale_max.expand(len(code_CO))).to(weight_IO.dtype)
+    return _least(code_CO, coded_CO, weight_IO, importance_I, bits).to(torch.uint8), scale_max
+
+
+def _least(tried_CO: Tensor, scale_CO: Tensor, weight_IO: Tensor, importance_I: Tensor, bits: int) -> Tensor:
+    """[O], of what was tried that whose scale rounds the weights best; the earlier of two alike."""
+    # a column of zeros is as well off with any scale
+    usable_CO = torch.where(scale_CO == 0, 1.0, scale_CO)
+    zero_CO = torch.full_like(scale_CO, 2 ** (bits - 1))
+    error_CO = rounding_errors(weight_IO, importance_I, usable_CO, zero_CO, 2**bits - 1)
+    best_O, least_O = tried_CO[0], error_CO[0]
+    for other_O, error_O in zip(tried_CO[1:], error_CO[1:], strict=True):
         better_O = error_O < least_O
-        code_O, least_O = torch.where(better_O, tried_O, code_O), torch.where(better_O, error_O, least_O)
-    return code_O.to(torch.uint8), scale_max
-
-
-def _error(weight_IO: Tensor, scale_O: Tensor, bits: int, weighing_IO: Tensor, *, rounding: bool) -> Tensor:
-    steps_IO = encode(weight_IO, inverse(scale_O), bits)
-    decoded_IO = rounded_product(steps_IO, scale_O) if rounding else steps_IO * scale_O
-    return ((weight_IO - decoded_IO).square_() * weighing_IO).sum(0)
-
-
-def encode(weight: Tensor, inverse_O: Tensor, bits: int) -> Tensor:
-    """Whole steps nearest to the weights, -2^(b-1) .. 2^(b-1) - 1, given the inverse of the scales."""
-    return (weight * inverse_O).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
-def inverse(scale_O: Tensor) -> Tensor:
-    """1 / scale; 0 where the scale vanished, so that everything there becomes 0."""
-    return torch.where(scale_O == 0, 0.0, 1 / scale_O)
+        best_O, least_O = torch.where(better_O, other_O, best_O), torch.where(better_O, error_O, least_O)
+    return best_O

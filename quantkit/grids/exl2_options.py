@@ -57,13 +57,8 @@ _MLP = (
 )
 # linears that take the mixture of a later row, and how many rows later that is
 _BETWEEN = {
-    ATTENTION: (
-        (("v_proj",), (1, 2, 3)),
-        (("o_proj",), (1, 2)),
-        (("v_proj", "o_proj"), (1, 2)),
-        (("k_proj", "v_proj"), (1,)),
-    ),
-    MLP: ((("down_proj",), (1, 2)), (("up_proj",), (1, 2)), (("up_proj", "down_proj"), (1, 2))),
+    ATTENTION: ((("v_proj",), (3,)), (("k_proj", "v_proj"), (1,)), (("o_proj",), (1, 2))),
+    MLP: ((("down_proj",), (1, 2, 3)),),
 }
 HEADS = {
     2: Mixture.of("4:.3/32 2:.7/32"),

@@ -27,7 +27,7 @@ def solve_panel(
     lost_O = torch.empty_like(weight_PO[0])
     grids = (part.expand_as(levels.step_PO) for part in (levels.inverse(), levels.shift_PO, levels.less_PO))
     read = (weight_PO, feedback_PO, upper_PP, levels.step_PO, *grids)
-    _over_rows(_solve_rows, read, (codes_PO, error_PO, lost_O), levels.top)
+    _over_rows(_solve_rows, read, (codes_PO, error_PO, lost_O), levels.top, levels.half)
     return lost_O
 
 
@@ -39,7 +39,9 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     return error_CO
 
 
-def _over_rows(kernel: Callable[..., None], read: tuple[Tensor, ...], filled: tuple[Tensor, ...], top: int) -> None:
+def _over_rows(
+    kernel: Callable[..., None], read: tuple[Tensor, ...], filled: tuple[Tensor, ...], top: int, *further: bool
+) -> None:
     """Run a kernel on all rows, which are the last dimension of what it fills; some in each thread."""
     # one layout, so one compilation; a copy of what is to be filled would be lost
     assert all(tensor.is_contiguous() for tensor in filled), "the rows to be filled are contiguous"
@@ -49,10 +51,10 @@ def _over_rows(kernel: Callable[..., None], read: tuple[Tensor, ...], filled: tu
     blocks = -(-rows // BLOCK)
     threads = min(torch.get_num_threads(), blocks)
     if threads == 1:
-        kernel(*arrays, highest, 0, rows)
+        kernel(*arrays, highest, *further, 0, rows)
         return
     edges = [min(rows, blocks * part // threads * BLOCK) for part in range(threads + 1)]
-    for done in [_pool(threads).submit(kernel, *arrays, highest, *span) for span in pairwise(edges)]:
+    for done in [_pool(threads).submit(kernel, *arrays, highest, *further, *span) for span in pairwise(edges)]:
         done.result()
 
 
@@ -63,11 +65,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _solve_rows(  # type: ignore[no-untyped-def]
-    weight, feedback, upper, step, inverse, shift, less, codes, error, lost, top, first, last
+    weight, feedback, upper, step, inverse, shift, less, codes, error, lost, top, half, first, last
 ):
     channels = weight.shape[0]
     bottom = weight.dtype.type(0)  # a plain 0 would turn all into float64
     pull = np.empty(BLOCK, weight.dtype)
+    product = np.zeros(BLOCK, weight.dtype)
+    single = np.zeros(BLOCK, np.float32)
+    word = single.view(np.int32)
     near = np.zeros((channels, BLOCK), weight.dtype)  # the block's errors, one after another in memory
     for start in range(first, last, BLOCK):
         width = min(BLOCK, last - start)
@@ -94,10 +99,31 @@ def _solve_rows(  # type: ignore[no-untyped-def]
                 code = np.rint((wanted + less[row, at]) * inverse[row, at] + shift[row, at])
                 code = min(max(code, bottom), top)
                 codes[i, at] = np.uint8(code)
-                near[i, o] = weight[i, at] - ((code - shift[row, at]) * step[row, at] - less[row, at])
+                product[o] = (code - shift[row, at]) * step[row, at]
+            if half:
+                single[:] = product
+                _round_to_half(single, word)
+                product[:] = single
+            for o in range(width):
+                at = start + o
+                near[i, o] = weight[i, at] - (product[o] - less[row, at])
                 image = pull[o] + near[i, o] * pivot
                 lost[at] += image * image
             error[i, start : start + width] = near[i, :width]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _round_to_half(single, word):  # type: ignore[no-untyped-def]
+    """Round to what float16 holds, to even where two are as near; `word` is the memory of `single` as int32.
+
+    Normal numbers keep 10 bits of their mantissa; below them values lie 2^-24 apart, as those of float32 near 0.75 do.
+    """
+    for o in range(len(single)):
+        value = single[o]
+        small = (value + np.float32(0.75)) - np.float32(0.75)
+        word[o] = (word[o] + 0xFFF + ((word[o] >> 13) & 1)) & ~0x1FFF
+        if abs(value) < np.float32(2.0**-14):
+            single[o] = small
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

@@ -10,19 +10,22 @@ from torch import Tensor
 class Levels:
     """Code q, a whole number from 0 to `top`, stands for (q - shift) * step - less.
 
-    GPTQ, AWQ, HQQ and MLX have a zero point, which is the shift; ggml's blocks have a fixed shift and a minimum.
-    The tensors are [1, O], or [P, O] where channels of the panel differ, in the dtype of the weights.
+    GPTQ, AWQ, HQQ and MLX have a zero point, which is the shift; ggml's blocks have a fixed shift and a minimum; EXL2
+    has a fixed shift and a reader that multiplies in float16. The tensors are [1, O], or [P, O] where channels of the
+    panel differ, in the dtype of the weights.
 
     Attributes:
         step_PO: never negative; a row of step 0 has but one level.
         shift_PO, less_PO: see above.
         top: the largest code.
+        half: the product is rounded to float16; then steps are float16 values, and products stay below its largest.
     """
 
     step_PO: Tensor
     shift_PO: Tensor
     less_PO: Tensor
     top: int
+    half: bool = False
 
     @classmethod
     def of_zeros(cls, scale_O: Tensor, zero_O: Tensor, top: int) -> "Levels":
@@ -43,4 +46,5 @@ class Levels:
     def decode(self, code_O: Tensor, i: int) -> Tensor:
         """The weights that codes of the panel's channel i stand for."""
         step_O, shift_O, less_O = (part[i % len(part)] for part in (self.step_PO, self.shift_PO, self.less_PO))
-        return (code_O - shift_O) * step_O - less_O
+        product_O = (code_O - shift_O) * step_O
+        return (product_O.half().to(product_O.dtype) if self.half else product_O) - less_O

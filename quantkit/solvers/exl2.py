@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantkit.calibration.statistics import HESSIAN, Statistics
+from quantkit.calibration.statistics import BLOCK, HESSIAN, Statistics
 from quantkit.errors import RefusedError
-from quantkit.grids.exl2 import Exl2Grid, Mixture, column_scales, encode, fit, inverse, rounded_product
+from quantkit.grids.exl2 import Exl2Grid, Mixture, column_scales, fit
+from quantkit.kernels import solve_panel
+from quantkit.kernels.levels import Levels
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.gptq import PANEL, Factor, factorize, updated
 
@@ -25,7 +27,7 @@ LARGEST = torch.finfo(torch.float16).max
 def solve_exl2(
     weight_OI: Tensor, factor: Factor, mixture: Mixture, *, candidates: int, where: str = ""
 ) -> tuple[QuantizedLinear, float]:
-    """Codes and grid that minimize the linear's output error over the calibration tokens, and the share that was lost.
+    """Codes and grid that minimize the linear's output error over the calibration tokens, and that error, tr(E H E^T).
 
     Args:
         weight_OI: [O, I] in the factor's dtype; I a multiple of 32. Not modified.
@@ -51,7 +53,7 @@ def solve_exl2(
     codes_IO = torch.empty((columns, rows), dtype=torch.uint8, device=weight_IO.device)
     code_GO = torch.empty((len(groups), rows), dtype=torch.uint8, device=weight_IO.device)
     scale_max_G = torch.empty(len(groups), device=weight_IO.device)
-    lost, energy = weight_IO.new_zeros(()), weight_IO.new_zeros(())
+    lost = weight_IO.new_zeros(())
     start = 0
     for group, (bits, size) in enumerate(groups):
         stop = start + size
@@ -60,36 +62,29 @@ def solve_exl2(
         free_IO = updated(weight_IO[inside], feedback_IO, upper_II[inside, inside])
         code_GO[group], scale_max_G[group] = fit(free_IO, factor.importance_I[inside], bits, candidates)
         scale_O = column_scales(code_GO[group : group + 1], scale_max_G[group : group + 1])[0].to(weight_IO.dtype)
+        levels = replace(Levels.of_zeros(scale_O, torch.full_like(scale_O, 2 ** (bits - 1)), 2**bits - 1), half=True)
         for first in range(start, stop, PANEL):
             here = slice(first, min(first + PANEL, stop))
             feedback_PO = feedback_IO[here.start - start : here.stop - start]
             feedback_PO += upper_II[start:first, here].t() @ error_IO[start:first]
-            upper_PP = upper_II[here, here]
-            codes_IO[here] = _solve_panel(weight_IO[here], feedback_PO, upper_PP, error_IO[here], bits, scale_O)
-            lost += torch.addmm(feedback_PO, upper_PP.t(), error_IO[here]).square_().sum()
-            energy += (upper_II[: here.stop, here].t() @ weight_IO[: here.stop]).square_().sum()
+            panel = (weight_IO[here], feedback_PO, upper_II[here, here])
+            lost += solve_panel(*panel, levels, codes_IO[here], error_IO[here]).sum()
         start = stop
     codes_OI = torch.empty((rows, columns), dtype=torch.uint8, device=weight_IO.device)
     codes_OI[:, order_I] = codes_IO.t()
     linear = QuantizedLinear(codes_OI, Exl2Grid(groups, scale_max_G, code_GO, order_I))
-    return linear, float(lost / energy) if float(energy) else 0.0
+    return linear, float(lost)
 
 
-def _solve_panel(
-    weight_PO: Tensor, feedback_PO: Tensor, upper_PP: Tensor, error_PO: Tensor, bits: int, scale_O: Tensor
-) -> Tensor:
-    """Codes [P, O], as whole numbers, of P channels; fills `error_PO` with the weights minus what they stand for."""
-    steps_PO = torch.empty_like(weight_PO)
-    inverse_O = inverse(scale_O)
-    error_OP = error_PO.t()
-    pivots = upper_PP.diagonal().unbind()
-    rows = zip(weight_PO.unbind(), feedback_PO.unbind(), steps_PO.unbind(), error_PO.unbind(), pivots, strict=True)
-    for i, (weight_O, pull_O, steps_O, error_O, pivot) in enumerate(rows):
-        if i:
-            pull_O = torch.addmv(pull_O, error_OP[:, :i], upper_PP[:i, i])
-        steps_O.copy_(encode(torch.addcdiv(weight_O, pull_O, pivot), inverse_O, bits))
-        torch.sub(weight_O, rounded_product(steps_O, scale_O), out=error_O)
-    return steps_PO.add_(2 ** (bits - 1))
+def output_energy(weight_OI: Tensor, factor: Factor) -> float:
+    """tr(W H W^T), what `solve_exl2`'s error is a share of; the same for every mixture."""
+    weight_IO = weight_OI.t()[factor.order_I]
+    columns = len(weight_IO)
+    total = weight_IO.new_zeros(())
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        total += (factor.upper_II[:stop, start:stop].t() @ weight_IO[:stop]).square_().sum()
+    return float(total)
 
 
 @dataclass(frozen=True)
@@ -125,10 +120,15 @@ class Exl2Solver:
                 mixture: solve_exl2(weight_OI, factor, mixture, candidates=self.candidates, where=name)
                 for mixture in dict.fromkeys(wanted)
             }
-            linear, loss = solved[wanted[0]]
+            linear, lost = solved[wanted[0]]
+            energy = output_energy(weight_OI, factor)
             others = tuple(solved[mixture][0] for mixture in wanted[1:])
             finished = time.perf_counter()
-            yield name, replace(linear, others=others), LinearFacts(name, loss, factor.damping, finished - started)
+            yield (
+                name,
+                replace(linear, others=others),
+                LinearFacts(name, lost / energy if energy else 0.0, factor.damping, finished - started),
+            )
             started = finished
 
 

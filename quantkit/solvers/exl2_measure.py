@@ -21,6 +21,7 @@ from quantkit.solvers.exl2 import activation_factor, solve_exl2
 from quantkit.solvers.knapsack import Choice, choose
 
 LEAST_ACCURACY = 1e-6
+WINDOWS = 4
 Measured = dict[str, list[dict[str, Any]]]
 """Options with their accuracy, by the sub-layer's full name."""
 Solved = dict[tuple[str, Mixture], QuantizedLinear]
@@ -32,12 +33,17 @@ class OptionTrial:
 
     Attributes:
         damping, candidates: of the solver, see `quantkit.solvers.exl2`.
-        windows: most calibration windows that outputs are compared on; statistics come from all.
+        tokens: that outputs are compared on, the beginnings of a few windows; statistics come from all.
     """
 
     damping: float
     candidates: int
-    windows: int
+    tokens: int
+
+    @property
+    def windows(self) -> int:
+        """How many of them."""
+        return WINDOWS
 
     @property
     def needs(self) -> frozenset[str]:
@@ -56,7 +62,9 @@ class OptionTrial:
         float32: what 8-bit codes change is less than what bfloat16 rounds away.
         """
         _in_float32(layer)
-        hidden_BTD, rope = hidden_BTD.float(), (rope[0].float(), rope[1].float())
+        length = min(-(-self.tokens // len(hidden_BTD)), hidden_BTD.shape[1])
+        hidden_BTD = hidden_BTD[:, :length].float()
+        rope = (rope[0][:, :length].float(), rope[1][:, :length].float())
         found: Measured = {}
         for block, stages in ((ATTENTION, layer.family.stages[:2]), (MLP, layer.family.stages[2:])):
             solved = self._solved(layer, block, stages, statistics)
@@ -68,13 +76,16 @@ class OptionTrial:
             exact = {linear: weight.data for linear, weight in weights.items()}
             shapes = {linear: (weight.shape[0], weight.shape[1]) for linear, weight in weights.items()}
             rows = found[layer.linear_name(block)] = []
+            *_, closing = LINEARS[block]
             held: dict[str, Mixture] = {}
             for option in OPTIONS[block]:
-                for linear, mixture in option.mixtures:
-                    if held.get(linear) != mixture:
-                        weights[linear].data = solved[linear, mixture].dequantize()
-                        held[linear] = mixture
-                share_B = _norms(layer.block_output(stages[0], inputs_BTD, rope) - exact_BTD) / norm_B
+                changed = [linear for linear, mixture in option.mixtures if held.get(linear) != mixture]
+                held = dict(option.mixtures)
+                for linear in changed:
+                    weights[linear].data = solved[linear, held[linear]].dequantize()
+                if changed != [closing]:
+                    closing_BTF = layer.closing_input(stages[0], inputs_BTD, rope)
+                share_B = _norms(layer.block_output(stages[1], closing_BTF, rope) - exact_BTD) / norm_B
                 accuracy = max(LEAST_ACCURACY, 1 - float(share_B.mean()))
                 described_by = {linear: described(mixture) for linear, mixture in option.mixtures}
                 rows.append({"accuracy": accuracy, "total_bits": option.stored_bits(shapes)} | described_by)

@@ -215,7 +215,7 @@ def test_the_cards_snippet_runs(name, kept_engine, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["mistral", "llama", "qwen2", "qwen3"])
 def test_exllamav2_sees_what_quantkit_decodes(kind, sources, kept_engine, tmp_path):
-    quantize = {"bits": [3.0 if kind == "mistral" else 4.0, 6.0], "scale_candidates": 4, "measure_windows": 4}
+    quantize = {"bits": [3.0 if kind == "mistral" else 4.0, 6.0], "scale_candidates": 4, "measure_tokens": 64}
     recipe = recipe_of("exl2", sources[kind], quantize, tmp_path)
     recipe = recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"activations": "float"})})
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out

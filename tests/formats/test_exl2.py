@@ -250,7 +250,7 @@ def recipe_for(source, text, *, activations="float", **quantize) -> Recipe:
         {
             "format": "exl2",
             "model": {"id": str(source)},
-            "quantize": {"scale_candidates": 4, "measure_windows": 4} | quantize,
+            "quantize": {"scale_candidates": 4, "measure_tokens": 64} | quantize,
             "calibration": {"texts": {str(text): 8}, "window_tokens": 16, "activations": activations},
             "validation": {"texts": [str(text)], "window_tokens": 32, "generated_tokens": 0},
         }

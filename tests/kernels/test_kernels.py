@@ -24,6 +24,11 @@ def levels_of(kind: str, channels: int, rows: int, dtype: torch.dtype) -> Levels
     if kind == "zero per row":
         scale = random(rows, dtype=dtype, seed=4).abs() * 0.2 + 0.01
         return Levels.of_zeros(scale, random(rows, dtype=dtype, seed=5) + 7, 15)
+    if kind == "products of float16":
+        scale = (
+            (random(rows, dtype=dtype, seed=4).abs() * 10.0 ** (-6 * torch.rand(rows, dtype=dtype))).half().to(dtype)
+        )
+        return Levels(*(part.unsqueeze(0) for part in (scale, scale * 0 + 128, scale * 0)), 255, half=True)
     step = random(channels, rows, dtype=dtype, seed=4) * 0.2  # ggml's may be negative, and 0
     step[0, 0] = 0
     less = random(channels, rows, dtype=dtype, seed=5).abs()
@@ -36,7 +41,7 @@ def solved(kernels, weight, feedback, upper, levels):
     return codes, error, kernels.solve_panel(weight, feedback, upper, levels, codes, error)
 
 
-@pytest.mark.parametrize("kind", ["zero per row", "step and minimum per channel"])
+@pytest.mark.parametrize("kind", ["zero per row", "step and minimum per channel", "products of float16"])
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("channels", [1, 5, 32, 128])
 def test_a_panel_is_solved_as_in_plain_torch(channels, rows, kind):
@@ -56,6 +61,16 @@ def test_errors_are_of_what_a_reader_decodes():
     codes, error, _ = solved(compiled, weight, feedback, upper, levels)
     decoded = (codes.float() - levels.shift_PO) * levels.step_PO
     assert torch.equal(error, weight - decoded)
+
+
+def test_products_are_rounded_as_float16_rounds_them():
+    """Every step of 8 bits times every positive float16 that does not carry it beyond the largest; subnormals too."""
+    steps = torch.arange(-128, 128, dtype=torch.float32)
+    scales = torch.arange(1, 0x5C00, dtype=torch.int16).view(torch.float16).float()
+    products = torch.outer(scales, steps).flatten().contiguous()
+    rounded = products.clone().numpy()
+    compiled._round_to_half(rounded, rounded.view("int32"))
+    assert torch.equal(torch.from_numpy(rounded), products.half().float())
 
 
 def test_lost_is_the_image_of_the_errors_and_the_feedback():

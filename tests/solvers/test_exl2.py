@@ -6,7 +6,7 @@ import torch
 from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import Mixture
-from quantkit.solvers.exl2 import Exl2Solver, solve_exl2
+from quantkit.solvers.exl2 import Exl2Solver, output_energy, solve_exl2
 from quantkit.solvers.gptq import factorize
 from tests.oracles import correlated_layer, oracle_exl2
 
@@ -16,7 +16,9 @@ MIXTURES = ["8:1/32", "4:.1/32 3:.9/64", "8:.05/32 4:.1/32 3:.85/128", "6:.05/32
 
 def solve(weight, hessian, mixture, *, candidates=12):
     factor = factorize(hessian, order="activation", group_size=-1, damping=DAMPING)
-    return solve_exl2(weight, factor, Mixture.of(mixture), candidates=candidates)
+    linear, lost = solve_exl2(weight, factor, Mixture.of(mixture), candidates=candidates)
+    energy = output_energy(weight, factor)
+    return linear, lost / energy if energy else 0.0
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
