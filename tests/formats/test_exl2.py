@@ -14,7 +14,7 @@ from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import pack
 from quantkit.formats.exl2 import Exl2Format, decode_linear, encode_linear, least_bits, open_artifact, open_variants
 from quantkit.grids.exl2 import Exl2Grid, Mixture
-from quantkit.grids.exl2_options import HEADS
+from quantkit.grids.exl2_options import ATTENTION, HEADS, MLP, OPTIONS
 from quantkit.pipeline import build
 from quantkit.qtensor import QuantizedLinear
 from quantkit.recipe import Recipe
@@ -300,7 +300,7 @@ def test_measurements_have_the_converters_keys_and_choices_keep_to_the_target(bu
     measured = content["measurement"]
     blocks = [f"model.layers.{layer}.{block}" for layer in (0, 1) for block in ("self_attn", "mlp")]
     assert list(measured) == blocks
-    assert [len(measured[name]) for name in blocks] == [19, 17, 19, 17]
+    assert [len(measured[name]) for name in blocks] == 2 * [len(OPTIONS[ATTENTION]), len(OPTIONS[MLP])]
     assert measured[blocks[1]][0].keys() == {"accuracy", "total_bits", "gate_proj", "up_proj", "down_proj"}
     assert measured[blocks[1]][0]["down_proj"] == {
         "group_size": {"6": 32, "3": 64, "2": 64},
