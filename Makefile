@@ -73,12 +73,12 @@ docs-check: setup
 
 # the upstream packages read what quantkit writes, and build; their environments are made once, under ~/.cache
 test-engines: setup
-	$(BIN)/pytest -m slow tests/engines tests/test_upstream.py
+	$(BIN)/pytest -m "slow and not gpu" tests/engines tests/test_upstream.py
 
 # minutes each; `harness` installs lm-evaluation-harness, which one of them compares with
 test-slow: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,harness]"
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not gpu"
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu

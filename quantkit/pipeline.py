@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from quantkit.judgement import check_window, judge, keep
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
 from quantkit.methods import METHODS, Method, Survey
 from quantkit.plan import Plan, make_plan, require_here
-from quantkit.progress import Progress
+from quantkit.progress import Progress, timed
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
 from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
 from quantkit.sources import Source, open_source
@@ -132,7 +133,7 @@ def build(
         if record is None:
             needed = make_plan(recipe, source.checkpoint, method, out=out, device=device)
             require_here(needed, recipe, method, out=out, device=device)
-            record = _make(recipe, source, method, texts, identity, out, device, fresh, progress)
+            record = _make(recipe, source, method, texts, identity, out, device, fresh, progress, needed)
         if validated and (record["validation"] is None or record["recipe"] != recipe.resolved()):
             record = record | {"recipe": recipe.resolved()}
             variants = open_variants(recipe.format, out)
@@ -218,6 +219,7 @@ def _make(
     device: torch.device,
     fresh: bool,
     progress: Progress,
+    needed: Plan,
 ) -> dict[str, Any]:
     """Quantize, assemble and put the artifact in place; returns its record."""
     watch = Stopwatch()
@@ -266,6 +268,11 @@ def _make(
         "items": work.facts,
         "seconds": stages,
         "wall_seconds": round(sum(stages.values()), 3),
+        "operations": needed.operations if engine is None else {},
+        "bytes": {
+            "read": needed.source_bytes,
+            "written": sum(entry["size_bytes"] for entry in record["outputs"]),
+        },
         "peak_memory_bytes": peak_memory_bytes(device),
     }
     record = keep(work.artifact, record)
@@ -300,8 +307,9 @@ def _quantize(
         placed = {} if places is None else places.read(name)
         return method.format.decode_item(read_item(work.path(name)) | placed)
 
-    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        write_item(path, tensors if places is None else places.write(tensors))
+    def write(tensors: dict[str, torch.Tensor], seconds: dict[str, float], path: Path) -> None:
+        with timed(seconds, "write"):
+            write_item(path, tensors if places is None else places.write(tensors))
 
     names = checkpoint.items
     sinks = Sinks(
@@ -318,9 +326,10 @@ def _quantize(
         finished=finished,
         sinks=sinks,
     ):
-        tensors = method.format.encode_item(item)
+        with timed(item.seconds, "pack"):
+            tensors = method.format.encode_item(item)
         facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
-        work.finish(item.name, lambda path, tensors=tensors: write(path, tensors), facts)  # type: ignore[misc]
+        work.finish(item.name, partial(write, tensors, item.seconds), facts)
     progress.steps("quantize", len(names), len(names))
 
 

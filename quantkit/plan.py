@@ -21,6 +21,8 @@ from quantkit.recipe import OWN_ENGINE, Recipe
 
 DISK_MARGIN_BYTES = 64 * 1024**2
 PROBE_SIDE = 1024
+# they read what q_proj or gate_proj reads
+SHARES_INPUT = (".k_proj", ".v_proj", ".up_proj")
 # the share of the probed matmul rate that the whole pass reaches; the column loop and small products keep it down
 EFFICIENCY = 0.35
 
@@ -39,6 +41,8 @@ class Plan:
         memory_bytes: peak on the device that solves.
         memory_free_bytes: available there.
         tokens: of calibration.
+        operations: least floating-point operations of each stage, see `operations`.
+        source_bytes: weights to be read.
         seconds: a rough estimate from a short matmul probe.
         variants: bytes of each variant's weights, where the format writes several.
     """
@@ -52,6 +56,8 @@ class Plan:
     memory_bytes: int
     memory_free_bytes: int
     tokens: int
+    operations: dict[str, float]
+    source_bytes: int
     seconds: float
     variants: dict[str, int]
 
@@ -72,6 +78,12 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
             "several variants cannot share statistics of a quantized stream, which is different for each",
             where="calibration.activations",
             fix='set it to "float", or let the recipe name a single variant',
+        )
+    if DEVIATION in method.solvers.needs and recipe.calibration.activations == "float":
+        raise RefusedError(
+            "the correction towards the unquantized stream (asymmetric) has nothing to correct in that stream itself",
+            where="calibration.activations",
+            fix='set it to "quantized", or asymmetric to 0 where the format has that key',
         )
     shapes = list(checkpoint.linear_shapes(ends=method.solvers.ends is not None))
     untied = method.solvers.unties_head and all(name != END_MODULES[HEAD] for name, _, _ in shapes)
@@ -98,6 +110,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     artifact_bytes = quantized_bits // 8 + beside_bytes * max(len(variants), 1)
     reads_text = method.solvers.needs or recipe.engine != OWN_ENGINE
     tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if reads_text else 0
+    counted = operations(checkpoint, solved, tokens, recipe.calibration.window_tokens, method.solvers.needs)
     return Plan(
         linears=len(solved),
         parameters=parameters,
@@ -110,9 +123,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
         else _upstream_memory(parameters, device),
         memory_free_bytes=free_bytes(device),
         tokens=tokens,
-        seconds=_flops(checkpoint, solved, tokens, recipe.calibration.window_tokens)
-        / _rate(recipe, device)
-        / EFFICIENCY,
+        operations=counted,
+        source_bytes=sum(info.size_bytes for info in infos.values()),
+        seconds=sum(counted.values()) / _rate(recipe, device) / EFFICIENCY,
         variants=variants,
     )
 
@@ -153,6 +166,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"disk              {_gb(plan.disk_bytes)} while building, {_gb(plan.disk_free_bytes)} free",
         f"memory            {_gb(plan.memory_bytes)}, {_gb(plan.memory_free_bytes)} free",
         f"calibration       {plan.tokens} tokens",
+        f"operations        {sum(plan.operations.values()) / 1e12:.2f} T at least: "
+        + ", ".join(f"{stage} {count / 1e12:.2f}" for stage, count in plan.operations.items()),
         f"time              about {plan.seconds:.0f} s (estimate)",
     ]
 
@@ -199,16 +214,35 @@ def _upstream_memory(parameters: int, device: torch.device) -> int:
     return parameters * (2 if device.type == "cuda" else 4) * 3 // 2 + 1024**3
 
 
-def _flops(checkpoint: Checkpoint, solved: list[tuple[str, int, int]], tokens: int, window: int) -> float:
-    forward = sum(2.0 * rows * columns * tokens for _, rows, columns in checkpoint.linear_shapes())
+def operations(
+    checkpoint: Checkpoint, solved: list[tuple[str, int, int]], tokens: int, window: int, needs: frozenset[str]
+) -> dict[str, float]:
+    """Least floating-point operations of each stage, one multiply-add being two; a floor, not what a solver takes.
+
+    * forward: one pass of all tokens through the decoder layers, attention without its mask;
+    * statistics: half of the symmetric sum of x x^T, once for linears that read the same;
+    * factorise: one Cholesky factorization of each such sum;
+    * solve: the feedback of every input channel's error into all that follow it.
+
+    Args:
+        checkpoint: the model.
+        solved: (name, out, in) of the linears.
+        tokens: of calibration.
+        window: tokens that attend to each other.
+        needs: statistics that the solvers ask for; without the Hessian only the forward pass is counted, if any.
+    """
     attention = 2.0 * 2 * tokens * window * int(checkpoint.config["hidden_size"]) * checkpoint.num_layers
-    solving = 0.0
-    for name, rows, columns in solved:
-        shares_input = name.endswith((".k_proj", ".v_proj", ".up_proj"))
-        if not shares_input:
-            solving += 2.0 * tokens * columns**2 + columns**3 / 3
-        solving += 2.0 * rows * columns**2
-    return forward + attention + (solving if tokens else 0.0)
+    counted = {
+        "forward": sum(2.0 * rows * columns * tokens for _, rows, columns in checkpoint.linear_shapes()) + attention
+    }
+    if not tokens or HESSIAN not in needs:
+        return counted
+    inputs = [columns for name, _, columns in solved if not name.endswith(SHARES_INPUT)]
+    return counted | {
+        "statistics": sum(1.0 * tokens * columns**2 for columns in inputs),
+        "factorise": sum(columns**3 / 3 for columns in inputs),
+        "solve": sum(1.0 * rows * columns**2 for _, rows, columns in solved),
+    }
 
 
 def _rate(recipe: Recipe, device: torch.device) -> float:

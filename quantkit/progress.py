@@ -1,6 +1,8 @@
 """Who hears of a run while it goes on."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from quantkit.qtensor import LinearFacts
@@ -13,3 +15,14 @@ class Progress:
     stage: Callable[[str], None] = lambda name: None
     steps: Callable[[str, int, int], None] = lambda what, done, total: None
     linear: Callable[[LinearFacts], None] = lambda facts: None
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall time of what is done inside to a stage's seconds.
+
+    Work that a GPU has only been given counts where it is waited for.
+    """
+    started = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started

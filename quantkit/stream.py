@@ -23,6 +23,7 @@ from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
 from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
+from quantkit.progress import timed
 from quantkit.qtensor import Item, LinearFacts
 from quantkit.solvers.contract import Solver
 
@@ -237,19 +238,19 @@ def _solve_item(
             for linear in stage.linears
             if (full := layer.linear_name(linear)) in linears
         }
-        started = time.perf_counter()
-        # what the walks freed must not stand beside what the solver takes, nor the other way round
-        release_freed_memory()
-        for full, quantized, facts in solvers.layers.solve(weights, statistics):
-            item.linears[full] = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
-            item.facts.append(facts)
-            sinks.linear(facts)
-        release_freed_memory()
-        item.seconds["solve"] = item.seconds.get("solve", 0.0) + time.perf_counter() - started
+        with timed(item.seconds, "solve"):
+            # what the walks freed must not stand beside what the solver takes, nor the other way round
+            release_freed_memory()
+            for full, quantized, facts in solvers.layers.solve(weights, statistics):
+                item.linears[full] = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
+                item.facts.append(facts)
+                sinks.linear(facts)
+            release_freed_memory()
 
     if solvers.preparation is not None:
         item.seconds["prepare"] = prepared
-    layer = decoder.layer(index, working)
+    with timed(item.seconds, "load"):
+        layer = decoder.layer(index, working)
     if activations is None:
         for stage in checkpoint.family.stages:
             solve_stage(stage, layer, Statistics(frozenset()))
@@ -259,7 +260,8 @@ def _solve_item(
         if before is not None:
             # go on as a resumed build would: with the checkpoint's own layer, not the rewritten one
             activations.batches = before
-            activations.advance(name, stored, source)
+            with timed(item.seconds, "forward"):
+                activations.advance(name, stored, source)
     return item
 
 
@@ -279,16 +281,19 @@ def _solve_end(
     if solver is not None and key in source:
         statistics = Statistics(solver.needs if name == HEAD else frozenset())
         if name == HEAD and activations and solver.needs:
-            activations.collect_head(stored, source, statistics)
-        weights = {END_MODULES[name]: source[key].to(device=decoder.device, dtype=decoder.dtype)}
-        for full, quantized, facts in solver.solve(weights, statistics):
-            item.linears[full] = quantized
-            item.facts.append(facts)
-            sinks.linear(facts)
+            with timed(item.seconds, "statistics"):
+                activations.collect_head(stored, source, statistics)
+        with timed(item.seconds, "solve"):
+            weights = {END_MODULES[name]: source[key].to(device=decoder.device, dtype=decoder.dtype)}
+            for full, quantized, facts in solver.solve(weights, statistics):
+                item.linears[full] = quantized
+                item.facts.append(facts)
+                sinks.linear(facts)
         del item.tensors[key]
         stored = item.tensors | {f"{full}.weight": linear.dequantize() for full, linear in item.linears.items()}
     if activations:
-        activations.advance(name, stored, source)
+        with timed(item.seconds, "forward"):
+            activations.advance(name, stored, source)
     return item
 
 
@@ -380,21 +385,20 @@ class Activations:
         if self.exact is not None:
             exact = _start(self.decoder.layer(layer.index, source), self.exact, self.rope)
         for stage in layer.family.stages:
-            started = time.perf_counter()
             statistics = Statistics(needs)
             for position, walk in enumerate(walks):
-                _, inputs = next(walk)
-                statistics.add(inputs, next(exact[position])[1] if exact else None)
-            spent = time.perf_counter() - started
-            item.seconds["forward"] = item.seconds.get("forward", 0.0) + spent
+                with timed(item.seconds, "forward"):
+                    _, inputs = next(walk)
+                    exact_inputs = next(exact[position])[1] if exact else None
+                with timed(item.seconds, "statistics"):
+                    statistics.add(inputs, exact_inputs)
             solve_stage(stage, layer, statistics)
             if not self.calibration.from_float:
                 _replace_weights(layer, stage, item)
-        started = time.perf_counter()
-        self.batches = _finish(walks)
-        if exact is not None:
-            self.exact = _finish(exact)
-        item.seconds["forward"] += time.perf_counter() - started
+        with timed(item.seconds, "forward"):
+            self.batches = _finish(walks)
+            if exact is not None:
+                self.exact = _finish(exact)
 
 
 def _start(layer: DecoderLayer, batches: list[Tensor], rope: tuple[Tensor, Tensor]) -> list[Walk]:

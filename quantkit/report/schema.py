@@ -78,7 +78,9 @@ class ItemFacts(Part):
     """One item of the stream: embedding, a layer, or the head."""
 
     linears: list[Linear]
-    seconds: dict[str, float] = Field(description="By what they were spent on.")
+    seconds: dict[str, float] = Field(
+        description="`read` (waited for), `load`, `prepare`, `forward`, `statistics`, `solve`, `pack`, `write`."
+    )
 
 
 class BuildFacts(Part):
@@ -87,6 +89,13 @@ class BuildFacts(Part):
     items: dict[str, ItemFacts]
     seconds: dict[str, float] = Field(description="Wall time by stage.")
     wall_seconds: float = Field(description="Sum of the stages.")
+    operations: dict[str, float] = Field(
+        default={},
+        description="Least floating-point operations of each stage, two for a multiply-add; see docs/growth.md.",
+    )
+    bytes: dict[str, int] = Field(
+        default={}, description="`read`: of the source's weights; `written`: of the artifact."
+    )
     peak_memory_bytes: dict[str, int] = Field(description="`host`: resident; `device`: of the GPU's tensors.")
 
 

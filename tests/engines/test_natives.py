@@ -191,7 +191,8 @@ def test_rounding_to_nearest_stores_what_mlx_lm_stores(quantize, sources, kept_e
     assert [name for name, tensor in found["ours"].items() if not torch.equal(tensor, found["theirs"][name])] == []
 
 
-@pytest.mark.parametrize("name", sorted(READERS))
+# EXL2's card downloads and names a server: there is no Python in it
+@pytest.mark.parametrize("name", sorted(READERS.keys() - {"exl2"}))
 def test_the_cards_snippet_runs(name, kept_engine, tmp_path):
     # as many rows as the tokenizer has tokens: a random model says any of them
     source = make_tiny(tmp_path / "source", "mistral", vocab_size=384)
@@ -213,6 +214,7 @@ def test_the_cards_snippet_runs(name, kept_engine, tmp_path):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="exllamav2 needs CUDA")
 @pytest.mark.parametrize("kind", ["mistral", "llama", "qwen2", "qwen3"])
 def test_exllamav2_sees_what_quantkit_decodes(kind, sources, kept_engine, tmp_path):
     quantize = {"bits": [3.0 if kind == "mistral" else 4.0, 6.0], "scale_candidates": 4, "measure_tokens": 64}
