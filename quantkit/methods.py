@@ -12,7 +12,7 @@ from quantkit.formats.awq import BITS as AWQ_BITS
 from quantkit.formats.awq import AwqFormat
 from quantkit.formats.compressed_tensors import CompressedTensorsFormat
 from quantkit.formats.contract import Format
-from quantkit.formats.exl2 import Exl2Format
+from quantkit.formats.exl2 import Exl2Format, expected_biases
 from quantkit.formats.gguf.metadata import About
 from quantkit.formats.gguf.names import Model
 from quantkit.formats.gguf.write import GgufFormat
@@ -196,12 +196,7 @@ def compressed_tensors(section: CompressedTensorsSection, config: dict[str, Any]
 def exl2(section: Exl2Section, config: dict[str, Any]) -> Method:
     """GPTQ codes of mixed widths that a measurement allots, in EXL2 folders, one for each target."""
     head = HEADS[section.head_bits]
-    refusals = tuple(
-        f"config.json has {key} = true: exllamav2 expects no such biases in a {config['model_type']}"
-        for key in ("attention_bias", "mlp_bias")
-        if config.get(key)
-    )
-    written = Exl2Format(section.bits, head, section.head_bits, int(config["vocab_size"]), refusals)
+    written = Exl2Format(section.bits, head, section.head_bits, int(config["vocab_size"]), expected_biases(config))
     trial = OptionTrial(section.damping, section.scale_candidates, section.measure_tokens)
 
     def solvers(mixtures: Callable[[str], tuple[Mixture, ...]]) -> Solvers:

@@ -1,7 +1,7 @@
 """The one place that joins the stages: recipe, checkpoint, calibration, stream, format, validation, record, card."""
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.engines.env import find_engine
 from quantkit.errors import RefusedError
-from quantkit.formats import READERS, open_variants
-from quantkit.formats.contract import Format, InPlace, LaidOut
+from quantkit.formats import open_variants
+from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
 from quantkit.formats.shards import read_item, write_item
 from quantkit.judgement import check_window, judge, keep
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
@@ -235,6 +235,9 @@ def _make(
             assert calibration is not None, "a survey needs text"
             method = _surveyed(source.checkpoint, method.survey, calibration, decoder, work, progress)
             stages["measure"] = watch.lap()
+        if calibration is not None and isinstance(method.format, TellsCalibration):
+            texts_named = [public_name(name) for name in texts]
+            method = replace(method, format=method.format.calibrated(texts_named, *calibration.tokens_WT.shape))
         places = _lay_out(source.checkpoint, method.format, work)
         _quantize(source.checkpoint, method, calibration, decoder, work, places, progress)
         stages["quantize"] = watch.lap()
@@ -255,7 +258,8 @@ def _make(
         stages["quantize"] = watch.lap()
         progress.stage("writing the artifact")
         work.assemble(lambda folder: adopt(scratch, source.checkpoint, folder))
-        variants = {recipe.format: READERS[recipe.format].open(work.artifact).tensors.files}
+        opened = open_variants(recipe.format, work.artifact)
+        variants = {name: artifact.tensors.files for name, artifact in opened.items()}
     stages["write"] = watch.lap()
     record = _record(recipe, source, texts, identity, device, calibration)
     record["chat"] = _chat_example(source.tokenizer(), recipe.validation.prompt)

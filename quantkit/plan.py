@@ -15,7 +15,7 @@ from quantkit.checkpoint.layer import free_bytes
 from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
-from quantkit.formats.contract import Format, Headed, InPlace, SeveralVariants
+from quantkit.formats.contract import Format, Headed, InPlace, Particular, SeveralVariants
 from quantkit.methods import Method
 from quantkit.recipe import OWN_ENGINE, Recipe
 
@@ -92,7 +92,10 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
             (END_MODULES[HEAD], rows, columns) for name, rows, columns in shapes if name == END_MODULES[EMBEDDING]
         ]
     solved = [shape for shape in shapes if not shape[0].endswith(method.format.skip)]
-    if problems := method.format.problems(shapes):
+    problems = method.format.problems(shapes)
+    if isinstance(method.format, Particular):
+        problems += method.format.tensor_problems(checkpoint.tensors.tensors)
+    if problems:
         shown = problems[:8] + ([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])
         raise RefusedError(
             f"{len(problems)} linear(s) do not fit the format:\n  " + "\n  ".join(shown),

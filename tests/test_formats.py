@@ -98,7 +98,8 @@ def test_it_is_built_judged_and_read_back(recipe, source, tmp_path):
     everything = "".join(path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".md"))
     assert str(tmp_path) not in everything
     card = (out / "README.md").read_text()
-    assert READERS[recipe.format].use(f"m-{recipe.format.upper()}", recipe.quantize.model_dump()) in card
+    variants = list(done.record["variants"])
+    assert READERS[recipe.format].use(f"m-{recipe.format.upper()}", recipe.quantize.model_dump(), variants) in card
 
 
 @pytest.mark.parametrize("items", [1, 3])

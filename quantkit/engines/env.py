@@ -140,10 +140,13 @@ def why_not(engine: Engine, device: str | None = None) -> str | None:
     """
     wanted = (device,) if device else engine.hardware
     unfit = [name for name in wanted if name not in engine.hardware]
+    cuda_only = engine.hardware == ("cuda",)
+    if not has_cuda() and (cuda_only or (wanted == ("cuda",) and not unfit)):
+        return f"no CUDA device: {engine.name} needs an NVIDIA GPU; run it on a machine that has one"
+    if unfit and cuda_only:
+        return f"{engine.name} runs on cuda only: run it with `--device cuda`"
     if unfit:
         return f"{engine.name} does not run on {unfit[0]}; it runs on {' and '.join(engine.hardware)}"
-    if wanted == ("cuda",) and not has_cuda():
-        return f"{engine.name} needs an NVIDIA GPU, and none is here: run it on a machine that has one"
     if is_installed(engine):
         return None
     if interpreter(engine) is None:

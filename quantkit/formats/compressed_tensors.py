@@ -286,5 +286,5 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
 
 
 READING = Reading(
-    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "transformers", lambda repo, quantize: USE.format(repo=repo)
+    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "transformers", lambda repo, *_: USE.format(repo=repo)
 )

@@ -1,9 +1,9 @@
 """What the pipeline asks of a format; a new one is a file beside this and a row in `quantkit/methods.py`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -90,6 +90,30 @@ class Headed(Protocol):
         ...
 
 
+@runtime_checkable
+class Particular(Protocol):
+    """A format that cannot hold whatever tensors stand beside the weights of the linears."""
+
+    def tensor_problems(self, names: Collection[str]) -> list[str]:
+        """Why a checkpoint of tensors with these names cannot be stored, one line each; empty if it can."""
+        ...
+
+
+@runtime_checkable
+class TellsCalibration(Protocol):
+    """A format whose files say what they were calibrated on."""
+
+    def calibrated(self, texts: Sequence[str], windows: int, window_tokens: int) -> Self:
+        """The format as it writes this down.
+
+        Args:
+            texts: names of the text sets.
+            windows: how many there were in all.
+            window_tokens: tokens of each.
+        """
+        ...
+
+
 class LaidOut(Protocol):
     """Files of an artifact in which every tensor has its place before it is solved."""
 
@@ -131,7 +155,8 @@ class Reading:
         native_engine: the engine whose reader is the format's own.
         tags: for the model card.
         library: `library_name` of the model card; None where no library of the Hub's list loads it.
-        use: how the card says it is loaded, given the repository's name and the recipe's [quantize].
+        use: how the card says it is loaded, given the repository's name, the recipe's [quantize], and the variants
+            that are to be had there, one at least.
         variants: the folder's variants by name, where it may hold several; None where the folder is the one variant.
     """
 
@@ -140,7 +165,7 @@ class Reading:
     native_engine: str
     tags: tuple[str, ...]
     library: str | None
-    use: Callable[[str, dict[str, Any]], str]
+    use: Callable[[str, dict[str, Any], Sequence[str]], str]
     variants: "Callable[[Path], Mapping[str, Artifact]] | None" = None
 
 

@@ -4,7 +4,7 @@ Shape legend: O out features (N where padded to 32), I in features, G groups, Q 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.exl2 import SCALE_BITS, UNIT, WIDTHS, Exl2Grid, Mixture, padded
-from quantkit.grids.exl2_options import LINEARS, OPTIONS
+from quantkit.grids.exl2_options import ATTENTION, LINEARS, MLP, OPTIONS
 from quantkit.qtensor import Item, QuantizedLinear
 
 NAME = "exl2"
@@ -29,7 +29,15 @@ VERSION = "0.3.2"  # of exllamav2, whose layout this is
 STEM = "output"
 SUFFIX = "bpw"
 MEASUREMENT = "measurement.json"
-PARTS = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+DTYPES = {
+    "q_weight": torch.int32,
+    "q_scale": torch.int32,
+    "q_scale_max": torch.float16,
+    "q_groups": torch.int16,
+    "q_invperm": torch.int32,
+}
+PARTS = tuple(DTYPES)
+ATTENTION_LINEARS = tuple(f"{ATTENTION}.{linear}" for linear in LINEARS[ATTENTION])
 MOST_CHANNELS = 2**16 - 1  # of an input: places are 16-bit numbers in the reader's memory
 USE = """One branch holds each size; exllamav2 0.3.2 (CUDA) or a server built on it, such as TabbyAPI, loads it:
 
@@ -79,33 +87,62 @@ def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
     """One linear from its tensors, padding included.
 
     Raises:
-        RefusedError: tensors that do not fit together, or groups that no reader walks through.
+        RefusedError: tensors that are missing or do not fit together, or groups that no reader walks through.
     """
-    words_QN, packed_GW = tensors[f"{name}.q_weight"], tensors[f"{name}.q_scale"]
-    table, inverse_I = tensors[f"{name}.q_groups"].tolist(), tensors[f"{name}.q_invperm"].long()
-    widths, starts = table[0::2], table[1::2]
-    stops = [*starts[1:], words_QN.shape[0]]
-    if not widths or not set(widths) <= set(WIDTHS) or widths != sorted(widths, reverse=True):
-        raise _damaged(name, f"its groups have the widths {widths[:8]}")
-    lengths = [32 * (stop - start) // bits for bits, start, stop in zip(widths, starts, stops, strict=True)]
-    if sum(lengths) != inverse_I.numel() or min(lengths) <= 0 or any(length % UNIT for length in lengths):
-        raise _damaged(name, f"its groups hold {sum(lengths)} input channels, its permutation {inverse_I.numel()}")
-    order_I = torch.argsort(inverse_I)
-    if not torch.equal(inverse_I[order_I], torch.arange(inverse_I.numel())):
-        raise _damaged(name, "q_invperm is no permutation")
+    part = {key: tensors[f"{name}.{key}"] for key in PARTS if f"{name}.{key}" in tensors}
+    bias_N = tensors.get(f"{name}.bias")
+    if contradiction := _contradiction(part, bias_N):
+        raise RefusedError(f"{name} is damaged: {contradiction}", where=name, fix="download the folder again")
+    widths, starts = part["q_groups"].tolist()[0::2], part["q_groups"].tolist()[1::2]
+    stops = [*starts[1:], part["q_weight"].shape[0]]
+    order_I = torch.argsort(part["q_invperm"].long())
     codes_IN = torch.cat(
-        [unpack(words_QN[start:stop], bits) for bits, start, stop in zip(widths, starts, stops, strict=True)]
+        [unpack(part["q_weight"][start:stop], bits) for bits, start, stop in zip(widths, starts, stops, strict=True)]
     )
     codes_NI = torch.empty_like(codes_IN.t().contiguous())
     codes_NI[:, order_I] = codes_IN.t()
-    code_GN = unpack(packed_GW.t().contiguous(), SCALE_BITS).t() + 1
-    groups = tuple(zip(widths, lengths, strict=True))
-    grid = Exl2Grid(groups, tensors[f"{name}.q_scale_max"].float(), code_GN, order_I)
-    return QuantizedLinear(codes_NI, grid, tensors.get(f"{name}.bias"))
+    code_GN = unpack(part["q_scale"].t().contiguous(), SCALE_BITS).t() + 1
+    groups = tuple((bits, 32 * (stop - start) // bits) for bits, start, stop in zip(widths, starts, stops, strict=True))
+    return QuantizedLinear(codes_NI, Exl2Grid(groups, part["q_scale_max"].float(), code_GN, order_I), bias_N)
 
 
-def _damaged(name: str, what: str) -> RefusedError:
-    return RefusedError(f"{name} is damaged: {what}", where=name, fix="download the folder again")
+def _contradiction(part: dict[str, Tensor], bias_N: Tensor | None) -> str | None:
+    """How a linear's tensors are not what a reader takes together; None if they are."""
+    if missing := DTYPES.keys() - part.keys():
+        return f"{min(missing)} is missing"
+    for key, dtype in DTYPES.items():
+        if part[key].dtype != dtype:
+            return f"{key} holds {_plain(part[key].dtype)}, where {_plain(dtype)} belongs"
+    words_QN, table, inverse_I = part["q_weight"], part["q_groups"], part["q_invperm"]
+    if words_QN.dim() != 2 or words_QN.shape[1] % UNIT or not words_QN.numel():
+        return f"q_weight is {list(words_QN.shape)}, not rows of words by a multiple of {UNIT} columns"
+    if table.dim() != 1 or table.numel() % 2 or not table.numel():
+        return f"q_groups is {list(table.shape)}, not two numbers for each group"
+    widths, starts = table.tolist()[0::2], table.tolist()[1::2]
+    if not set(widths) <= set(WIDTHS) or widths != sorted(widths, reverse=True):
+        return f"its groups have the widths {widths[:8]}"
+    spans = [stop - start for start, stop in zip(starts, [*starts[1:], words_QN.shape[0]], strict=True)]
+    if starts[0] or any(span <= 0 or span % bits for span, bits in zip(spans, widths, strict=True)):
+        return (
+            f"its groups start at the rows {starts[:8]} of {words_QN.shape[0]}, which hold no whole number of channels"
+        )
+    channels = sum(span // bits for span, bits in zip(spans, widths, strict=True)) * UNIT
+    rows, count = words_QN.shape[1], len(widths)
+    expected = {"q_scale": (count, rows // 8), "q_scale_max": (count,), "q_invperm": (channels,)}
+    for key, shape in expected.items():
+        if tuple(part[key].shape) != shape:
+            return f"{key} is {list(part[key].shape)}, where {list(shape)} belongs"
+    if not torch.equal(inverse_I.long().sort().values, torch.arange(channels)):
+        return "q_invperm is no permutation"
+    if not torch.isfinite(part["q_scale_max"]).all():
+        return "q_scale_max holds values that are not finite"
+    if bias_N is not None and tuple(bias_N.shape) != (rows,):
+        return f"bias is {list(bias_N.shape)}, where {[rows]} belongs"
+    return None
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def decode_item(tensors: dict[str, Tensor], head_rows: int) -> dict[str, Tensor]:
@@ -133,16 +170,18 @@ class Exl2Format:
         head: mixture of the head.
         head_bits: what config.json calls it.
         head_rows: out features of the head.
-        refusals: what of the model's architecture the reader cannot take.
+        biased: linears of a decoder layer that the reader expects a bias of, and of no others.
         measurement: content of measurement.json, once it is known.
+        calibration: what config.json says of it, once it is known.
     """
 
     bits: tuple[float, ...]
     head: Mixture
     head_bits: int
     head_rows: int
-    refusals: tuple[str, ...] = ()
+    biased: tuple[str, ...] = ()
     measurement: dict[str, Any] | None = None
+    calibration: dict[str, Any] | None = None
     skip: tuple[str, ...] = ("embed_tokens",)
     name: str = NAME
     stored_dtype: torch.dtype = torch.float16
@@ -153,7 +192,7 @@ class Exl2Format:
 
     def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
         """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
-        found = list(self.refusals)
+        found = []
         linears = {name: (rows, columns) for name, rows, columns in shapes if not name.endswith(self.skip)}
         for name, (rows, columns) in linears.items():
             if columns % UNIT:
@@ -162,9 +201,25 @@ class Exl2Format:
                 found.append(f"{name}: out_features {rows} is not divisible by {UNIT}")
             if columns > MOST_CHANNELS:
                 found.append(f"{name}: in_features {columns} is more than {MOST_CHANNELS}")
+        found += [line for key, parts in sublayers(linears).items() for line in _uncoupled(key, parts)]
         if not found and (least := least_bits(linears)) > min(self.bits):
             found.append(f"quantize.bits = {min(self.bits)} is below {least:.3f}, the least that the mixtures allow")
         return found
+
+    def tensor_problems(self, names: Collection[str]) -> list[str]:
+        """Biases that the reader does not expect, or does and misses; it stops at either."""
+        linears = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+        found = []
+        for linear in sorted(linears):
+            expected = linear.split(".", 3)[-1] in self.biased
+            if (f"{linear}.bias" in names) != expected:
+                found.append(f"{linear}: exllamav2 expects {'a' if expected else 'no'} bias there")
+        return found
+
+    def calibrated(self, texts: Sequence[str], windows: int, window_tokens: int) -> "Exl2Format":
+        """See `quantkit.formats.contract.TellsCalibration`; the keys are those of exllamav2's own config.json."""
+        told = {"rows": windows, "length": window_tokens, "dataset": " + ".join(texts)}
+        return replace(self, calibration=told)
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a linear takes in all variants together; in the decoder layers what the targets allow."""
@@ -205,6 +260,8 @@ class Exl2Format:
                 renamed=lambda key, variant=variant: _stored_name(key, variant),  # type: ignore[misc]
             )
             settings = {"quant_method": NAME, "version": VERSION, "bits": bits, "head_bits": self.head_bits}
+            if self.calibration is not None:
+                settings["calibration"] = self.calibration
             write_sidecars(checkpoint.folder, target, quantized_config(checkpoint.config, settings, "float16"), {})
             written[variant] = [f"{variant}/{path.name}" for path in files]
         if self.measurement is not None:
@@ -216,6 +273,32 @@ def _stored_name(key: str, variant: str) -> str | None:
     """A tensor's name in a variant's file; None if it is of another variant."""
     of, _, name = key.rpartition("|")
     return name if of in ("", variant) else None
+
+
+def expected_biases(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Linears of a decoder layer that exllamav2 expects a bias of, by its table and config.json's `attention_bias`.
+
+    It would take biases in the MLP too (`mlp_bias`), but not the permutation that down_proj then has.
+    """
+    if config.get("model_type") == "qwen2":
+        return ATTENTION_LINEARS[:3]
+    return ATTENTION_LINEARS if config.get("attention_bias") else ()
+
+
+def _uncoupled(key: str, parts: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What breaks the bonds between the linears of a sub-layer: the reader takes all of them or none.
+
+    When it loads an MLP it moves the columns of gate and up to where down reads them, so their numbers must agree.
+    """
+    names = LINEARS[key.rsplit(".", 1)[1]]
+    if missing := [name for name in names if name not in parts]:
+        return [f"{key}.{missing[0]} is missing: exllamav2 takes a sub-layer as a whole or not at all"]
+    if names != LINEARS[MLP]:
+        return []
+    (gate, _), (up, _), (_, down) = (parts[name] for name in names)
+    if gate == up == down:
+        return []
+    return [f"{key}: gate_proj and up_proj have {gate} and {up} out_features, down_proj reads {down}; they must agree"]
 
 
 def least_bits(linears: Mapping[str, tuple[int, int]]) -> float:
@@ -286,12 +369,19 @@ def open_variants(folder: Path) -> dict[str, Exl2Artifact]:
     if not (folder / "config.json").exists():
         parts = sorted(folder.glob(f"*{SUFFIX}/config.json"), key=lambda path: _bits(path.parent))
         return {path.parent.name: _open(folder, path.parent.name) for path in parts}
-    artifact = _open(folder, ".")
-    return {variant_name(float(artifact.settings["bits"])): artifact}
+    return {variant_name(_bits(folder)[0]): _open(folder, ".")}
 
 
 def _bits(folder: Path) -> tuple[float, str]:
-    return float(read_json(folder / "config.json")["quantization_config"]["bits"]), folder.name
+    settings = read_json(folder / "config.json").get("quantization_config")
+    bits = settings.get("bits") if isinstance(settings, dict) else None
+    if isinstance(bits, bool) or not isinstance(bits, int | float):
+        raise RefusedError(
+            f"quantization_config has bits = {bits!r}, not a number",
+            where=str(folder / "config.json"),
+            fix="download the folder again",
+        )
+    return float(bits), folder.name
 
 
 def open_artifact(folder: Path) -> Exl2Artifact:
@@ -303,6 +393,11 @@ def _open(folder: Path, variant: str) -> Exl2Artifact:
     path = folder / variant / "config.json"
     config = read_json(path)
     tensors = open_every_file(folder, variant)
+    for module in (name.removesuffix(".q_weight") for name in tensors.tensors if name.endswith(".q_weight")):
+        if missing := [part for part in PARTS if f"{module}.{part}" not in tensors.tensors]:
+            raise RefusedError(
+                f"{module}.{missing[0]} is missing", where=str(folder / variant), fix="download the folder again"
+            )
     return Exl2Artifact(tensors, config, config["quantization_config"], family_of(config, where=str(path)))
 
 
@@ -313,8 +408,8 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     return (config.get("quantization_config") or {}).get("quant_method") == NAME
 
 
-def _use(repo: str, quantize: dict[str, Any]) -> str:
-    return USE.format(repo=repo, branch=variant_name(quantize["bits"][0]))
+def _use(repo: str, quantize: dict[str, Any], variants: Sequence[str]) -> str:
+    return USE.format(repo=repo, branch=variants[0])
 
 
 READING = Reading(recognizes, open_artifact, NATIVE_ENGINE, (NAME, "exllamav2"), None, _use, open_variants)

@@ -6,7 +6,7 @@ the weights are in files of another name here, which it refuses.
 Shape legend: O out features, I in features, R rows of the grouped matrix, C its columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -471,7 +471,7 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     return settings.get("quant_method") == NAME or (not settings and (folder / PICKLE).exists())
 
 
-def use(repo: str, quantize: dict[str, Any]) -> str:
+def use(repo: str, quantize: dict[str, Any], variants: Sequence[str]) -> str:
     """How the card says it is loaded."""
     return USE.format(repo=repo, stem=STEM) + (PICKLE_NOTE if quantize["qmodel_pt"] else "")
 

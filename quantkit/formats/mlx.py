@@ -237,6 +237,4 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     return {"group_size", "bits"} <= (config.get("quantization") or {}).keys()
 
 
-READING = Reading(
-    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "mlx", lambda repo, quantize: USE.format(repo=repo)
-)
+READING = Reading(recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "mlx", lambda repo, *_: USE.format(repo=repo))

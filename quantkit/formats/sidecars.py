@@ -27,12 +27,16 @@ COPIED = (
 # keys that tell of the machine the source was saved on
 PRIVATE_KEYS = ("_name_or_path", "transformers_version")
 
+# what transformers takes where config.json names none
+DEFAULT_THETA = 10000.0
+
 
 def quantized_config(source: dict[str, Any], settings: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
     """config.json of the artifact: the source's, readable by old and new readers, with the quantization's settings.
 
     transformers 5 keeps rope_theta inside `rope_parameters` and calls the dtype `dtype`; older readers look for
-    `rope_theta`, `rope_scaling` and `torch_dtype`. Both spellings are written.
+    `rope_theta`, `rope_scaling` and `torch_dtype`. Both spellings are written. Of a rope's `type` and `rope_type`, two
+    names of one thing, only the newer is: exllamav2 refuses both together.
 
     Args:
         source: the source's config.json; not modified.
@@ -40,9 +44,12 @@ def quantized_config(source: dict[str, Any], settings: dict[str, Any] | None, dt
         dtype: of the dense tensors, such as "float16".
     """
     config = {key: value for key, value in copy.deepcopy(source).items() if key not in PRIVATE_KEYS}
+    for key in ("rope_parameters", "rope_scaling"):
+        if "rope_type" in (config.get(key) or {}):
+            config[key].pop("type", None)
     rope = config.get("rope_parameters")
     if rope is not None:
-        config.setdefault("rope_theta", rope.get("rope_theta"))
+        config.setdefault("rope_theta", rope.get("rope_theta") or DEFAULT_THETA)
         if rope.get("rope_type", "default") != "default":
             config.setdefault("rope_scaling", {key: value for key, value in rope.items() if key != "rope_theta"})
     elif "rope_theta" in config:

@@ -56,7 +56,7 @@ def card(record: dict[str, Any]) -> str:
         "## Quality on Polish text\n",
         _quality(record),
         "## Use\n",
-        reading.use(name, recipe["quantize"]),
+        reading.use(name, recipe["quantize"], _offered(record)),
         "## Chat format\n",
         _chat(record),
         "## How it was made\n",
@@ -67,6 +67,13 @@ def card(record: dict[str, Any]) -> str:
         _provenance(record),
     ]
     return "\n".join(parts)
+
+
+def _offered(record: dict[str, Any]) -> list[str]:
+    """Variants that may be named as to be had: those that passed; all where none did or none was judged yet."""
+    judged = (record["validation"] or {"variants": []})["variants"]
+    passed = {variant["name"] for variant in judged if variant["gate"]["passed"]}
+    return [name for name in record["variants"] if name in passed] or list(record["variants"])
 
 
 def _results(record: dict[str, Any]) -> "list[EvalResult]":

@@ -126,8 +126,14 @@ def test_a_python_that_is_not_here_is_named():
 def test_hardware_that_is_not_here_is_named(monkeypatch):
     monkeypatch.setattr(env, "has_cuda", lambda: False)
     engine = dataclasses.replace(find_engine("auto-gptq"), hardware=("cuda",))
-    assert why_not(engine) == ("auto-gptq needs an NVIDIA GPU, and none is here: run it on a machine that has one")
-    assert why_not(engine, "cpu") == "auto-gptq does not run on cpu; it runs on cuda"
+    for device in (None, "cuda", "cpu"):
+        assert why_not(engine, device) == (
+            "no CUDA device: auto-gptq needs an NVIDIA GPU; run it on a machine that has one"
+        )
+    monkeypatch.setattr(env, "has_cuda", lambda: True)
+    assert why_not(engine, "cpu") == "auto-gptq runs on cuda only: run it with `--device cuda`"
+    other = dataclasses.replace(engine, hardware=("cpu",))
+    assert why_not(other, "cuda") == "auto-gptq does not run on cuda; it runs on cpu"
 
 
 def test_a_failed_install_says_why_and_what_a_killed_one_left_is_thrown_away(tmp_path):

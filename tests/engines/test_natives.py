@@ -199,18 +199,19 @@ def test_the_cards_snippet_runs(name, kept_engine, tmp_path):
     # types of a file have their own block sizes; one type needs no pass of its own
     quantize = {"types": ["Q4_K_M"]} if "types" in type(QUANTIZE[name]).model_fields else {"group_size": 32}
     recipe = recipe_of(name, source, quantize, tmp_path)
-    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
-    snippet = READERS[name].use(str(out), recipe.quantize.model_dump()).split("```python")[1].split("```")[0]
+    done = build(recipe, out=tmp_path / "out", device=CPU, validated=False)
+    out, variants = done.out, list(done.record["variants"])
+    snippet = READERS[name].use(str(out), recipe.quantize.model_dump(), variants).split("```python")[1].split("```")[0]
     engine = kept_engine(READERS[name].native_engine)
-    done = subprocess.run(
+    ran = subprocess.run(
         [environment_python(engine), "-I", "-c", snippet.replace("=200", "=5")],
         env=own_variables() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(os.cpu_count())},
         capture_output=True,
         text=True,
         cwd=out,  # where files are named without their folder
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip()
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.strip()
 
 
 @pytest.mark.gpu
@@ -223,5 +224,6 @@ def test_exllamav2_sees_what_quantkit_decodes(kind, sources, kept_engine, tmp_pa
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
     engine = kept_engine("exllamav2")
     for artifact in open_variants("exl2", out).values():
-        found = list(runtime.evaluate(engine, artifact.tensors.folder, windows(), device="cuda"))
+        tensors = artifact.tensors
+        found = list(runtime.evaluate(engine, tensors.folder, windows(), files=tensors.files, device="cuda"))
         assert largest_difference(found, decoded_logits(sources[kind], artifact)) <= TOLERANCE["exllamav2"]

@@ -8,11 +8,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from quantkit import pipeline
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import pack
-from quantkit.formats.exl2 import Exl2Format, decode_linear, encode_linear, least_bits, open_artifact, open_variants
+from quantkit.formats.exl2 import (
+    PARTS,
+    Exl2Format,
+    decode_linear,
+    encode_linear,
+    expected_biases,
+    least_bits,
+    open_artifact,
+    open_variants,
+)
 from quantkit.grids.exl2 import Exl2Grid, Mixture
 from quantkit.grids.exl2_options import ATTENTION, HEADS, MLP, OPTIONS
 from quantkit.pipeline import build
@@ -22,6 +32,7 @@ from quantkit.workdir import hash_files
 from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
+THETA = 500000.0  # not what a reader takes that finds none
 # one column, the codes i mod 2^b
 PACKED = {
     2: (16, "e4e4e4e4"),
@@ -192,18 +203,39 @@ def test_what_is_written_decodes_as_the_specification_says(groups, rows):
     [
         ("q_groups", [6, 0, 8, 8, 5, 14, 4, 19, 3, 23, 2, 26], "its groups have the widths"),
         ("q_groups", [8, 0, 7, 8, 5, 14, 4, 19, 3, 23, 2, 26], "its groups have the widths"),
-        ("q_groups", [8, 0, 6, 6, 5, 14, 4, 19, 3, 23, 2, 26], "its groups hold"),
+        ("q_groups", [8, 0, 6, 6, 5, 14, 4, 19, 3, 23, 2, 26], "its groups start at the rows"),
+        ("q_groups", [8, 1, 6, 8, 5, 14, 4, 19, 3, 23, 2, 26], "its groups start at the rows"),
+        ("q_groups", [8, 0, 6, 8, 5, 14, 4, 19, 3, 23, 2, 28], "its groups start at the rows"),
+        ("q_groups", [8, 0, 6, 8, 5], r"q_groups is \[5\], not two numbers for each group"),
+        ("q_groups", [], r"q_groups is \[0\]"),
         ("q_invperm", [0] * 192, "q_invperm is no permutation"),
         ("q_invperm", [*range(191), -1], "q_invperm is no permutation"),
-        ("q_invperm", list(range(160)), "its groups hold 192 input channels, its permutation 160"),
+        ("q_invperm", list(range(160)), r"q_invperm is \[160\], where \[192\] belongs"),
+        ("q_scale_max", [0.5] * 5, r"q_scale_max is \[5\], where \[6\] belongs"),
+        ("q_scale_max", [0.5] * 5 + [float("nan")], "q_scale_max holds values that are not finite"),
+        ("q_scale", [[0] * 4] * 5, r"q_scale is \[5, 4\], where \[6, 4\] belongs"),
+        ("q_scale", [[0] * 3] * 6, r"q_scale is \[6, 3\], where \[6, 4\] belongs"),
+        ("q_weight", [0] * 28, r"q_weight is \[28\]"),
+        ("q_weight", [[0] * 24] * 28, r"q_weight is \[28, 24\]"),
+        ("bias", [0.0] * 31, r"bias is \[31\], where \[32\] belongs"),
     ],
 )
 def test_what_no_reader_walks_through_is_refused(part, values, message):
-    tensors = encode_linear("p", golden())
+    tensors = encode_linear("p", golden()) | {"p.bias": torch.zeros(32)}
+    decode_linear("p", tensors)
     tensors[f"p.{part}"] = torch.tensor(values, dtype=tensors[f"p.{part}"].dtype)
     with pytest.raises(RefusedError, match=message) as caught:
         decode_linear("p", tensors)
     assert caught.value.where == "p"
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_is_missing_or_of_another_dtype_is_named(part):
+    tensors = encode_linear("p", golden())
+    with pytest.raises(RefusedError, match=f"p is damaged: {part} is missing"):
+        decode_linear("p", {name: tensor for name, tensor in tensors.items() if name != f"p.{part}"})
+    with pytest.raises(RefusedError, match=f"p is damaged: {part} holds float32, where "):
+        decode_linear("p", tensors | {f"p.{part}": tensors[f"p.{part}"].float()})
 
 
 LAYER = {
@@ -225,7 +257,7 @@ def shapes(**changes: tuple[int, int]) -> list[tuple[str, int, int]]:
 def test_what_the_reader_cannot_take_is_a_problem():
     form = Exl2Format((4.0,), HEADS[6], 6, 415)
     assert form.problems(shapes()) == [], "a head is padded, whatever its rows"
-    name = "model.layers.0.mlp.up_proj"
+    name = "model.layers.0.self_attn.q_proj"
     assert form.problems(shapes(**{name: (95, 64)})) == [f"{name}: out_features 95 is not divisible by 32"]
     assert form.problems(shapes(**{name: (96, 72)})) == [
         f"{name}: in_features 72 is not divisible by 32, the smallest group"
@@ -234,7 +266,36 @@ def test_what_the_reader_cannot_take_is_a_problem():
     (line,) = Exl2Format((2.05, 4.0), HEADS[6], 6, 415).problems(shapes())
     least = least_bits({name: (rows, columns) for name, rows, columns in shapes()})
     assert line == f"quantize.bits = 2.05 is below {least:.3f}, the least that the mixtures allow"
-    assert Exl2Format((4.0,), HEADS[6], 6, 415, ("no such biases",)).problems(shapes()) == ["no such biases"]
+
+
+def test_a_sub_layer_is_stored_as_a_whole_or_not_at_all():
+    form = Exl2Format((4.0,), HEADS[6], 6, 415)
+    for name in LAYER:
+        left = [shape for shape in shapes() if not shape[0].endswith(name)]
+        assert form.problems(left) == [
+            f"model.layers.0.{name} is missing: exllamav2 takes a sub-layer as a whole or not at all"
+        ]
+    for name, shape in (("gate_proj", (128, 64)), ("up_proj", (64, 64)), ("down_proj", (64, 64))):
+        (line,) = form.problems(shapes(**{f"model.layers.0.mlp.{name}": shape}))
+        assert line.startswith("model.layers.0.mlp: gate_proj and up_proj have "), name
+        assert line.endswith("; they must agree")
+
+
+def test_biases_are_those_that_the_reader_expects():
+    names = {f"model.layers.0.{name}.weight" for name in LAYER} | {"model.norm.weight", "lm_head.weight"}
+    qkv = [f"model.layers.0.self_attn.{letter}_proj" for letter in "qkv"]
+    qwen2 = Exl2Format((4.0,), HEADS[6], 6, 415, expected_biases({"model_type": "qwen2"}))
+    plain = Exl2Format((4.0,), HEADS[6], 6, 415, expected_biases({"model_type": "llama", "mlp_bias": True}))
+    told = Exl2Format((4.0,), HEADS[6], 6, 415, expected_biases({"model_type": "llama", "attention_bias": True}))
+    biased = names | {f"{module}.bias" for module in qkv}
+    assert plain.tensor_problems(names) == qwen2.tensor_problems(biased) == []
+    assert plain.tensor_problems(biased) == [f"{module}: exllamav2 expects no bias there" for module in sorted(qkv)]
+    assert qwen2.tensor_problems(names) == [f"{module}: exllamav2 expects a bias there" for module in sorted(qkv)]
+    assert told.tensor_problems(biased) == ["model.layers.0.self_attn.o_proj: exllamav2 expects a bias there"]
+    for module in ("lm_head", "model.layers.0.mlp.up_proj", "model.norm"):
+        assert told.tensor_problems(biased | {"model.layers.0.self_attn.o_proj.bias", f"{module}.bias"}) == [
+            f"{module}: exllamav2 expects no bias there"
+        ]
 
 
 def test_stored_bits_are_those_of_the_file():
@@ -260,7 +321,9 @@ def recipe_for(source, text, *, activations="float", **quantize) -> Recipe:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """Tied, with biases, and a vocabulary that is no multiple of 32."""
-    return make_tiny(tmp_path_factory.mktemp("source") / "m", "qwen2", vocab_size=415, tie_word_embeddings=True)
+    rope = {"rope_type": "default", "rope_theta": THETA}
+    folder = tmp_path_factory.mktemp("source") / "m"
+    return make_tiny(folder, "qwen2", vocab_size=415, tie_word_embeddings=True, rope_parameters=rope)
 
 
 @pytest.fixture(scope="module")
@@ -290,8 +353,9 @@ def test_a_folder_for_each_target_and_one_measurement(built):
             "version": "0.3.2",
             "bits": float(name.removesuffix("bpw")),
             "head_bits": 6,
+            "calibration": {"rows": 8, "length": 16, "dataset": "text.jsonl"},
         }
-        assert config["rope_theta"] > 0
+        assert config["rope_theta"] == THETA
         assert [path.name for path in (built.out / name).glob("*.safetensors")] == ["output.safetensors"]
 
 
@@ -380,9 +444,32 @@ def test_plan_refuses_what_no_mixture_reaches(source, text, tmp_path):
 
 
 def test_plan_refuses_biases_that_the_reader_does_not_expect(text, tmp_path):
-    biased = make_tiny(tmp_path / "m", "llama", attention_bias=True)
-    with pytest.raises(RefusedError, match="attention_bias = true"):
+    biased = make_tiny(tmp_path / "m", "llama", mlp_bias=True)
+    with pytest.raises(RefusedError, match=r"model\.layers\.0\.mlp\.down_proj: exllamav2 expects no bias there"):
         pipeline.plan(recipe_for(biased, text), out=tmp_path / "c", device=CPU, progress=pipeline.Progress())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_folder_without_a_part_is_refused_when_it_is_opened(part, tmp_path):
+    tensors = encode_linear("model.layers.0.mlp.up_proj", golden())
+    del tensors[f"model.layers.0.mlp.up_proj.{part}"]
+    save_file(tensors, tmp_path / "output.safetensors")
+    settings = {"quant_method": "exl2", "bits": 4.0}
+    config = {"model_type": "mistral", "num_hidden_layers": 1, "quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if part == "q_weight":  # then nothing says that it is quantized
+        assert open_artifact(tmp_path).settings == settings
+        return
+    with pytest.raises(RefusedError, match=rf"up_proj\.{part} is missing"):
+        open_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [None, "4", True])
+def test_a_folder_whose_bits_are_no_number_is_refused(bits, tmp_path):
+    settings = {"quant_method": "exl2", "bits": bits}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "quantization_config": settings}))
+    with pytest.raises(RefusedError, match="not a number"):
+        open_artifact(tmp_path)
 
 
 def test_several_targets_want_the_float_stream(source, text, tmp_path):

@@ -6,6 +6,8 @@ from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
 
 HASH = "0123456789abcdef" * 4
+# where an artifact holds several, a variant goes by a name of its own
+ONE_OF_SEVERAL = {"exl2": "4.0bpw", "gguf": "Q4_K_M"}
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 ANSWER = {"text": "Wiosnę, lato, jesień i zimę.", "num_tokens": 9, "finite": True, "repeats": False}
 
@@ -54,7 +56,7 @@ def record_of(name: str, *variants: dict[str, Any], **changes: Any) -> dict[str,
     }
     recipe = Recipe.of(content).resolved()
     identity = {"recipe": recipe, "source": {"model.safetensors": HASH}}
-    judged = list(variants) or [variant(name, 4.25, 1.01)]
+    judged = list(variants) or [variant(ONE_OF_SEVERAL.get(name, name), 4.25, 1.01)]
     failures = [failure for one in judged for failure in one["gate"]["failures"]]
     items = {
         f"layers.{index}": {

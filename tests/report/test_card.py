@@ -51,6 +51,15 @@ def test_a_failed_variant_is_in_the_table_and_not_announced():
     assert "**Did not pass the recipe's gates:**" in text
 
 
+def test_the_snippet_names_a_variant_that_is_to_be_had():
+    low, high = variant("3.0bpw", 3.0, 1.5, ("reference: perplexity_ratio",)), variant("4.0bpw", 4.0, 1.01)
+    assert "--revision 4.0bpw" in card(record_of("exl2", low, high))
+    assert "--revision 3.0bpw" in card(record_of("exl2", low)), "where none passed, what there is"
+    assert "--revision 4.0bpw" in card(record_of("exl2", high, validation=None))
+    bad, good = variant("Q4_K_M", 4.8, 1.5, ("reference: perplexity_ratio",)), variant("Q5_K_M", 5.7, 1.01)
+    assert ":Q5_K_M" in card(record_of("gguf", bad, good))
+
+
 def test_sizes_are_read_as_the_hub_shows_them_and_keys_not_asked_for_are_left_out():
     assert [size_text(num) for num in (999_990_000, 1_000_000_000, 4_250_000_000)] == [
         "999.99 MB",

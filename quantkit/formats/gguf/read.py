@@ -1,5 +1,6 @@
 """GGUF files read back as a checkpoint's dense weights, by gguf-py's decoder: it shares nothing with the writer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,9 +233,8 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     return any(folder.glob(f"*{SUFFIX}"))
 
 
-def _use(repo: str, quantize: dict[str, Any]) -> str:
-    types = quantize["types"]
-    shown = USUAL if USUAL in types else types[-1]
+def _use(repo: str, quantize: dict[str, Any], variants: Sequence[str]) -> str:
+    shown = USUAL if USUAL in variants else variants[-1]
     return USE.format(repo=repo, type=shown, file=f"{quantize['name']}.{shown}.gguf")
 
 
