@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from bench.ways import Way, parse_pairs, parse_way, recipe_of
+from bench.ways import Way, command_line, parse_pairs, parse_way, recipe_of
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import WeightSource, head_tensors
@@ -139,7 +139,11 @@ def main() -> None:
                     "way": way.name,
                     "format": way.format,
                     "engine": record["engine_facts"] or "quantkit",
-                    "settings": {**record["recipe"]["quantize"], "activations": way.activations},
+                    "settings": {
+                        **record["recipe"]["quantize"],
+                        "activations": way.activations,
+                        "compute_dtype": way.compute_dtype,
+                    },
                     "bits_per_weight": round(outcome.bits_per_weight, 4),
                     "ratio": round(float(ratios.mean()), 5),
                     "ratio_by_draw": [round(float(ratio), 5) for ratio in ratios],
@@ -150,6 +154,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     reference = float((reference_D.sum() / tokens_D.sum()).exp())
     facts = {
+        "command": command_line("bench.quality"),
         "model": options.model.name,
         "calibration": Path(options.calibration).name,
         "validation": Path(options.validation).name,

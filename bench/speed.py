@@ -19,10 +19,8 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +29,8 @@ import tomlkit
 import torch
 
 from bench.models import make_model
-from bench.ways import Way, parse_pairs, parse_way, recipe_of
+from bench.processes import measured
+from bench.ways import Way, command_line, parse_pairs, parse_way, recipe_of
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.tokenizer import load_tokenizer
@@ -45,7 +44,6 @@ from quantkit.upstream import settled
 QUANTKIT = [sys.executable, "-c", "from quantkit.cli import app; app()"]
 LLAMA_QUANTIZE = "llama-quantize"
 MEASURES = ("wall_s", "cpu_s", "peak_gb", "written_over_files")
-DISK_BLOCK_BYTES = 512  # in which the kernel counts writes
 
 
 @dataclass(frozen=True)
@@ -94,23 +92,12 @@ def prepared(way: Way, options: argparse.Namespace, scratch: Path) -> Run:
     return Run(command(engine, "build", folder / "request.json"), variables(engine, options.threads, "cpu"), out)
 
 
-def measured(run: Run) -> dict[str, float]:
-    """One run in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "log").open("w+") as log:
-        started = time.perf_counter()
-        process = subprocess.Popen(
-            run.command, env=run.variables, cwd=folder, stdin=subprocess.PIPE, stdout=log, stderr=log
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        wall = time.perf_counter() - started
-        if status:
-            log.seek(0)
-            sys.exit(f"{run.command} failed:\n{log.read()[-3000:]}")
+def run_once(run: Run) -> dict[str, float]:
+    """One run in a fresh process; what it left is counted and removed."""
+    found = measured(run.command, run.variables)
     left_bytes = sum(path.stat().st_size for path in run.out.rglob("*") if path.is_file())
     shutil.rmtree(run.out)
-    written = usage.ru_oublock * DISK_BLOCK_BYTES / left_bytes
-    values = (wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e9, written)
-    return dict(zip(MEASURES, values, strict=True))
+    return {**found, "written_over_files": found["written_bytes"] / left_bytes}
 
 
 def main() -> None:
@@ -135,10 +122,10 @@ def main() -> None:
             make_model(options.model, layers=layers, hidden=hidden, feed_forward=feed_forward)
         runs = {way.name: prepared(way, options, Path(scratch)) for way in ways}
         for run in runs.values():
-            measured(run)
+            run_once(run)
         for _ in range(options.rounds):
             for name, run in runs.items():
-                found[name].append(measured(run))
+                found[name].append(run_once(run))
                 print(name, found[name][-1], file=sys.stderr, flush=True)
     first = found[ways[0].name]
     rows = []
@@ -149,6 +136,9 @@ def main() -> None:
         rows.append(
             {
                 "way": way.name,
+                "engine": way.engine,
+                "format": way.format,
+                "compute_dtype": way.compute_dtype if way.engine == OWN_ENGINE else None,
                 "settings": way.quantize,
                 "version": facts["version"] if facts else None,
                 **{key: round(statistics.median(run[key] for run in taken), 3) for key in MEASURES},
@@ -159,6 +149,7 @@ def main() -> None:
             }
         )
     facts = {
+        "command": command_line("bench.speed"),
         "model": options.model.name,
         "calibration": [Path(options.calibration).name, options.windows, options.window_tokens],
         "threads": options.threads,

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,3 +67,9 @@ def recipe_of(
         },
         "compute": {"threads": threads, "dtype": way.compute_dtype},
     }
+
+
+def command_line(module: str) -> str:
+    """How this bench was called, to be kept beside its figures; paths are cut to their last part."""
+    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    return shlex.join(["python", "-m", module, *words])
