@@ -113,7 +113,7 @@ def measure(judge: Judge, calibration: Calibration) -> Measured:
     """Errors of every option of every sub-layer."""
     trial = OptionTrial(SETTINGS.damping, SETTINGS.scale_candidates, SETTINGS.measure_tokens)
     layers = survey(judge.source, calibration, trial, decoder=judge.decoder)
-    return {key: rows for _, found in layers for key, rows in found["measured"].items()}
+    return {key: rows for _, found in filter(None, layers) for key, rows in found["measured"].items()}
 
 
 def solved(judge: Judge, calibration: Calibration, chosen: list[dict[str, Mixture]]) -> list[Dense]:

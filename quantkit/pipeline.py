@@ -24,8 +24,9 @@ from quantkit.plan import Plan, make_plan, require_here
 from quantkit.progress import Progress, timed
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
 from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
+from quantkit.source_pass import Calibration
 from quantkit.sources import Source, open_source
-from quantkit.stream import Calibration, Sinks, stream, survey
+from quantkit.stream import Sinks, stream, survey
 from quantkit.texts import TextSet, load_text_set
 from quantkit.upstream import adopt, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
@@ -330,6 +331,8 @@ def _quantize(
         finished=finished,
         sinks=sinks,
     ):
+        if item is None:
+            continue
         with timed(item.seconds, "pack"):
             tensors = method.format.encode_item(item)
         facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
@@ -349,7 +352,7 @@ def _surveyed(
     names = checkpoint.items[1:-1]
     sinks = Sinks(item=lambda name: progress.steps("measure", checkpoint.items.index(name), len(names) + 1))
     if any(work.noted(name) is None for name in names):
-        for name, found in survey(
+        for found in survey(
             checkpoint,
             calibration,
             wanted.measuring,
@@ -357,7 +360,8 @@ def _surveyed(
             known=lambda name: work.noted(name) is not None,
             sinks=sinks,
         ):
-            work.note(name, found)
+            if found is not None:
+                work.note(*found)
     return wanted.settle([work.noted(name) for name in names])
 
 

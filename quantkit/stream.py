@@ -5,13 +5,17 @@ step: every walk stops in front of a stage, the stage is solved, and the walks g
 that true sequential order costs one forward pass. A finished layer (after an interruption) is only walked through
 with the weights read back from disk; they equal those that were solved, so what follows is the same to the bit.
 
+Streams of several recipes may go through a checkpoint in step, an item each in turn, and share what is the same for
+them: see `quantkit.source_pass`.
+
 Shape legend: W windows, T tokens per window, D hidden size.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -20,12 +24,13 @@ from torch import Tensor
 from quantkit.calibration.statistics import ACTIVATIONS, DEVIATION, Statistics
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
-from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
+from quantkit.checkpoint.layer import Decoder, DecoderLayer
 from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
 from quantkit.progress import timed
 from quantkit.qtensor import Item, LinearFacts
 from quantkit.solvers.contract import Solver
+from quantkit.source_pass import Calibration, FloatStream, SourcePass, Taken, finish, start
 
 HEAD_WEIGHT = f"{END_MODULES[HEAD]}.weight"
 
@@ -69,21 +74,6 @@ class Solvers:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """How statistics are collected.
-
-    Attributes:
-        tokens_WT: int64 [W, T] token ids.
-        windows_per_batch: windows that go through a layer together; part of the arithmetic.
-        from_float: statistics and activations come from the unquantized model instead of the stream so far.
-    """
-
-    tokens_WT: Tensor
-    windows_per_batch: int
-    from_float: bool = False
-
-
-@dataclass(frozen=True)
 class Sinks:
     """Who wants to hear of the pass while it runs; a linear is reported as soon as it is solved."""
 
@@ -101,8 +91,9 @@ def stream(
     skip: tuple[str, ...] = (),
     finished: Callable[[str], dict[str, Tensor] | None] = lambda item: None,
     sinks: Sinks | None = None,
-) -> Iterator[Item]:
-    """Yield every item of the checkpoint, solved, in order; items that are finished already are not yielded again.
+    shared: SourcePass | None = None,
+) -> Iterator[Item | None]:
+    """Every item of the checkpoint in order, solved; None for one that is finished already.
 
     Args:
         checkpoint: the source.
@@ -113,30 +104,49 @@ def stream(
         skip: suffixes of linears that stay dense, embedding and head included.
         finished: dense weights of a finished item as read back from disk, or None if it is still to be done.
         sinks: told of progress.
+        shared: the pass over the checkpoint that others take part in; a pass of its own if None.
 
     Raises:
         RefusedError: a weight that is not finite or does not fit the stored dtype.
         RunFailedError: from the solver, with the linear's name.
     """
     assert (calibration is None) == (not solvers.needs), "calibration is given exactly when a solver needs it"
+    alone = shared is None
+    shared = shared or SourcePass(checkpoint)
+    activations = _activations(shared, decoder, calibration, solvers) if calibration else None
     sinks = sinks or Sinks()
-    activations = Activations(decoder, calibration, both=DEVIATION in solvers.needs) if calibration else None
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-        names = checkpoint.items
-        pending = reader.submit(checkpoint.read, names[0])
-        for position, name in enumerate(names):
+    return _through(checkpoint, shared, solvers, activations, decoder, stored_dtype, skip, finished, sinks, alone=alone)
+
+
+def _through(
+    checkpoint: Checkpoint,
+    shared: SourcePass,
+    solvers: Solvers,
+    activations: "Activations | None",
+    decoder: Decoder,
+    stored_dtype: torch.dtype,
+    skip: tuple[str, ...],
+    finished: Callable[[str], dict[str, Tensor] | None],
+    sinks: Sinks,
+    *,
+    alone: bool,
+) -> Iterator[Item | None]:
+    names = checkpoint.items
+    with shared if alone else nullcontext(), activations or nullcontext():
+        for name, following in zip(names, [*names[1:], None], strict=True):
             started = time.perf_counter()
-            source = pending.result()
+            source = shared.read(name, following)
             waited = time.perf_counter() - started
-            if position + 1 < len(names):
-                pending = reader.submit(checkpoint.read, names[position + 1])
             sinks.item(name)
             if name == HEAD and solvers.unties_head and HEAD_WEIGHT not in source:
-                source |= {HEAD_WEIGHT: checkpoint.read(EMBEDDING)[f"{END_MODULES[EMBEDDING]}.weight"]}
+                source = source | {HEAD_WEIGHT: checkpoint.read(EMBEDDING)[f"{END_MODULES[EMBEDDING]}.weight"]}
+            if activations:
+                activations.at(name, source)
             replay = finished(name)
             if replay is not None:
                 if activations:
-                    activations.advance(name, replay, source)
+                    activations.advance(name, replay)
+                yield None
                 continue
             item = _solve_item(checkpoint, name, source, solvers, activations, stored_dtype, skip, sinks, decoder)
             item.seconds["read"] = waited
@@ -182,21 +192,59 @@ def survey(
     decoder: Decoder,
     known: Callable[[str], bool] = lambda item: False,
     sinks: Sinks | None = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield what is found out about every decoder layer, by its name, but those that are known already."""
-    sinks = sinks or Sinks()
-    activations = Activations(decoder, replace(calibration, from_float=True), both=False)
-    for name in checkpoint.items[:-1]:
-        sinks.item(name)
-        source = checkpoint.read(name)
-        if name == EMBEDDING or known(name):
-            activations.advance(name, source, source)
-            continue
-        layer = decoder.layer(int(name.removeprefix("layers.")), source)
-        hidden_BTD = activations.sample(measuring.windows)
-        statistics = activations.observe(layer, measuring.needs)
-        release_freed_memory()
-        yield name, measuring.measure(layer, statistics, hidden_BTD, activations.rope)
+    shared: SourcePass | None = None,
+) -> Iterator[tuple[str, dict[str, Any]] | None]:
+    """What is found out about every decoder layer, by its name; None for an item of which nothing is, or known already.
+
+    Args:
+        checkpoint: the source.
+        calibration: the windows; what they are in the unquantized model is looked at.
+        measuring: looks.
+        decoder: the model's code.
+        known: whether a layer was measured before.
+        sinks: told of progress.
+        shared: as for `stream`.
+    """
+    alone = shared is None
+    shared = shared or SourcePass(checkpoint)
+    exact = shared.float_stream(decoder, calibration)
+    exact.join(measuring, Taken(measuring.needs, hidden=True))
+    return _measured(checkpoint, shared, exact, measuring, known, sinks or Sinks(), alone=alone)
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    shared: SourcePass,
+    exact: FloatStream,
+    measuring: Measuring,
+    known: Callable[[str], bool],
+    sinks: Sinks,
+    *,
+    alone: bool,
+) -> Iterator[tuple[str, dict[str, Any]] | None]:
+    names = checkpoint.items[:-1]
+    with shared if alone else nullcontext():
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            source = shared.read(name, following)
+            sinks.item(name)
+            exact.at(name, source)
+            if name == EMBEDDING or known(name):
+                yield None
+                continue
+            hidden_BTD = _sample(exact.hidden(), measuring.windows)
+            spent: dict[str, float] = {}
+            statistics = {stage.name: exact.statistics(stage, spent) for stage in checkpoint.family.stages}
+            release_freed_memory()
+            layer = exact.decoder.layer(int(name.removeprefix("layers.")), source)
+            yield name, measuring.measure(layer, statistics, hidden_BTD, exact.rope)
+        exact.leave(measuring)
+
+
+def _sample(batches: Sequence[Tensor], most: int) -> Tensor:
+    """A copy of at most so many windows [W, T, D], evenly spaced."""
+    windows = [window for batch in batches for window in batch.unbind()]
+    count = min(most, len(windows))
+    return torch.stack([windows[place * len(windows) // count] for place in range(count)])
 
 
 def _solve_item(
@@ -215,19 +263,19 @@ def _solve_item(
         return _solve_end(name, source, ends, activations, stored_dtype, sinks, decoder)
     index = int(name.removeprefix("layers."))
     rewritten = source
+    hidden = activations.hidden() if activations is not None and not activations.shares_sums else []
     if solvers.preparation is not None:
         assert activations is not None, "a preparation needs activations"
         started = time.perf_counter()
         layer = decoder.layer(index, source)
-        rewritten = source | solvers.preparation.prepare(layer, activations.batches, activations.rope)
+        rewritten = source | solvers.preparation.prepare(layer, hidden, activations.rope)
         del layer
         prepared = time.perf_counter() - started
     stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in rewritten.items()}
     linears = {f"model.layers.{index}.{linear}" for linear in checkpoint.family.linears if not linear.endswith(skip)}
     # linears to be solved start from the source's own values; what stays dense is used as the file will hold it
     working = {key: rewritten[key] if key.removesuffix(".weight") in linears else stored[key] for key in rewritten}
-    from_float = activations is not None and activations.calibration.from_float
-    if from_float:
+    if activations is not None and activations.from_float:
         working = rewritten
     item = Item(name, {}, {key: stored[key] for key in stored if key.rsplit(".", 1)[0] not in linears})
     biases = {key.removesuffix(".bias"): stored[key] for key in stored if key.endswith(".bias")}
@@ -249,19 +297,16 @@ def _solve_item(
 
     if solvers.preparation is not None:
         item.seconds["prepare"] = prepared
+    if activations is not None and activations.shares_sums:
+        activations.solve_shared(item, solve_stage)
+        return item
     with timed(item.seconds, "load"):
         layer = decoder.layer(index, working)
     if activations is None:
         for stage in checkpoint.family.stages:
             solve_stage(stage, layer, Statistics(frozenset()))
     else:
-        before = list(activations.batches) if from_float and rewritten is not source else None
-        activations.solve_layer(layer, source, item, solvers.layers.needs, solve_stage)
-        if before is not None:
-            # go on as a resumed build would: with the checkpoint's own layer, not the rewritten one
-            activations.batches = before
-            with timed(item.seconds, "forward"):
-                activations.advance(name, stored, source)
+        activations.solve_layer(layer, hidden, item, solvers.layers.needs, solve_stage)
     return item
 
 
@@ -293,63 +338,79 @@ def _solve_end(
         stored = item.tensors | {f"{full}.weight": linear.dequantize() for full, linear in item.linears.items()}
     if activations:
         with timed(item.seconds, "forward"):
-            activations.advance(name, stored, source)
+            activations.advance(name, stored)
     return item
 
 
+def _activations(shared: SourcePass, decoder: Decoder, calibration: Calibration, solvers: Solvers) -> "Activations":
+    """One stream's activations, with a place in the unquantized stream if it has to do with it."""
+    rewrites = solvers.preparation is not None
+    if calibration.from_float:
+        wanted = Taken(hidden=True) if rewrites else Taken(solvers.layers.needs)
+        return Activations(decoder, calibration, shared.float_stream(decoder, calibration), wanted)
+    compares = DEVIATION in solvers.needs
+    exact = shared.float_stream(decoder, calibration) if compares else None
+    return Activations(decoder, calibration, exact, Taken(inputs=compares))
+
+
 class Activations:
-    """Hidden states of all calibration windows in front of the next item.
+    """Hidden states of all calibration windows in front of the current item. A context: leaving it ends taking part.
 
     Args:
         decoder: the model's code.
         calibration: token windows and how they are batched.
-        both: also carry the unquantized stream, for solvers that compare the two.
+        exact: the unquantized stream, for those that compare with it or live on it.
+        wanted: what is taken of it.
     """
 
-    def __init__(self, decoder: Decoder, calibration: Calibration, *, both: bool) -> None:
+    def __init__(self, decoder: Decoder, calibration: Calibration, exact: FloatStream | None, wanted: Taken) -> None:
         self.decoder = decoder
         self.calibration = calibration
-        self.rope = decoder.rope(calibration.tokens_WT.shape[1])
-        self.batches: list[Tensor] = []
-        self.exact: list[Tensor] | None = [] if both and not calibration.from_float else None
+        self.from_float = calibration.from_float
+        self.rope = exact.rope if exact else decoder.rope(calibration.tokens_WT.shape[1])
+        self._batches: list[Tensor] = []
+        self._exact = exact
+        self._wanted = wanted
+        if exact is not None:
+            exact.join(self, wanted)
 
-    def advance(self, name: str, tensors: dict[str, Tensor], source: dict[str, Tensor]) -> None:
+    def __enter__(self) -> "Activations":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._exact is not None:
+            self._exact.leave(self)
+
+    @property
+    def shares_sums(self) -> bool:
+        """Whether layers are solved from sums of the unquantized stream, the same for all who live on it."""
+        return bool(self._wanted.needs)
+
+    def at(self, name: str, source: dict[str, Tensor]) -> None:
+        """Come to an item, with the checkpoint's weights of it."""
+        if self._exact is not None:
+            self._exact.at(name, source)
+
+    def hidden(self) -> list[Tensor]:
+        """The batches [B, T, D] in front of the item, once for each; the tensors are not to be modified."""
+        return self._float().hidden() if self.from_float else self._batches
+
+    def advance(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Go through an item that needs no solving: the embedding, the head, or a layer finished earlier.
 
         Args:
             name: the item.
             tensors: dense weights as the artifact holds them.
-            source: dense weights of the checkpoint.
         """
-        if name == HEAD:
+        if name == HEAD or self.from_float:
             return
-        used = source if self.calibration.from_float else tensors
-        self.batches = self._through(name, used, self.batches)
-        if self.exact is not None:
-            self.exact = self._through(name, source, self.exact)
-
-    def sample(self, most: int) -> Tensor:
-        """A copy of at most so many windows [W, T, D], evenly spaced."""
-        windows = [window for batch in self.batches for window in batch.unbind()]
-        count = min(most, len(windows))
-        return torch.stack([windows[place * len(windows) // count] for place in range(count)])
-
-    def observe(self, layer: DecoderLayer, needs: frozenset[str]) -> dict[str, Statistics]:
-        """Go through a layer that is not solved, and collect what each of its stages reads, by the stage's name."""
-        statistics = {stage.name: Statistics(needs) for stage in layer.family.stages}
-        for place, batch in enumerate(self.batches):
-            walk = layer.walk(batch, self.rope)
-            for stage in layer.family.stages:
-                statistics[stage.name].add(next(walk)[1])
-            self.batches[place] = _finish([walk])[0]
-        return statistics
-
-    def _through(self, name: str, tensors: dict[str, Tensor], batches: list[Tensor]) -> list[Tensor]:
         if name == EMBEDDING:
-            split = self.calibration.tokens_WT.split(self.calibration.windows_per_batch)
-            return [self.decoder.embed(tensors, tokens) for tokens in split]
+            self._batches = [self.decoder.embed(tensors, tokens) for tokens in self.calibration.batches]
+            return
         layer = self.decoder.layer(int(name.removeprefix("layers.")), tensors)
-        return _finish([layer.walk(batches.pop(0), self.rope) for _ in range(len(batches))])
+        self._batches = finish(start(layer, self._batches, self.rope))
 
     def collect_head(self, tensors: dict[str, Tensor], source: dict[str, Tensor], statistics: Statistics) -> None:
         """Statistics of what the head reads.
@@ -359,14 +420,22 @@ class Activations:
             source: the checkpoint's own.
             statistics: to be filled.
         """
-        for position, batch in enumerate(self.batches):
-            exact = self.decoder.normed(source, self.exact[position]) if self.exact is not None else None
-            statistics.add(self.decoder.normed(tensors, batch), exact)
+        exact = self._float().hidden() if self._wanted.inputs else None
+        for position, batch in enumerate(self.hidden()):
+            normed = self.decoder.normed(source, exact[position]) if exact is not None else None
+            statistics.add(self.decoder.normed(tensors, batch), normed)
+
+    def solve_shared(self, item: Item, solve_stage: Callable[[Stage, DecoderLayer, Statistics], None]) -> None:
+        """Solve a layer stage by stage from the unquantized stream's own sums."""
+        exact = self._float()
+        for stage in self.decoder.family.stages:
+            statistics = exact.statistics(stage, item.seconds)
+            solve_stage(stage, exact.layer(), statistics)
 
     def solve_layer(
         self,
         layer: DecoderLayer,
-        source: dict[str, Tensor],
+        hidden: list[Tensor],
         item: Item,
         needs: frozenset[str],
         solve_stage: Callable[[Stage, DecoderLayer, Statistics], None],
@@ -375,49 +444,31 @@ class Activations:
 
         Args:
             layer: holding the source's linears; replaced by decoded ones as they are solved.
-            source: dense weights of the checkpoint.
+            hidden: what `hidden` gave; emptied.
             item: gathers the solved linears and the seconds spent.
             needs: statistics the solver asks for.
             solve_stage: solves the linears of one stage into `item`.
         """
-        walks = _start(layer, self.batches, self.rope)
-        exact = None
-        if self.exact is not None:
-            exact = _start(self.decoder.layer(layer.index, source), self.exact, self.rope)
+        walks = start(layer, hidden, self.rope)
         for stage in layer.family.stages:
             statistics = Statistics(needs)
+            exact = self._float().inputs(stage, item.seconds) if self._wanted.inputs else None
             for position, walk in enumerate(walks):
                 with timed(item.seconds, "forward"):
                     _, inputs = next(walk)
-                    exact_inputs = next(exact[position])[1] if exact else None
                 with timed(item.seconds, "statistics"):
-                    statistics.add(inputs, exact_inputs)
+                    statistics.add(inputs, exact[position] if exact else None)
+            del exact
             solve_stage(stage, layer, statistics)
-            if not self.calibration.from_float:
+            if not self.from_float:
                 _replace_weights(layer, stage, item)
-        with timed(item.seconds, "forward"):
-            self.batches = _finish(walks)
-            if exact is not None:
-                self.exact = _finish(exact)
+        if not self.from_float:
+            with timed(item.seconds, "forward"):
+                self._batches = finish(walks)
 
-
-def _start(layer: DecoderLayer, batches: list[Tensor], rope: tuple[Tensor, Tensor]) -> list[Walk]:
-    """Walks over the batches; the list is emptied, so that a batch lives only as long as its walk needs it."""
-    return [layer.walk(batches.pop(0), rope) for _ in range(len(batches))]
-
-
-def _finish(walks: list[Walk]) -> list[Tensor]:
-    """The outputs of walks, wherever they stand."""
-    outputs = []
-    while walks:
-        walk = walks.pop(0)
-        while True:
-            try:
-                next(walk)
-            except StopIteration as end:
-                outputs.append(end.value)
-                break
-    return outputs
+    def _float(self) -> FloatStream:
+        assert self._exact is not None, "it has nothing to do with the unquantized stream"
+        return self._exact
 
 
 def _replace_weights(layer: DecoderLayer, stage: Stage, item: Item) -> None:
