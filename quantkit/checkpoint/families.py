@@ -52,6 +52,26 @@ GATED_FOLDS = (
 )
 
 
+SIDES = {
+    "self_attn.q_proj": ("queries", "hidden"),
+    "self_attn.k_proj": ("keys", "hidden"),
+    "self_attn.v_proj": ("keys", "hidden"),
+    "self_attn.o_proj": ("hidden", "queries"),
+    "mlp.gate_proj": ("inner", "hidden"),
+    "mlp.up_proj": ("inner", "hidden"),
+    "mlp.down_proj": ("hidden", "inner"),
+    "input_layernorm": ("hidden",),
+    "post_attention_layernorm": ("hidden",),
+    "self_attn.q_norm": ("head",),
+    "self_attn.k_norm": ("head",),
+}
+"""Sides of the weight of a decoder layer's module, as `side_lengths` names them: out features, then in features."""
+NORMS = ("input_layernorm", "post_attention_layernorm")
+READS_HIDDEN = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+ATTENTION = (*READS_HIDDEN, "self_attn.o_proj")
+MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
 @dataclass(frozen=True)
 class Family:
     """One model architecture.
@@ -61,12 +81,18 @@ class Family:
         architecture: the class name in config.json's `architectures`.
         stages: the linears of a decoder layer, in the order data flows through them.
         folds: where scales of input channels can be hidden without changing what the layer computes.
+        norms: the norms of a decoder layer.
+        biased: linears that always have a bias.
+        biased_if: keys of config.json with the linears that have a bias where the key is true.
     """
 
     model_type: str
     architecture: str
     stages: tuple[Stage, ...] = GATED_STAGES
     folds: tuple[Fold, ...] = GATED_FOLDS
+    norms: tuple[str, ...] = NORMS
+    biased: tuple[str, ...] = ()
+    biased_if: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -77,9 +103,14 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("mistral", "MistralForCausalLM"),
-        Family("llama", "LlamaForCausalLM"),
-        Family("qwen2", "Qwen2ForCausalLM"),
-        Family("qwen3", "Qwen3ForCausalLM"),
+        Family("llama", "LlamaForCausalLM", biased_if=(("attention_bias", ATTENTION), ("mlp_bias", MLP))),
+        Family("qwen2", "Qwen2ForCausalLM", biased=READS_HIDDEN),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            norms=(*NORMS, "self_attn.q_norm", "self_attn.k_norm"),
+            biased_if=(("attention_bias", ATTENTION),),
+        ),
     )
 }
 
@@ -104,6 +135,55 @@ def family_of(config: dict, *, where: str) -> Family:
             fix="known: " + ", ".join(sorted(FAMILIES)) + "; docs/add-a-family.md says how to add one",
         )
     return FAMILIES[model_type]
+
+
+def weight_sides(config: dict, family: Family, *, where: str) -> dict[str, tuple[str, ...]]:
+    """Every tensor that a model of this config.json needs, by checkpoint name, with its sides; see `side_lengths`.
+
+    Raises:
+        RefusedError: the config does not say how many layers there are.
+    """
+    layers = _length(config, "num_hidden_layers", where=where)
+    biased = {*family.biased, *(linear for key, linears in family.biased_if if config.get(key) for linear in linears)}
+    in_layer = {f"{module}.weight": SIDES[module] for module in (*family.norms, *family.linears)}
+    in_layer |= {f"{linear}.bias": SIDES[linear][:1] for linear in family.linears if linear in biased}
+    sides = {f"model.layers.{index}.{name}": found for index in range(layers) for name, found in in_layer.items()}
+    sides |= {f"{END_MODULES[EMBEDDING]}.weight": ("vocabulary", "hidden"), "model.norm.weight": ("hidden",)}
+    if not config.get("tie_word_embeddings", False):
+        sides[f"{END_MODULES[HEAD]}.weight"] = ("vocabulary", "hidden")
+    return sides
+
+
+def side_lengths(config: dict, *, where: str) -> dict[str, int]:
+    """How long the sides of a model's tensors are, by the names that `SIDES` gives them.
+
+    Raises:
+        RefusedError: config.json does not say it, or says something that is no size.
+    """
+    hidden, heads = (_length(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
+    head = _length(config, "head_dim", where=where) if config.get("head_dim") is not None else hidden // heads
+    keys = heads
+    if config.get("num_key_value_heads") is not None:
+        keys = _length(config, "num_key_value_heads", where=where)
+    return {
+        "hidden": hidden,
+        "inner": _length(config, "intermediate_size", where=where),
+        "vocabulary": _length(config, "vocab_size", where=where),
+        "head": head,
+        "queries": heads * head,
+        "keys": keys * head,
+    }
+
+
+def _length(config: dict, key: str, *, where: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RefusedError(
+            f"config.json says {key} = {value!r}, which is no size",
+            where=where,
+            fix="take config.json from the model's own repository",
+        )
+    return value
 
 
 def item_of(tensor_name: str) -> str:

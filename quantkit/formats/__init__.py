@@ -6,6 +6,7 @@ from quantkit.checkpoint.index import read_json
 from quantkit.errors import RefusedError
 from quantkit.formats import awq, compressed_tensors, exl2, gguf, gptq, hqq, mlx
 from quantkit.formats.contract import Artifact, Reading
+from quantkit.formats.parts import require_weights
 
 READERS: dict[str, Reading] = {
     module.NAME: module.READING for module in (gptq, awq, compressed_tensors, hqq, mlx, gguf, exl2)
@@ -22,6 +23,9 @@ def detect(folder: Path) -> str:
         raise RefusedError(f"no such folder: {folder}", fix="give the folder of an artifact")
     path = folder / "config.json"
     config = read_json(path) if path.exists() else {}
+    for key in ("quantization_config", "quantization"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise RefusedError(f"{key} is no table", where=str(path), fix="download it again")
     for name, reading in READERS.items():
         if reading.recognizes(folder, config):
             return name
@@ -38,6 +42,14 @@ def detect(folder: Path) -> str:
 
 
 def open_variants(name: str, folder: Path) -> dict[str, Artifact]:
-    """What an artifact folder of the format `name` holds, by variant; one under the format's name for most formats."""
+    """What an artifact folder of the format `name` holds, by variant; one under the format's name for most formats.
+
+    Raises:
+        RefusedError: a tensor that the model needs is missing, or whatever the format's own reader refuses.
+    """
     reading = READERS[name]
-    return dict(reading.variants(folder)) if reading.variants else {name: reading.open(folder)}
+    found = dict(reading.variants(folder)) if reading.variants else {name: reading.open(folder)}
+    for artifact in found.values():
+        where = str(artifact.tensors.folder / artifact.tensors.files[0])
+        require_weights(artifact.weights, artifact.config, artifact.family, where=where)
+    return found

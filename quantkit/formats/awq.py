@@ -15,6 +15,7 @@ from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, re
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.parts import FLOATS, WORDS, Layout, Shape, groups_of, number_of, require_fit
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
@@ -25,6 +26,9 @@ NATIVE_ENGINE = "gptqmodel"
 BITS = 4  # the layout has no other width
 STORED = torch.float16  # of scales and of every dense tensor
 PARTS = ("qweight", "qzeros", "scales")
+LAYOUT = Layout(PARTS, {"qweight": WORDS, "qzeros": WORDS, "scales": FLOATS})
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
+CODES_PER_WORD = 32 // BITS
 SETTINGS_FILE = "quant_config.json"  # of artifacts from before config.json carried the settings
 INTERLEAVE = (0, 2, 4, 6, 1, 3, 5, 7)  # the column at each nibble of a word, lowest first
 USE = """```python
@@ -66,7 +70,7 @@ def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
 
     Args:
         name: full module name.
-        tensors: at least `name`.qweight, .qzeros and .scales.
+        tensors: at least `name`.qweight, .qzeros and .scales; see `expected_shapes`.
     """
     qweight, qzeros, scales_GO = (tensors[f"{name}.{part}"] for part in PARTS)
     num_channels, num_groups = qweight.shape[0], scales_GO.shape[0]
@@ -91,12 +95,17 @@ def _unpack_columns(words: Tensor) -> Tensor:
 
 def decode_item(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Dense tensors by checkpoint name: decoded linears in float32, everything else as stored."""
-    quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
-    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    for name in quantized:
-        dense[f"{name}.weight"] = decode_linear(name, tensors).dequantize()
-    return dense
+    return LAYOUT.decoded(tensors, lambda name: decode_linear(name, tensors))
+
+
+def expected_shapes(rows: int, columns: int, group_size: int) -> dict[str, Shape]:
+    """The shape of each part of a linear [rows, columns]."""
+    groups = groups_of(columns, group_size)
+    return {
+        "qweight": (columns, rows // CODES_PER_WORD),
+        "qzeros": (groups, rows // CODES_PER_WORD),
+        "scales": (groups, rows),
+    }
 
 
 @dataclass(frozen=True)
@@ -197,9 +206,14 @@ class AwqArtifact:
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized linears, scales and all, over their number of weights."""
         infos = self.tensors.tensors
-        modules = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
+        modules = LAYOUT.modules(infos)
         stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS)
         return 8 * stored / sum(infos[f"{module}.qweight"].num_elements * 32 // BITS for module in modules)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Checkpoint names of what `read` gives."""
+        return LAYOUT.weights(self.tensors.tensors)
 
     def read(self, item: str) -> dict[str, Tensor]:
         """Dense tensors of an item by checkpoint name, on the CPU."""
@@ -211,23 +225,20 @@ def open_artifact(folder: Path) -> AwqArtifact:
     """A reader of an AWQ folder.
 
     Raises:
-        RefusedError: it is of another layout than GEMM, or misses a tensor.
+        RefusedError: it is of another layout than GEMM, misses a part of a linear, or tensors contradict each other,
+            the settings or the model.
     """
     config = read_json(folder / "config.json")
     settings = config.get("quantization_config")
     if settings is None:
         settings = read_json(folder / SETTINGS_FILE)
     require_gemm(settings)
-    tensors = open_tensors(folder)
-    for name in tensors.tensors:
-        if name.endswith(".qweight"):
-            module = name.removesuffix(".qweight")
-            for part in PARTS[1:]:
-                if f"{module}.{part}" not in tensors.tensors:
-                    raise RefusedError(
-                        f"{module}.{part} is missing", where=str(folder), fix="download the artifact again"
-                    )
-    return AwqArtifact(tensors, config, settings, family_of(config, where=str(folder / "config.json")))
+    where = str(folder / "config.json")
+    key = "group_size" if "group_size" in settings else "q_group_size"
+    group_size = number_of(settings, key, GROUP_SIZES, where=where)
+    tensors, family = open_tensors(folder), family_of(config, where=where)
+    require_fit(LAYOUT, tensors, config, family, lambda _, rows, columns: expected_shapes(rows, columns, group_size))
+    return AwqArtifact(tensors, config, settings, family)
 
 
 def require_gemm(settings: dict[str, Any]) -> None:

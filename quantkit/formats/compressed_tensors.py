@@ -17,6 +17,17 @@ from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, re
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.parts import (
+    AGAIN,
+    FLOATS,
+    WORDS,
+    Layout,
+    Shape,
+    groups_of,
+    number_of,
+    require_fit,
+    require_groups,
+)
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
@@ -27,6 +38,18 @@ LAYOUT = "pack-quantized"
 NATIVE_ENGINE = "llm-compressor"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 SHAPE_BITS = 2 * 64
+STORED = Layout(
+    PARTS[:3],
+    {
+        "weight_packed": WORDS,
+        "weight_scale": FLOATS,
+        "weight_shape": ("I64", "I32"),
+        "weight_zero_point": WORDS,
+        "weight_g_idx": ("I32", "I64"),
+    },
+    optional=PARTS[3:],
+)
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 USE = """```python
 # pip install transformers compressed-tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,12 +93,21 @@ def decode_linear(name: str, tensors: dict[str, Tensor], settings: dict[str, Any
 
     Args:
         name: full module name.
-        tensors: at least `name`.weight_packed, .weight_scale and .weight_shape.
+        tensors: at least `name`.weight_packed, .weight_scale and .weight_shape; see `expected_shapes`.
         settings: the folder's quantization_config.
+
+    Raises:
+        RefusedError: weight_shape contradicts the codes, or weight_g_idx names groups that are not there.
     """
     packed, scale_OG, shape = (tensors[f"{name}.{part}"] for part in PARTS[:3])
-    bits = int(weight_arguments(name, settings)["num_bits"])
+    bits, _ = module_settings(name, settings)
     rows, columns = map(int, shape)
+    if (rows, -(-columns * bits // 32)) != tuple(packed.shape):
+        raise RefusedError(
+            f"{name}.weight_shape says [{rows}, {columns}], which are not the codes that are stored",
+            where=name,
+            fix=AGAIN,
+        )
     groups = scale_OG.shape[1]
     zero_OG = torch.full((rows, groups), float(2 ** (bits - 1)))
     if (zeros := tensors.get(f"{name}.weight_zero_point")) is not None:
@@ -83,6 +115,7 @@ def decode_linear(name: str, tensors: dict[str, Tensor], settings: dict[str, Any
     group_I = tensors.get(f"{name}.weight_g_idx")
     if group_I is None:
         group_I = torch.arange(columns) // -(-columns // groups)
+    require_groups(name, group_I, groups)
     codes_OI = _unpacked(packed.t(), bits)[:columns].t().contiguous()
     grid = AffineGrid(bits, scale_OG.float(), zero_OG, group_I.to(torch.int32))
     return QuantizedLinear(codes_OI, grid, tensors.get(f"{name}.bias"))
@@ -119,12 +152,34 @@ def weight_arguments(module: str, settings: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def module_settings(name: str, settings: dict[str, Any]) -> tuple[int, int]:
+    """Bits and group size of one linear; -1 is one group per row.
+
+    Raises:
+        RefusedError: the folder says something else of it.
+    """
+    found, where = weight_arguments(name, settings), f"{name} in config.json"
+    bits = number_of(found, "num_bits", range(1, 9), where=where)
+    if found.get("strategy") == "channel":
+        return bits, -1
+    return bits, number_of(found, "group_size", GROUP_SIZES, where=where)
+
+
+def expected_shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, Shape]:
+    """The shape of each part of a linear [rows, columns]."""
+    groups = groups_of(columns, group_size)
+    return {
+        "weight_packed": (rows, -(-columns * bits // 32)),
+        "weight_scale": (rows, groups),
+        "weight_shape": (2,),
+        "weight_zero_point": (-(-rows * bits // 32), groups),
+        "weight_g_idx": (columns,),
+    }
+
+
 def decode_item(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
     """Dense tensors by checkpoint name: decoded linears in float32, everything else as stored."""
-    quantized = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
-    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
-    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    return dense | {f"{name}.weight": decode_linear(name, tensors, settings).dequantize() for name in quantized}
+    return STORED.decoded(tensors, lambda name: decode_linear(name, tensors, settings))
 
 
 @dataclass(frozen=True)
@@ -238,12 +293,17 @@ class CompressedTensorsArtifact:
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized linears, scales and all, over their number of weights."""
         infos = self.tensors.tensors
-        modules = [name.removesuffix(".weight_packed") for name in infos if name.endswith(".weight_packed")]
+        modules = STORED.modules(infos)
         stored = sum(
             infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS if f"{module}.{part}" in infos
         )
         shapes = self.tensors.read([f"{module}.weight_shape" for module in modules])
         return 8 * stored / sum(int(shape.prod()) for shape in shapes.values())
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Checkpoint names of what `read` gives."""
+        return STORED.weights(self.tensors.tensors)
 
     def read(self, item: str) -> dict[str, Tensor]:
         """Dense tensors of an item by checkpoint name, on the CPU."""
@@ -255,7 +315,8 @@ def open_artifact(folder: Path) -> CompressedTensorsArtifact:
     """A reader of a pack-quantized folder.
 
     Raises:
-        RefusedError: it is of another layout of compressed-tensors, or misses a tensor.
+        RefusedError: it is of another layout of compressed-tensors, misses a part of a linear, or tensors contradict
+            each other, the settings or the model.
     """
     config = read_json(folder / "config.json")
     settings = config["quantization_config"]
@@ -268,16 +329,13 @@ def open_artifact(folder: Path) -> CompressedTensorsArtifact:
             where=str(folder / "config.json"),
             fix=f"quantkit reads {LAYOUT} (integer weights of up to 8 bits)",
         )
-    tensors = open_tensors(folder)
-    for name in tensors.tensors:
-        if name.endswith(".weight_packed"):
-            module = name.removesuffix(".weight_packed")
-            for part in PARTS[1:3]:
-                if f"{module}.{part}" not in tensors.tensors:
-                    raise RefusedError(
-                        f"{module}.{part} is missing", where=str(folder), fix="download the artifact again"
-                    )
-    return CompressedTensorsArtifact(tensors, config, settings, family_of(config, where=str(folder / "config.json")))
+    tensors, family = open_tensors(folder), family_of(config, where=str(folder / "config.json"))
+
+    def expected(name: str, rows: int, columns: int) -> dict[str, Shape]:
+        return expected_shapes(rows, columns, *module_settings(name, settings))
+
+    require_fit(STORED, tensors, config, family, expected)
+    return CompressedTensorsArtifact(tensors, config, settings, family)
 
 
 def recognizes(folder: Path, config: dict[str, Any]) -> bool:

@@ -181,6 +181,11 @@ class Artifact(WeightSource, Protocol):
         ...
 
     @property
+    def weights(self) -> frozenset[str]:
+        """Checkpoint names of what `read` gives."""
+        ...
+
+    @property
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized linears, scales and all, over their number of weights."""
         ...

@@ -17,6 +17,7 @@ from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_every_file,
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.parts import Layout
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.exl2 import SCALE_BITS, UNIT, WIDTHS, Exl2Grid, Mixture, padded
@@ -38,6 +39,7 @@ DTYPES = {
 }
 PARTS = tuple(DTYPES)
 ATTENTION_LINEARS = tuple(f"{ATTENTION}.{linear}" for linear in LINEARS[ATTENTION])
+LAYOUT = Layout(PARTS, {})
 MOST_CHANNELS = 2**16 - 1  # of an input: places are 16-bit numbers in the reader's memory
 USE = """One branch holds each size; exllamav2 0.3.2 (CUDA) or a server built on it, such as TabbyAPI, loads it:
 
@@ -349,6 +351,11 @@ class Exl2Artifact:
         stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS)
         return 8 * stored / sum(self._rows(module) * infos[f"{module}.q_invperm"].shape[0] for module in modules)
 
+    @property
+    def weights(self) -> frozenset[str]:
+        """Checkpoint names of what `read` gives."""
+        return LAYOUT.weights(self.tensors.tensors)
+
     def _rows(self, module: str) -> int:
         if module == END_MODULES[HEAD]:
             return int(self.config["vocab_size"])
@@ -393,11 +400,8 @@ def _open(folder: Path, variant: str) -> Exl2Artifact:
     path = folder / variant / "config.json"
     config = read_json(path)
     tensors = open_every_file(folder, variant)
-    for module in (name.removesuffix(".q_weight") for name in tensors.tensors if name.endswith(".q_weight")):
-        if missing := [part for part in PARTS if f"{module}.{part}" not in tensors.tensors]:
-            raise RefusedError(
-                f"{module}.{missing[0]} is missing", where=str(folder / variant), fix="download the folder again"
-            )
+    for module in LAYOUT.modules(tensors.tensors):
+        LAYOUT.require(module, tensors.tensors, str(folder / variant))
     return Exl2Artifact(tensors, config, config["quantization_config"], family_of(config, where=str(path)))
 
 

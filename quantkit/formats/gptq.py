@@ -17,6 +17,7 @@ from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, re
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.parts import FLOATS, WORDS, Layout, Shape, groups_of, number_of, require_fit, require_groups
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
@@ -27,6 +28,11 @@ NATIVE_ENGINE = "gptqmodel"
 STORED = torch.float16  # of scales and of every dense tensor
 LOWEST_ASYMMETRIC_ZERO = 1  # version 1 stores zero - 1, and readers disagree on a stored -1
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+LAYOUT = Layout(
+    PARTS[:3], {"qweight": WORDS, "qzeros": WORDS, "scales": FLOATS, "g_idx": ("I32", "I64")}, optional=PARTS[3:]
+)
+WIDTHS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 USE = """```python
 # pip install transformers optimum gptqmodel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,21 +68,51 @@ def decode_linear(name: str, tensors: dict[str, Tensor], settings: dict[str, Any
 
     Args:
         name: full module name.
-        tensors: at least `name`.qweight, .qzeros and .scales.
+        tensors: at least `name`.qweight, .qzeros and .scales; see `expected_shapes`.
         settings: the artifact's quantization_config.
+
+    Raises:
+        RefusedError: g_idx names groups that are not there.
     """
     qweight, qzeros, scales_GO = (tensors[f"{name}.{part}"] for part in PARTS[:3])
     g_idx = tensors.get(f"{name}.g_idx")
-    bits = int(settings["bits"]) if g_idx is None else qweight.shape[0] * 32 // g_idx.numel()
+    bits, group_size = module_settings(name, settings)
     num_channels = qweight.shape[0] * 32 // bits
     if g_idx is None:
-        group_size = -(-num_channels // scales_GO.shape[0])
-        g_idx = torch.arange(num_channels, dtype=torch.int32) // group_size
+        g_idx = torch.arange(num_channels, dtype=torch.int32) // (num_channels if group_size == -1 else group_size)
+    require_groups(name, g_idx, scales_GO.shape[0])
     field_OG = unpack(qzeros.t().contiguous(), bits)
     shift = 0 if zero_version(settings) == 2 else 1
     zero_OG = (field_OG.to(torch.int32) + shift) & (2**bits - 1)
     grid = AffineGrid(bits, scales_GO.t().float().contiguous(), zero_OG.float(), g_idx)
     return QuantizedLinear(unpack(qweight, bits).t().contiguous(), grid, tensors.get(f"{name}.bias"))
+
+
+def module_settings(name: str, settings: dict[str, Any]) -> tuple[int, int]:
+    """Bits and group size of one linear: the folder's own, and over them the first of its `dynamic` rules that fits.
+
+    Raises:
+        RefusedError: they are none that the layout has.
+    """
+    rules: dict[str, dict[str, Any]] = settings.get("dynamic") or {}
+    over = next((keys for rule, keys in rules.items() if re.match(rule.removeprefix("+:"), name)), {})
+    own = settings | over
+    bits, group_size = (
+        number_of(own, key, possible, where=f"{name} in config.json")
+        for key, possible in (("bits", WIDTHS), ("group_size", GROUP_SIZES))
+    )
+    return bits, group_size
+
+
+def expected_shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, Shape]:
+    """The shape of each part of a linear [rows, columns]."""
+    groups = groups_of(columns, group_size)
+    return {
+        "qweight": (columns * bits // 32, rows),
+        "qzeros": (groups, rows * bits // 32),
+        "scales": (groups, rows),
+        "g_idx": (columns,),
+    }
 
 
 def zero_version(settings: dict[str, Any]) -> int:
@@ -97,12 +133,7 @@ def zero_version(settings: dict[str, Any]) -> int:
 
 def decode_item(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
     """Dense tensors by checkpoint name: decoded linears in float32, everything else as stored."""
-    quantized = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
-    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
-    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    for name in quantized:
-        dense[f"{name}.weight"] = decode_linear(name, tensors, settings).dequantize()
-    return dense
+    return LAYOUT.decoded(tensors, lambda name: decode_linear(name, tensors, settings))
 
 
 @dataclass(frozen=True)
@@ -225,17 +256,21 @@ class GptqArtifact:
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized linears, scales and all, over their number of weights."""
         infos = self.tensors.tensors
-        modules = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
+        modules = LAYOUT.modules(infos)
         stored = sum(
             infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS if f"{module}.{part}" in infos
         )
         return 8 * stored / sum(self._num_weights(module) for module in modules)
 
     def _num_weights(self, module: str) -> int:
-        infos = self.tensors.tensors
-        words, rows = infos[f"{module}.qweight"].shape
-        g_idx = infos.get(f"{module}.g_idx")
-        return rows * (g_idx.shape[0] if g_idx else words * 32 // int(self.settings["bits"]))
+        words, rows = self.tensors.tensors[f"{module}.qweight"].shape
+        bits, _ = module_settings(module, self.settings)
+        return rows * (words * 32 // bits)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Checkpoint names of what `read` gives."""
+        return LAYOUT.weights(self.tensors.tensors)
 
     def read(self, item: str) -> dict[str, Tensor]:
         """Dense tensors of an item by checkpoint name, on the CPU."""
@@ -247,23 +282,21 @@ def open_artifact(folder: Path) -> GptqArtifact:
     """A reader of a GPTQ folder.
 
     Raises:
-        RefusedError: it is no GPTQ folder, or misses a tensor.
+        RefusedError: it is of another layout, misses a part of a linear, or tensors contradict each other, the
+            settings or the model.
     """
     config = read_json(folder / "config.json")
     settings = config.get("quantization_config")
     if settings is None:
         settings = read_json(folder / "quantize_config.json")
     zero_version(settings)
-    tensors = open_tensors(folder)
-    for name in tensors.tensors:
-        if name.endswith(".qweight"):
-            module = name.removesuffix(".qweight")
-            for part in PARTS[1:3]:
-                if f"{module}.{part}" not in tensors.tensors:
-                    raise RefusedError(
-                        f"{module}.{part} is missing", where=str(folder), fix="download the artifact again"
-                    )
-    return GptqArtifact(tensors, config, settings, family_of(config, where=str(folder / "config.json")))
+    tensors, family = open_tensors(folder), family_of(config, where=str(folder / "config.json"))
+
+    def expected(name: str, rows: int, columns: int) -> dict[str, Shape]:
+        return expected_shapes(rows, columns, *module_settings(name, settings))
+
+    require_fit(LAYOUT, tensors, config, family, expected)
+    return GptqArtifact(tensors, config, settings, family)
 
 
 def recognizes(folder: Path, config: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ the weights are in files of another name here, which it refuses.
 Shape legend: O out features, I in features, R rows of the grouped matrix, C its columns.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from quantkit.checkpoint.families import Family, family_of, item_of
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, TensorInfo, open_tensors, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.parts import AGAIN, FLOATS, Layout, Shape, require_fit
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid, Grid, StridedGrid
@@ -29,7 +31,7 @@ STEM = "hqq_model"
 PICKLE = "qmodel.pt"
 STORED = torch.float16
 CODES_PER_WORD = 10  # of 3-bit codes; the two highest bits of a word stay empty
-FLOATS = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16, "torch.float32": torch.float32}
+COMPUTE = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16, "torch.float32": torch.float32}
 PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
 # what a stored word holds: codes, and bits of each
 WORDS = {"8bit_u8": (1, 8), "4bit_u8": (2, 4), "3bit_32": (CODES_PER_WORD, 3), "2bit_u8": (4, 2)}
@@ -47,9 +49,22 @@ FLAGS = (
     "optimize",
     "round_zero",
 )
-NEEDED = ("W_q", "scale", "zero", "shape", "packing", *NUMBERS)
+GRIDS = ("scale", "zero")
+# what old releases of hqq made of a scale or a zero that was quantized itself, with settings of its own
+OF_GRIDS = ("scale", "zero", "shape", "packing", "view_as_float")
+NESTED = tuple(f"meta_{which}:{key}" for which in GRIDS for key in OF_GRIDS)
+# what a linear's weights take, but for a few numbers
+WEIGHING = (
+    "W_q",
+    *(f"{which}{end}" for which in GRIDS for end in ("", "_q")),
+    *(f"meta_{which}:{key}" for which in GRIDS for key in GRIDS),
+)
 RAISED = ("encoded_state_dict", "stores_quant_config", "channel_wise", "optimize")
-PARTS = ("W_q", "scale", "zero", "shape", *TEXTS, *NUMBERS, *FLAGS)
+LAYOUT = Layout(
+    ("W_q", "shape", "packing", *NUMBERS),
+    {"scale": FLOATS, "zero": FLOATS},
+    optional=(*GRIDS, "scale_q", "zero_q", *TEXTS[1:], *FLAGS, *NESTED),
+)
 USE = """transformers cannot load this folder; the [hqq](https://github.com/mobiusml/hqq) package can, once it is told
 to read safetensors instead of a pickle:
 
@@ -165,21 +180,16 @@ def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
     """One quantized linear from its tensors, ours or hqq's.
 
     Raises:
-        RefusedError: a packing or a quantized scale that is not known, or tensors that contradict each other; nothing
-            in the file is evaluated.
+        RefusedError: a packing that is not known, or tensors that are missing or contradict each other; nothing in the
+            file is evaluated.
     """
-    part = {key: tensors[f"{name}.{key}"] for key in PARTS if f"{name}.{key}" in tensors}
-    packing = bytes(part["packing"].flatten().tolist()).decode("ascii", errors="replace")
-    flags = {key for key in ("view_as_float", "quant_scale", "quant_zero") if key in part and bool(part[key].any())}
-    if packing not in VIEWS or flags:
-        found = f"the packing {packing!r}" if packing not in VIEWS else " and ".join(sorted(flags))
-        raise RefusedError(
-            f"{name} uses {found}, which quantkit does not read",
-            where=name,
-            fix=f"known packings: {', '.join(VIEWS)}, with plain scales and zeros",
-        )
+    part = {key: tensors[f"{name}.{key}"] for key in LAYOUT.parts if f"{name}.{key}" in tensors}
+    packing = _known_packing(name, part)
+    for which in GRIDS:
+        if f"{which}_q" in part:
+            part[which] = _grid_part(name, part, which)
     if contradiction := _contradiction(part, packing):
-        raise RefusedError(f"{name}: {contradiction}", where=name, fix="download the artifact again")
+        raise RefusedError(f"{name}: {contradiction}", where=name, fix=AGAIN)
     bits, size, axis = (int(part[key]) for key in NUMBERS)
     rows, columns = part["shape"].tolist()
     scale, zero = part["scale"].float(), part["zero"].float()
@@ -196,8 +206,55 @@ def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
     return QuantizedLinear(codes_OI, grid, bias)
 
 
+def _known_packing(name: str, part: dict[str, Tensor]) -> str:
+    """The packing of codes, if it and everything beside it is known.
+
+    Raises:
+        RefusedError: it is not.
+    """
+    packing = bytes(part["packing"].flatten().tolist()).decode("ascii", errors="replace")
+    flags = {key for key in ("view_as_float", "quant_scale", "quant_zero") if key in part and bool(part[key].any())}
+    flags -= {f"quant_{which}" for which in GRIDS if f"{which}_q" in part}
+    if packing not in VIEWS or flags:
+        found = f"the packing {packing!r}" if packing not in VIEWS else " and ".join(sorted(flags))
+        raise RefusedError(
+            f"{name} uses {found}, which quantkit does not read",
+            where=name,
+            fix=f"known packings: {', '.join(VIEWS)}",
+        )
+    return packing
+
+
+def _grid_part(name: str, part: dict[str, Tensor], which: str) -> Tensor:
+    """Scales or zeros that are quantized themselves, float32: codes of one group or of several, as weights are.
+
+    Raises:
+        RefusedError: a packing that is not known, or tensors that are missing or contradict each other.
+    """
+    own = {key: part[f"meta_{which}:{key}"] for key in OF_GRIDS if f"meta_{which}:{key}" in part}
+    if missing := [key for key in OF_GRIDS[:4] if key not in own]:
+        raise RefusedError(f"{name}.meta_{which} has no {missing[0]}", where=name, fix=AGAIN)
+    packing = _known_packing(f"{name}.{which}_q", own)
+    words, shape = part[f"{which}_q"], own["shape"].tolist()
+    words = words if words.dim() == 2 else words.view(-1, 1)
+    high = math.prod(shape) // words.shape[1]
+    codes = unpack(words, packing, high).float()
+    scale, zero = own["scale"].float(), own["zero"].float()
+    fits = codes.shape[0] * codes.shape[1] == math.prod(shape) and scale.shape == zero.shape
+    if not fits or (scale.numel() > 1 and tuple(scale.shape) not in ((high, 1), (1, codes.shape[1]))):
+        raise RefusedError(
+            f"{name}: {which}_q is {list(part[f'{which}_q'].shape)} with scales {list(scale.shape)}, which do not make "
+            f"{shape}",
+            where=name,
+            fix=AGAIN,
+        )
+    return ((codes - zero) * scale).view(shape)
+
+
 def _contradiction(part: dict[str, Tensor], packing: str) -> str | None:
     """How a linear's tensors do not fit what they say of themselves; None if they do."""
+    if missing := [which for which in GRIDS if which not in part]:
+        return f"{missing[0]} is missing"
     if part["shape"].numel() != 2 or any(part[key].numel() != 1 for key in NUMBERS):
         return f"shape, {', '.join(NUMBERS)} are not two numbers and one each"
     bits, size, axis = (int(part[key]) for key in NUMBERS)
@@ -219,10 +276,7 @@ def _contradiction(part: dict[str, Tensor], packing: str) -> str | None:
 
 def decode_item(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Dense tensors by checkpoint name: decoded linears in float32, everything else as stored."""
-    quantized = [name.removesuffix(".W_q") for name in tensors if name.endswith(".W_q")]
-    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
-    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    return dense | {f"{name}.weight": decode_linear(name, tensors).dequantize() for name in quantized}
+    return LAYOUT.decoded(tensors, lambda name: decode_linear(name, tensors))
 
 
 @dataclass(frozen=True)
@@ -338,7 +392,7 @@ def _plain(part: str, tensor: Tensor) -> Any:
         return torch.Size(tensor.tolist())
     if part in TEXTS:
         text = bytes(tensor.tolist()).decode("ascii")
-        return {"torch.uint8": torch.uint8, "torch.int32": torch.int32, **FLOATS}.get(text, text)
+        return {"torch.uint8": torch.uint8, "torch.int32": torch.int32, **COMPUTE}.get(text, text)
     return tensor
 
 
@@ -370,7 +424,7 @@ def open_pickle(folder: Path) -> PickledFolder:
     """The modules of a `qmodel.pt` as named tensors.
 
     Raises:
-        RefusedError: it holds something else than tensors and plain values, is of an old release, or cannot be read.
+        RefusedError: it holds something else than tensors and plain values, or cannot be read.
     """
     path = folder / PICKLE
     try:
@@ -381,25 +435,36 @@ def open_pickle(folder: Path) -> PickledFolder:
             where=str(path),
             fix="only tensors and plain values are read from a pickle; ask for a safetensors version",
         ) from None
-    if any("meta" in parts for parts in modules.values()):
-        raise RefusedError(
-            f"{PICKLE} nests its settings as releases of hqq before 0.2 did, which quantkit does not read",
-            where=str(path),
-            fix="load it with hqq and save it again with `save_quantized`",
-        )
+    if not isinstance(modules, dict) or not all(isinstance(parts, dict) for parts in modules.values()):
+        raise RefusedError(f"{PICKLE} is no table of modules", where=str(path), fix=AGAIN)
     dtypes = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
     dtypes |= {torch.int32: "I32", torch.uint8: "U8"}
     loaded = {
         f"{module}.{part}": _encoded(value)
         for module, parts in modules.items()
-        for part, value in parts.items()
-        if isinstance(value, Tensor) or part in PARTS
+        for part, value in _flat(parts).items()
+        if isinstance(value, Tensor) or (part in LAYOUT.parts and value is not None)
     }
     infos = {
         name: TensorInfo(name, dtypes[tensor.dtype], tuple(tensor.shape), PICKLE)
         for name, tensor in sorted(loaded.items())
     }
     return PickledFolder(folder, infos, loaded)
+
+
+def _flat(parts: dict[str, Any]) -> dict[str, Any]:
+    """A module of a `qmodel.pt` without tables in it, as releases before 0.2 and those with quantized zeros nest them.
+
+    "meta_zero:scale" is the scale of a zero that is quantized itself.
+    """
+    found = {key: value for key, value in parts.items() if key != "meta"} | (parts.get("meta") or {})
+    if (stacked := found.pop("zero_scale", None)) is not None:
+        names = [f"{which}_q" if found.get(f"quant_{which}") else which for which in ("zero", "scale")]
+        found |= dict(zip(names, stacked, strict=True))
+    for which in GRIDS:
+        nested = found.pop(f"meta_{which}", None) or {}
+        found |= {f"meta_{which}:{key}": value for key, value in nested.items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -426,10 +491,16 @@ class HqqArtifact:
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized linears, scales and zeros included, over their number of weights."""
         infos = self.tensors.tensors
-        modules = [name.removesuffix(".W_q") for name in infos if name.endswith(".W_q")]
-        stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in ("W_q", "scale", "zero"))
+        modules = LAYOUT.modules(infos)
+        names = (f"{module}.{part}" for module in modules for part in WEIGHING)
+        stored = sum(infos[name].size_bytes for name in names if name in infos)
         shapes = self.tensors.read([f"{module}.shape" for module in modules]).values()
         return 8 * stored / sum(int(shape.prod()) for shape in shapes)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Checkpoint names of what `read` gives."""
+        return LAYOUT.weights(self.tensors.tensors)
 
     def read(self, item: str) -> dict[str, Tensor]:
         """Dense tensors of an item by checkpoint name, on the CPU."""
@@ -440,22 +511,28 @@ def open_artifact(folder: Path) -> HqqArtifact:
     """A reader of an HQQ folder: ours, hqq's `qmodel.pt`, or the safetensors that transformers 4 wrote.
 
     Raises:
-        RefusedError: it holds no HQQ weights, or misses a tensor.
+        RefusedError: it holds no HQQ weights, misses a part of a linear, or tensors contradict the model.
     """
     config = read_json(folder / "config.json")
     opened = next((opener for name, opener in OPENERS if any(folder.glob(name))), None)
     if opened is None:
         raise RefusedError("no HQQ weights are there", where=str(folder), fix="download the artifact again")
-    tensors = opened(folder)
-    for name in tensors.tensors:
-        module, _, part = name.rpartition(".")
-        missing = [key for key in NEEDED if part == "W_q" and f"{module}.{key}" not in tensors.tensors]
-        if missing:
+    tensors, family = opened(folder), family_of(config, where=str(folder / "config.json"))
+
+    def expected(name: str, rows: int, columns: int) -> dict[str, Shape]:
+        """The parts fit the shape that is stored with them, see `decode_linear`; that one must be the model's."""
+        stated = tensors.read([f"{name}.shape"])[f"{name}.shape"].flatten().tolist()
+        if stated != [rows, columns]:
             raise RefusedError(
-                f"{module}.{missing[0]} is missing", where=str(folder), fix="download the artifact again"
+                f"{name}.shape says {stated}, where {[rows, columns]} belongs", where=str(folder), fix=AGAIN
             )
-    settings = config.get("quantization_config") or {}
-    return HqqArtifact(tensors, config, settings, family_of(config, where=str(folder / "config.json")))
+        for which in GRIDS:
+            if not {f"{name}.{which}", f"{name}.{which}_q"} & tensors.tensors.keys():
+                raise RefusedError(f"{name}.{which} is missing", where=str(folder), fix=AGAIN)
+        return {}
+
+    require_fit(LAYOUT, tensors, config, family, expected)
+    return HqqArtifact(tensors, config, config.get("quantization_config") or {}, family)
 
 
 OPENERS: tuple[tuple[str, Callable[[Path], TensorFolder]], ...] = (

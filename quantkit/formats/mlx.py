@@ -16,6 +16,7 @@ from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, re
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.parts import FLOATS, Layout, Shape, number_of, require_fit
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import BiasGrid
@@ -26,6 +27,9 @@ NATIVE_ENGINE = "mlx-lm"
 AFFINE = "affine"  # the mode with a scale and a bias per group; others have tensors of their own
 METADATA = {"format": "mlx"}
 PARTS = ("weight", "scales", "biases")
+LAYOUT = Layout(PARTS, {"weight": ("U32",), "scales": FLOATS, "biases": FLOATS})
+WIDTHS = (2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
 USE = """```python
 # pip install mlx-lm            (on Linux: pip install "mlx[cpu]" mlx-lm)
 from mlx_lm import generate, load
@@ -64,48 +68,52 @@ def decode_linear(name: str, tensors: dict[str, Tensor], settings: dict[str, Any
 
     Args:
         name: full module name.
-        tensors: at least its weight, scales and biases.
+        tensors: at least its weight, scales and biases; see `expected_shapes`.
         settings: the folder's `quantization`.
-
-    Raises:
-        RefusedError: a mode without biases, or shapes that do not fit together.
     """
-    own = module_settings(name, settings)
-    if own.get("mode", AFFINE) != AFFINE or f"{name}.biases" not in tensors:
-        raise RefusedError(
-            f"{name} is in the mode {own.get('mode')!r}", where=name, fix=f"quantkit reads the mode {AFFINE!r} only"
-        )
+    bits, group_size = module_settings(name, settings)
     words_OW, scales_OG = tensors[f"{name}.weight"], tensors[f"{name}.scales"].float()
-    columns = scales_OG.shape[1] * int(own["group_size"])
-    bits = int(own["bits"])
-    if words_OW.shape[1] * 32 != columns * bits:
-        raise RefusedError(
-            f"{name} has {words_OW.shape[1]} words per row; {columns} codes of {bits} bits need {columns * bits // 32}",
-            where=name,
-            fix="config.json and weights are of different conversions; download both again",
-        )
     codes_OI = unpack(words_OW.view(torch.int32).t().contiguous(), bits).t().contiguous()
-    group_I = torch.arange(columns, dtype=torch.int32) // int(own["group_size"])
+    group_I = torch.arange(codes_OI.shape[1], dtype=torch.int32) // group_size
     grid = BiasGrid.of(bits, scales_OG, tensors[f"{name}.biases"], group_I)
     return QuantizedLinear(codes_OI, grid, tensors.get(f"{name}.bias"))
 
 
-def module_settings(name: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """group_size, bits and mode of one module: the folder's own, and over them what it says of the module."""
-    common: dict[str, Any] = {key: settings[key] for key in ("group_size", "bits", "mode") if key in settings}
-    own = settings.get(name)
-    if not isinstance(own, dict):
-        return common
+def module_settings(name: str, settings: dict[str, Any]) -> tuple[int, int]:
+    """Bits and group size of one module: the folder's own, and over them what it says of the module.
+
+    Raises:
+        RefusedError: they are none that MLX has, or the mode is not the one with biases.
+    """
+    said = settings.get(name)
     # mlx-lm writes null for a group size that is the folder's
-    return common | {key: value for key, value in own.items() if value is not None}
+    over = {key: value for key, value in said.items() if value is not None} if isinstance(said, dict) else {}
+    own, where = settings | over, f"{name} in config.json"
+    require_affine(own, where)
+    return number_of(own, "bits", WIDTHS, where=where), number_of(own, "group_size", GROUP_SIZES, where=where)
+
+
+def require_affine(settings: dict[str, Any], where: str) -> None:
+    """Stop at another mode than the one with a scale and a bias per group.
+
+    Raises:
+        RefusedError: the settings say so.
+    """
+    if settings.get("mode", AFFINE) != AFFINE:
+        raise RefusedError(
+            f"the mode is {settings['mode']!r}", where=where, fix=f"quantkit reads the mode {AFFINE!r} only"
+        )
+
+
+def expected_shapes(rows: int, columns: int, bits: int, group_size: int) -> dict[str, Shape]:
+    """The shape of each part of a matrix [rows, columns]."""
+    of_group = (rows, columns // group_size)
+    return {"weight": (rows, columns * bits // 32), "scales": of_group, "biases": of_group}
 
 
 def decode_item(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
     """Dense tensors by checkpoint name: decoded matrices in float32, everything else as stored."""
-    quantized = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
-    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
-    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    return dense | {f"{name}.weight": decode_linear(name, tensors, settings).dequantize() for name in quantized}
+    return LAYOUT.decoded(tensors, lambda name: decode_linear(name, tensors, settings))
 
 
 @dataclass(frozen=True)
@@ -207,13 +215,18 @@ class MlxArtifact:
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized matrices, scales and biases included, over their number of weights."""
         infos = self.tensors.tensors
-        modules = [name.removesuffix(".scales") for name in infos if name.endswith(".scales")]
+        modules = LAYOUT.modules(infos)
         stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS)
-        sizes = (int(module_settings(module, self.settings)["group_size"]) for module in modules)
+        sizes = (module_settings(module, self.settings)[1] for module in modules)
         weights = sum(
             infos[f"{module}.scales"].num_elements * size for module, size in zip(modules, sizes, strict=True)
         )
         return 8 * stored / weights
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Checkpoint names of what `read` gives."""
+        return LAYOUT.weights(self.tensors.tensors)
 
     def read(self, item: str) -> dict[str, Tensor]:
         """Dense tensors of an item by checkpoint name, on the CPU."""
@@ -225,11 +238,20 @@ def open_artifact(folder: Path) -> MlxArtifact:
     """A reader of an MLX folder.
 
     Raises:
-        RefusedError: a file is missing or damaged.
+        RefusedError: a file is missing or damaged, a matrix misses a part, or tensors contradict each other, the
+            settings or the model.
     """
     config = read_json(folder / "config.json")
     settings = config.get("quantization") or config["quantization_config"]
-    return MlxArtifact(open_tensors(folder), config, settings, family_of(config, where=str(folder / "config.json")))
+    # before anything is missed: other modes have other parts
+    require_affine(settings, str(folder / "config.json"))
+    tensors, family = open_tensors(folder), family_of(config, where=str(folder / "config.json"))
+
+    def expected(name: str, rows: int, columns: int) -> dict[str, Shape]:
+        return expected_shapes(rows, columns, *module_settings(name, settings))
+
+    require_fit(LAYOUT, tensors, config, family, expected)
+    return MlxArtifact(tensors, config, settings, family)
 
 
 def recognizes(folder: Path, config: dict[str, Any]) -> bool:

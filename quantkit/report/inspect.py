@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import RefusedError
-from quantkit.formats import READERS, detect
+from quantkit.formats import detect, open_variants
 from quantkit.report.record import CARD, changed_files, read_record
 from quantkit.report.table import size_text
 from quantkit.signature import SIGNATURE, problem
@@ -28,7 +28,7 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
     if public_key is not None and not verify:
         raise RefusedError("a signature is checked with --verify only", where="--public-key", fix="add --verify")
     name = detect(folder)
-    artifact = READERS[name].open(folder)
+    artifact = next(iter(open_variants(name, folder).values()))
     record = read_record(folder)
     tensors = artifact.tensors
     signature, why = _signature(folder, public_key)

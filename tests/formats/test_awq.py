@@ -143,7 +143,7 @@ def test_older_folders_are_told_by_their_own_settings_file(tiny_mistral, tmp_pat
     config = json.loads((tiny_mistral / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "quant_config.json").write_text(json.dumps({"w_bit": 4, "q_group_size": 32, "version": "GEMM"}))
-    tensors = encode_linear("model.layers.0.mlp.up_proj", random_linear())
+    tensors = encode_linear("model.layers.0.mlp.up_proj", random_linear(rows=96))
     save_file(tensors, tmp_path / "model.safetensors")
     assert detect(tmp_path) == "awq"
     assert open_artifact(tmp_path).bits_per_weight == 4 + 20 / 32

@@ -25,10 +25,10 @@ MODULE = "model.layers.0.mlp.up_proj"
 def random_linear(bits: int, *, symmetric: bool, rows: int = 32, columns: int = 96) -> QuantizedLinear:
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=generator)
-    scale = (torch.rand(rows, 3, generator=generator) * 0.1 + 0.01).bfloat16().float()
-    zero = torch.full((rows, 3), float(2 ** (bits - 1)))
+    scale = (torch.rand(rows, columns // 32, generator=generator) * 0.1 + 0.01).bfloat16().float()
+    zero = torch.full((rows, columns // 32), float(2 ** (bits - 1)))
     if not symmetric:
-        zero = torch.randint(0, 2**bits, (rows, 3), generator=generator).float()
+        zero = torch.randint(0, 2**bits, (rows, columns // 32), generator=generator).float()
     groups = torch.arange(columns, dtype=torch.int32) // 32
     return QuantizedLinear(codes, AffineGrid(bits, scale, zero, groups))
 
@@ -141,11 +141,11 @@ def test_shapes_that_do_not_fit_are_named_with_the_remedy():
 def test_other_layouts_and_missing_parts_are_refused(tiny_mistral, tmp_path):
     config = json.loads((tiny_mistral / "config.json").read_text()) | {"quantization_config": settings(4)}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    linear = random_linear(4, symmetric=True)
+    linear = random_linear(4, symmetric=True, rows=96, columns=64)
     tensors = encode_linear(MODULE, linear, symmetric=True, dtype=torch.bfloat16)
     save_file(tensors, tmp_path / "model.safetensors")
     assert detect(tmp_path) == "compressed-tensors"
-    assert open_artifact(tmp_path).bits_per_weight == 4 + 16 / 32 + 128 / (32 * 96)
+    assert open_artifact(tmp_path).bits_per_weight == 4 + 16 / 32 + 128 / (64 * 96)
     del tensors[f"{MODULE}.weight_scale"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(RefusedError, match=r"up_proj\.weight_scale is missing"):

@@ -72,7 +72,7 @@ def test_reading_back_is_exact(bits, with_g_idx):
     tensors = encode_linear("p", linear)
     if not with_g_idx:
         del tensors["p.g_idx"]
-    read = decode_linear("p", tensors, {"bits": bits, "checkpoint_format": "gptq"})
+    read = decode_linear("p", tensors, {"bits": bits, "group_size": 32, "checkpoint_format": "gptq"})
     assert torch.equal(read.codes_OI, linear.codes_OI)
     assert torch.equal(read.dequantize(), linear.dequantize())
 
@@ -86,8 +86,17 @@ def test_symmetric_zeros_are_the_words_every_reader_knows(bits):
 
 def test_version_2_stores_the_zero_itself():
     tensors = encode_linear("p", random_linear(4, symmetric=True))
-    read = decode_linear("p", tensors, {"bits": 4, "checkpoint_format": "gptq_v2"})
+    read = decode_linear("p", tensors, {"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"})
     assert (read.grid.zero_OG == 7).all()
+
+
+def test_dynamic_rules_stand_over_the_folders_own_settings():
+    """As gptqmodel writes mixed widths: the first rule that fits, with or without a "+:"."""
+    settings = {"bits": 4, "group_size": 32, "dynamic": {r"-:^lm_head$": {}, r"+:^p$": {"bits": 8}, r"q": {"bits": 2}}}
+    for name, bits in (("p", 8), ("q", 2), ("r", 4)):
+        linear = random_linear(bits, symmetric=True)
+        read = decode_linear(name, encode_linear(name, linear), settings)
+        assert torch.equal(read.dequantize(), linear.dequantize())
 
 
 def test_contradicting_layouts_are_refused():

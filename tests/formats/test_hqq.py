@@ -130,24 +130,99 @@ def test_tensors_that_contradict_each_other_are_refused(part, value, message):
         decode_linear("p", damaged(part, value))
 
 
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def down(bits: int = 3, axis: int = 1) -> QuantizedLinear:
+    """In the shape that the tiny model's has."""
+    return linear(bits, axis, rows=64, columns=96)
+
+
 @pytest.mark.parametrize("part", ["scale", "zero", "shape", "packing", "nbits", "group_size", "axis"])
 def test_a_missing_tensor_is_named(part, tiny_mistral, tmp_path):
     from safetensors.torch import save_file
 
-    tensors = encode_linear("model.layers.0.mlp.down_proj", linear(3, 1), 8)
-    del tensors[f"model.layers.0.mlp.down_proj.{part}"]
+    tensors = encode_linear(DOWN, down(), 8)
+    del tensors[f"{DOWN}.{part}"]
     save_file(tensors, tmp_path / "hqq_model.safetensors")
     (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
     with pytest.raises(RefusedError, match=rf"down_proj\.{part} is missing"):
         open_artifact(tmp_path)
 
 
-def test_a_pickle_of_an_old_release_is_refused_with_the_remedy(tiny_mistral, tmp_path):
-    nested = {"W_q": torch.zeros(5, 8, dtype=torch.int32), "meta": {"nbits": 3, "packing": "3bit_32"}, "bias": None}
-    torch.save({"model.layers.0.mlp.down_proj": nested}, tmp_path / "qmodel.pt")
+def codes_of(grids: torch.Tensor, size: int | None) -> tuple[torch.Tensor, dict, torch.Tensor]:
+    """8-bit codes of scales or zeros as old releases of hqq made them, their settings, and what they stand for.
+
+    Args:
+        grids: [groups, 1].
+        size: of groups along axis 0; None is one grid for all.
+    """
+    values = grids.view(size, -1) if size else grids
+    low, high = (values.amin(0), values.amax(0)) if size else (values.min(), values.max())
+    scale = ((high - low) / 255).half().float().clamp(min=2**-14)
+    zero = (-low / scale).half().float()
+    codes = (values / scale + zero).round().clamp(0, 255)
+    if size:
+        scale, zero = scale[None], zero[None]
+    meta = {"nbits": 8, "group_size": size, "shape": grids.shape, "scale": scale.half(), "zero": zero.half(), "axis": 0}
+    meta |= {"packing": "8bit_u8", "view_as_float": False}
+    return codes.to(torch.uint8), meta, ((codes - zero) * scale).view(grids.shape)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quantized", [(), ("zero",), ("scale", "zero")])
+def test_pickles_of_old_releases_are_read(quantized, nested, stacked, tiny_mistral, tmp_path):
+    """A table `meta` in each module, zeros and scales that are 8-bit codes themselves, and both in one tensor."""
+    if stacked and len(quantized) == 1:
+        pytest.skip("tensors of two dtypes do not stack")
+    source = down()
+    encoded = {name.rsplit(".", 1)[1]: tensor for name, tensor in encode_linear(DOWN, source, 8).items()}
+    meta = {"nbits": 3, "group_size": 8, "axis": 1, "packing": "3bit_32", "shape": torch.Size([64, 96])}
+    meta |= {"quant_scale": "scale" in quantized, "quant_zero": "zero" in quantized}
+    grids = {which: encoded[which].float() for which in ("scale", "zero")}
+    for which in ("zero", "scale"):
+        if which in quantized:
+            # what is stacked has one shape, so zeros have groups then too
+            codes, own, grids[which] = codes_of(grids[which], 128 if which == "scale" or stacked else None)
+            meta |= {f"{which}_q": codes, f"meta_{which}": own}
+        else:
+            meta[which] = encoded[which]
+    if stacked:
+        names = ("zero_q", "scale_q") if quantized else ("zero", "scale")
+        meta["zero_scale"] = torch.stack([meta.pop(name) for name in names])
+    module = {"W_q": encoded["W_q"], "bias": None, "offload_meta": stacked}
+    module |= {"meta": meta} if nested else meta
+    torch.save({DOWN: module, "model.norm": {"weight": torch.ones(64)}}, tmp_path / "qmodel.pt")
     (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
-    with pytest.raises(RefusedError, match=r"nests its settings as releases of hqq before 0\.2 did"):
-        open_artifact(tmp_path)
+    artifact = open_artifact(tmp_path)
+    grid = AffineGrid(3, grids["scale"].view(64, 12), grids["zero"].view(64, 12), source.grid.group_I)
+    expected = grid.decode(source.codes_OI)
+    torch.testing.assert_close(artifact.read("layers.0")[f"{DOWN}.weight"], expected)
+    widths = [8 if which in quantized else 16 for which in ("scale", "zero")]
+    assert artifact.bits_per_weight == pytest.approx(3.2 + sum(widths) / 8, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("packing", "1bit_u8", "zero_q uses the packing '1bit_u8'"),
+        ("shape", torch.Size([767, 1]), r"zero_q is \[768, 1\] with scales \[\], which do not make \[767, 1\]"),
+        ("scale", torch.ones(3, 1), r"zero_q is \[768, 1\] with scales \[3, 1\]"),
+        ("scale", None, "meta_zero has no scale"),
+    ],
+)
+def test_a_quantized_zero_that_does_not_fit_is_refused(key, value, message, tiny_mistral, tmp_path):
+    encoded = {name.rsplit(".", 1)[1]: tensor for name, tensor in encode_linear(DOWN, down(), 8).items()}
+    codes, own, _ = codes_of(encoded["zero"].float(), None)
+    meta = {"nbits": 3, "group_size": 8, "axis": 1, "packing": "3bit_32", "shape": torch.Size([64, 96])}
+    meta |= {"quant_zero": True, "zero_q": codes, "meta_zero": own | {key: value}, "scale": encoded["scale"]}
+    if key == "scale" and value is not None:
+        meta["meta_zero"]["zero"] = value
+    torch.save({DOWN: {"W_q": encoded["W_q"], "meta": meta}}, tmp_path / "qmodel.pt")
+    (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
+    with pytest.raises(RefusedError, match=message):
+        open_artifact(tmp_path).read("layers.0")
 
 
 def test_a_pickle_reads_like_the_safetensors(tiny_mistral, tmp_path):
@@ -155,21 +230,20 @@ def test_a_pickle_reads_like_the_safetensors(tiny_mistral, tmp_path):
 
     from quantkit.checkpoint.index import open_tensors
 
-    tensors = encode_linear("model.layers.0.mlp.down_proj", linear(3, 1), 8)
-    tensors["model.norm.weight"] = torch.ones(4)
+    tensors = encode_linear(DOWN, down(), 8)
+    tensors["model.norm.weight"] = torch.ones(64)
     save_file(tensors, tmp_path / "hqq_model.safetensors")
     write_pickle(open_tensors(tmp_path, stem="hqq_model"), tmp_path / "qmodel.pt")
     (tmp_path / "config.json").write_text((tiny_mistral / "config.json").read_text())
     expected = open_artifact(tmp_path).bits_per_weight
-    stored = torch.load(tmp_path / "qmodel.pt", weights_only=True)["model.layers.0.mlp.down_proj"]
-    assert (stored["nbits"], stored["packing"], stored["shape"]) == (3, "3bit_32", torch.Size([16, 24]))
+    stored = torch.load(tmp_path / "qmodel.pt", weights_only=True)[DOWN]
+    assert (stored["nbits"], stored["packing"], stored["shape"]) == (3, "3bit_32", torch.Size([64, 96]))
     assert stored["unpack_view_dtype"] is torch.int32
     assert stored["stores_quant_config"] is True
     (tmp_path / "hqq_model.safetensors").unlink()
     second = open_artifact(tmp_path)
     assert second.bits_per_weight == expected
-    weight = second.read("layers.0")["model.layers.0.mlp.down_proj.weight"]
-    assert torch.equal(weight, linear(3, 1).dequantize())
+    assert torch.equal(second.read("layers.0")[f"{DOWN}.weight"], down().dequantize())
 
 
 def test_a_pickle_with_anything_else_in_it_is_refused(tiny_mistral, tmp_path):

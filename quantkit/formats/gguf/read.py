@@ -90,6 +90,11 @@ class GgufArtifact:
         weights = sum(int(np.prod(entry.shape)) for entry in quantized)
         return 8 * sum(entry.size_bytes for entry in quantized) / max(weights, 1)
 
+    @property
+    def weights(self) -> frozenset[str]:
+        """Checkpoint names of what `read` gives."""
+        return frozenset(name for name in map(checkpoint_name, self.tensors.tensors) if name is not None)
+
     def read(self, item: str) -> dict[str, Tensor]:
         """Dense tensors of an item by checkpoint name, float32 on the CPU."""
         found = {}
