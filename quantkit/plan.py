@@ -8,21 +8,24 @@ from typing import Any
 
 import torch
 
-from quantkit.calibration.statistics import DEVIATION, HESSIAN
+from quantkit.calibration.statistics import DEVIATION
+from quantkit.calibration.statistics import cost as statistics_cost
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import free_bytes
+from quantkit.costs import Cost, LayerWork, Shape, StageWork, total
 from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
 from quantkit.formats.contract import Format, Headed, InPlace, Particular, SeveralVariants
-from quantkit.methods import Method
+from quantkit.methods import Method, Survey
 from quantkit.recipe import OWN_ENGINE, Recipe
+from quantkit.solvers.contract import Solver
 
 DISK_MARGIN_BYTES = 64 * 1024**2
 PROBE_SIDE = 1024
-# they read what q_proj or gate_proj reads
-SHARES_INPUT = (".k_proj", ".v_proj", ".up_proj")
+IN_FLOAT32 = ("factorise", "solve", "survey")
+FIXED_BYTES = 700 * 1024**2  # interpreter, libraries and allocator slack
 # the share of the probed matmul rate that the whole pass reaches; the column loop and small products keep it down
 EFFICIENCY = 0.35
 
@@ -113,7 +116,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     artifact_bytes = quantized_bits // 8 + beside_bytes * max(len(variants), 1)
     reads_text = method.solvers.needs or recipe.engine != OWN_ENGINE
     tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if reads_text else 0
-    counted = operations(checkpoint, solved, tokens, recipe.calibration.window_tokens, method.solvers.needs)
+    work = work_of(recipe, checkpoint, solved, tokens)
+    counted = operations(method, work, from_float=recipe.calibration.activations == "float")
     return Plan(
         linears=len(solved),
         parameters=parameters,
@@ -121,14 +125,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
         bits_per_weight=quantized_bits / max(quantized * max(len(variants), 1), 1),
         disk_bytes=artifact_bytes * (1 if isinstance(method.format, InPlace) else 2),
         disk_free_bytes=shutil.disk_usage(_existing(out)).free,
-        memory_bytes=_memory(recipe, checkpoint, method, tokens)
+        memory_bytes=_memory(recipe, checkpoint, method, work)
         if recipe.engine == OWN_ENGINE
         else _upstream_memory(parameters, device),
         memory_free_bytes=free_bytes(device),
         tokens=tokens,
         operations=counted,
         source_bytes=sum(info.size_bytes for info in infos.values()),
-        seconds=sum(counted.values()) / _rate(recipe, device) / EFFICIENCY,
+        seconds=_seconds(counted, recipe, device),
         variants=variants,
     )
 
@@ -186,71 +190,143 @@ def _variants(form: Format, solved: list[tuple[str, int, int]], beside_bytes: in
     return {name: stored // 8 + beside_bytes for name, stored in bits.items()}
 
 
-def _memory(recipe: Recipe, checkpoint: Checkpoint, method: Method, tokens: int) -> int:
-    """Peak of the layer loop: activations, the largest stage's inputs, one layer, and the solver's matrices."""
-    width = torch.finfo(getattr(torch, recipe.compute.dtype)).bits // 8
-    infos = checkpoint.tensors.tensors
-    layer_names = checkpoint.names("layers.0")
-    layer = sum(infos[name].num_elements for name in layer_names)
-    source = sum(infos[name].size_bytes for name in layer_names)
-    shapes = [infos[f"model.layers.0.{linear}.weight"].shape for linear in checkpoint.family.linears]
-    widest = max(columns for _, columns in shapes)
-    largest = max(rows * columns for rows, columns in shapes)
-    hidden = int(checkpoint.config["hidden_size"])
-    ends = max(sum(infos[name].size_bytes for name in checkpoint.names(item)) for item in (EMBEDDING, HEAD))
-    streams = 2 if DEVIATION in method.solvers.needs else 1
-    matrices = 3 if HESSIAN in method.solvers.needs else 0
-    fixed = 700 * 1024**2  # interpreter, libraries and allocator slack
-    return (
-        fixed
-        + streams * tokens * (hidden + widest) * width
-        + (streams * width + 1) * layer
-        + 3 * source
-        + (matrices + streams - 1) * widest * widest * 4
-        + 5 * largest * 4
-        + ends
-    )
-
-
 def _upstream_memory(parameters: int, device: torch.device) -> int:
     """Engines hold the whole model, in float16 on a GPU and float32 elsewhere, and half as much again at work."""
     return parameters * (2 if device.type == "cuda" else 4) * 3 // 2 + 1024**3
 
 
-def operations(
-    checkpoint: Checkpoint, solved: list[tuple[str, int, int]], tokens: int, window: int, needs: frozenset[str]
-) -> dict[str, float]:
-    """Least floating-point operations of each stage, one multiply-add being two; a floor, not what a solver takes.
+@dataclass(frozen=True)
+class Work:
+    """Everything that a pass goes through.
 
-    * forward: one pass of all tokens through the decoder layers, attention without its mask;
-    * statistics: half of the symmetric sum of x x^T, once for linears that read the same;
-    * factorise: one Cholesky factorization of each such sum;
-    * solve: the feedback of every input channel's error into all that follow it.
+    Attributes:
+        layers: the decoder layers with the linears that are quantized.
+        ends: embedding and head, where they are quantized.
+    """
+
+    layers: tuple[LayerWork, ...]
+    ends: tuple[StageWork, ...]
+
+
+def work_of(recipe: Recipe, checkpoint: Checkpoint, solved: list[tuple[str, int, int]], tokens: int) -> Work:
+    """What a build goes through.
 
     Args:
+        recipe: of the build.
         checkpoint: the model.
-        solved: (name, out, in) of the linears.
+        solved: (name, out, in) of the linears that are quantized.
         tokens: of calibration.
-        window: tokens that attend to each other.
-        needs: statistics that the solvers ask for; without the Hessian only the forward pass is counted, if any.
     """
-    attention = 2.0 * 2 * tokens * window * int(checkpoint.config["hidden_size"]) * checkpoint.num_layers
-    counted = {
-        "forward": sum(2.0 * rows * columns * tokens for _, rows, columns in checkpoint.linear_shapes()) + attention
-    }
-    if not tokens or HESSIAN not in needs:
-        return counted
-    inputs = [columns for name, _, columns in solved if not name.endswith(SHARES_INPUT)]
-    return counted | {
-        "statistics": sum(1.0 * tokens * columns**2 for columns in inputs),
-        "factorise": sum(columns**3 / 3 for columns in inputs),
-        "solve": sum(1.0 * rows * columns**2 for _, rows, columns in solved),
-    }
+    shapes = {name: Shape(name, rows, columns) for name, rows, columns in solved}
+    every = {name: Shape(name, rows, columns) for name, rows, columns in checkpoint.linear_shapes()}
+    layers = []
+    for index in range(checkpoint.num_layers):
+        prefix = f"model.layers.{index}."
+        stages = {}
+        for stage in checkpoint.family.stages:
+            names = [prefix + linear for linear in stage.linears]
+            taken = tuple(shapes[name] for name in names if name in shapes)
+            stages[stage.name] = StageWork(taken, every[names[0]].columns, tokens)
+        forward = sum(every[prefix + linear].size for linear in checkpoint.family.linears)
+        attention = stages[checkpoint.family.stages[1].name].columns
+        layers.append(
+            LayerWork(stages, forward, attention, tokens, recipe.calibration.window_tokens, _width(recipe).itemsize)
+        )
+    ends = tuple(
+        StageWork((shapes[module],), shapes[module].columns, tokens if item == HEAD else 0)
+        for item, module in END_MODULES.items()
+        if module in shapes
+    )
+    return Work(tuple(layers), ends)
 
 
-def _rate(recipe: Recipe, device: torch.device) -> float:
-    """Measured FLOP/s of a square matmul in the compute dtype."""
-    dtype = getattr(torch, recipe.compute.dtype)
+def operations(method: Method, work: Work, *, from_float: bool) -> dict[str, float]:
+    """Least floating-point operations of each stage, one multiply-add being two; a floor, not what a solver takes.
+
+    * forward: all tokens through the decoder layers, attention without its mask, once for each stream;
+    * statistics: half of the symmetric sum of x x^T, once for linears that read the same;
+    * factorise, solve, prepare: as solvers and preparation state them (`cost`);
+    * survey: the whole of a pass that comes first.
+
+    Args:
+        method: solvers, and the survey if there is one.
+        work: what they go through.
+        from_float: activations come from the unquantized model.
+    """
+    solvers = method.solvers
+    found = Cost()
+    if solvers.needs:
+        # a layer whose channels were scaled is walked, and then the checkpoint's own
+        passes = _streams(method) + (solvers.preparation is not None and from_float)
+        found += total(Cost({"forward": passes * layer.forward_operations(layer.tokens)}) for layer in work.layers)
+    found += total(_solving(solvers.layers, stage) for layer in work.layers for stage in layer.stages.values())
+    if solvers.ends is not None:
+        found += total(_solving(solvers.ends, stage) for stage in work.ends)
+    if solvers.preparation is not None:
+        found += total(solvers.preparation.cost(layer) for layer in work.layers)
+    if method.survey is not None:
+        found += total(_surveying(method.survey, layer) for layer in work.layers)
+    return found.operations
+
+
+def _memory(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Work) -> int:
+    """Peak of the pass: activations, one layer, and the largest of what is done to it; or one of the ends."""
+    width = _width(recipe).itemsize
+    infos = checkpoint.tensors.tensors
+    names = checkpoint.names("layers.0")
+    layer, source = (sum(getattr(infos[name], part) for name in names) for part in ("num_elements", "size_bytes"))
+    ends = max(sum(infos[name].size_bytes for name in checkpoint.names(item)) for item in (EMBEDDING, HEAD))
+    streams, solvers = _streams(method), method.solvers
+    peaks = [
+        streams * stage.tokens * stage.columns * width + _solving(solvers.layers, stage).memory_bytes
+        for each in work.layers[:1]
+        for stage in each.stages.values()
+    ]
+    if solvers.preparation is not None:
+        peaks.append(solvers.preparation.cost(work.layers[0]).memory_bytes)
+    if method.survey is not None:
+        peaks.append(_surveying(method.survey, work.layers[0]).memory_bytes)
+    in_layer = (streams * width + 1) * layer + 3 * source + max(peaks)
+    at_ends = max((_solving(solvers.ends, stage).memory_bytes for stage in work.ends if solvers.ends), default=0)
+    hidden = streams * work.layers[0].tokens * int(checkpoint.config["hidden_size"]) * width
+    return FIXED_BYTES + hidden + ends + max(in_layer, at_ends)
+
+
+def _streams(method: Method) -> int:
+    return 2 if DEVIATION in method.solvers.needs else 1
+
+
+def _solving(solver: Solver, stage: StageWork) -> Cost:
+    """Statistics and solution, both in memory together."""
+    collected, solved = statistics_cost(solver.needs, stage), solver.cost(stage)
+    return Cost((collected + solved).operations, collected.memory_bytes + solved.memory_bytes)
+
+
+def _surveying(survey: Survey, layer: LayerWork) -> Cost:
+    """A survey keeps the statistics of all stages, each over every linear that reads the same."""
+    measuring = survey.measuring
+    collected = [statistics_cost(measuring.needs, stage) for stage in layer.stages.values()]
+    walked = Cost({"forward": layer.forward_operations(layer.tokens)})
+    found = total([walked, *collected, measuring.cost(layer)])
+    return Cost(found.operations, found.memory_bytes + sum(each.memory_bytes for each in collected)).under("survey")
+
+
+def _width(recipe: Recipe) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, recipe.compute.dtype)
+    return dtype
+
+
+def _seconds(counted: dict[str, float], recipe: Recipe, device: torch.device) -> float:
+    """A rough estimate: every stage at the rate that the device shows in the dtype it computes in."""
+    by_dtype: dict[torch.dtype, float] = {}
+    for stage, count in counted.items():
+        dtype = torch.float32 if stage in IN_FLOAT32 else _width(recipe)
+        by_dtype[dtype] = by_dtype.get(dtype, 0.0) + count
+    return sum(count / _rate(dtype, device) for dtype, count in by_dtype.items()) / EFFICIENCY
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Measured FLOP/s of a square matmul."""
     left = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype, device=device)
     left @ left
     _settle(device)

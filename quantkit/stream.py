@@ -25,6 +25,7 @@ from quantkit.calibration.statistics import ACTIVATIONS, DEVIATION, Statistics
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer
+from quantkit.costs import Cost, LayerWork
 from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
 from quantkit.progress import timed
@@ -46,6 +47,10 @@ class Preparation(Protocol):
             batches: the layer's calibration inputs, each [B, T, D]; not modified.
             rope: for `DecoderLayer.walk`.
         """
+        ...
+
+    def cost(self, layer: LayerWork) -> Cost:
+        """What rewriting such a layer takes."""
         ...
 
 
@@ -181,6 +186,10 @@ class Measuring(Protocol):
             hidden_BTD: the layer's input [B, T, D] for some windows, evenly spaced; may be altered.
             rope: for `DecoderLayer.walk`.
         """
+        ...
+
+    def cost(self, layer: LayerWork) -> Cost:
+        """What measuring such a layer takes, beside the walk of all windows through it and the statistics."""
         ...
 
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from quantkit.costs import FLOAT_BYTES, Cost, StageWork
+
 HESSIAN = "hessian"
 DEVIATION = "deviation"
 SQUARES = "squares"
@@ -77,6 +79,15 @@ class Statistics:
             dtype = torch.promote_types(like_NI.dtype, torch.float32)
             self._sums[name] = torch.zeros((width, width), dtype=dtype, device=like_NI.device)
         return self._sums[name]
+
+
+def cost(needs: frozenset[str], work: StageWork) -> Cost:
+    """What collecting statistics of one input takes; of a symmetric sum half counts."""
+    matrices = (HESSIAN in needs) + (DEVIATION in needs)
+    if not (work.tokens and work.shapes and matrices):
+        return Cost()
+    products = (HESSIAN in needs) + 2.0 * (DEVIATION in needs)
+    return Cost({"statistics": products * work.tokens * work.columns**2}, matrices * work.columns**2 * FLOAT_BYTES)
 
 
 def _multipliable(x_NI: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from quantkit.checkpoint.families import Fold, Stage
 from quantkit.checkpoint.layer import DecoderLayer
+from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, total
 from quantkit.grids.affine import AffineRule
 
 SMALLEST = 1e-4  # of a mean: a channel that is never active must not be divided by nothing
@@ -62,6 +63,32 @@ class ChannelScaling:
             if not all(linear.endswith(self.skip) for linear in stage.linears):
                 scales[fold] = self.search(layer, fold, inputs[stage], rope)
         return folded(layer, scales)
+
+    def cost(self, layer: LayerWork) -> Cost:
+        """Every fold's block for every candidate, as many together as go together."""
+        tokens = min(self.windows * layer.window, layer.tokens)
+        kept = tokens * sum(stage.columns for stage in layer.stages.values()) * layer.width_bytes
+        walk = Cost({"prepare": layer.forward_operations(tokens)})
+        searched = total(self._fold_cost(layer, name, tokens) for name in layer.stages)
+        return walk + Cost(searched.operations, kept + searched.memory_bytes)
+
+    def _fold_cost(self, layer: LayerWork, name: str, tokens: int) -> Cost:
+        stage = layer.stages[name]
+        if not stage.shapes:
+            return Cost()
+        qkv, o, _, down = layer.stages
+        closing = layer.stages[o if name in (qkv, o) else down]
+        own = sum(shape.size for shape in stage.shapes)
+        closed = 0 if closing is stage else sum(shape.size for shape in closing.shapes)
+        attention = 2 * layer.window * layer.attention_columns if name == qkv else 0
+        hidden = layer.stages[qkv].columns
+        candidates = 2 * self.steps + 1
+        stack = own + tokens * (stage.columns + hidden)
+        together = min(candidates, max(1, LARGEST_STACK // stack))
+        # of one candidate: the linear that is being rounded, those that are, the block's input, middle and output
+        each = 4 * FLOAT_BYTES * stage.largest + own * layer.width_bytes
+        each += tokens * ((stage.columns + 3 * closing.columns) * layer.width_bytes + 3 * FLOAT_BYTES * hidden)
+        return Cost({"prepare": (candidates + 1) * 2.0 * tokens * (own + closed + attention)}, together * each)
 
     def search(self, layer: DecoderLayer, fold: Fold, inputs_BTI: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The producer channels' best scales [P], in float32 or wider; all ones if nothing is better than no scaling.

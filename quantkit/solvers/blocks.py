@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
+from quantkit.costs import Cost, StageWork
 from quantkit.grids.blocks import TYPES, BlockType, quantize
 from quantkit.grids.encoded import as_floats
 from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
 from quantkit.solvers.block_gptq import solve_blocks
-from quantkit.solvers.gptq import Factor, factorize
+from quantkit.solvers.gptq import Factor, factorize, feedback_cost
+from quantkit.solvers.weights import search_cost
 
 DENSE = ("F16", "BF16")
 
@@ -71,6 +73,15 @@ class BlockSolver:
             damping = max((factor.damping for factor in factors.values()), default=None)
             facts = LinearFacts(name, loss, damping, time.perf_counter() - started)
             yield name, replace(first, others=tuple(others), importance=importance), facts
+
+    def cost(self, work: StageWork) -> Cost:
+        """With GPTQ one factor for each size of block, and feedback for each type; else a search."""
+        if self.damping is None or not work.tokens:
+            return search_cost(work)
+        solved = [(shape, kind) for shape in work.shapes for kind in self.types(shape.name, shape.columns)]
+        solved = [(shape, kind) for shape, kind in solved if kind not in DENSE]
+        sizes = {TYPES[kind].block for _, kind in solved}
+        return feedback_cost(replace(work, shapes=tuple(shape for shape, _ in solved)), factors=len(sizes))
 
     def _factor(self, factors: dict[int, Factor], statistics: Statistics, kind: BlockType, name: str) -> Factor:
         """The Hessian's factor for blocks of this size, made once."""

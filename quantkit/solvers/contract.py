@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from quantkit.calibration.statistics import Statistics
+from quantkit.costs import Cost, StageWork
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 
 
@@ -26,4 +27,8 @@ class Solver(Protocol):
             weights: [O, I] by full module name, in the compute dtype; not modified.
             statistics: of the input they share.
         """
+        ...
+
+    def cost(self, work: StageWork) -> Cost:
+        """What solving these linears takes, beside the statistics."""
         ...

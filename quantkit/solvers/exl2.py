@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import BLOCK, HESSIAN, Statistics
+from quantkit.costs import Cost, StageWork
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import Exl2Grid, Mixture, column_scales, fit
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.qtensor import LinearFacts, QuantizedLinear
-from quantkit.solvers.gptq import PANEL, Factor, factorize, updated
+from quantkit.solvers.gptq import PANEL, Factor, factorize, feedback_cost, updated
 
 LARGEST = torch.finfo(torch.float16).max
 
@@ -130,6 +131,11 @@ class Exl2Solver:
                 LinearFacts(name, lost / energy if energy else 0.0, factor.damping, finished - started),
             )
             started = finished
+
+    def cost(self, work: StageWork) -> Cost:
+        """One factor, and feedback for each variant."""
+        solved = tuple(shape for shape in work.shapes for _ in self.mixtures(shape.name))
+        return feedback_cost(replace(work, shapes=solved))
 
 
 def activation_factor(statistics: Statistics, damping: float, *, where: str) -> Factor:

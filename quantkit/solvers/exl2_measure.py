@@ -5,7 +5,7 @@ Figures have the shape of exllamav2's measurement.json, so that either program c
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,11 +13,13 @@ from torch import Tensor
 from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.checkpoint.families import Stage
 from quantkit.checkpoint.layer import DecoderLayer
+from quantkit.costs import Cost, LayerWork, Shape, StageWork, total
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import SCALE_BITS, Mixture, Part
-from quantkit.grids.exl2_options import ATTENTION, LINEARS, MLP, OPTIONS
+from quantkit.grids.exl2_options import ATTENTION, LINEARS, MLP, OPTIONS, Option
 from quantkit.qtensor import QuantizedLinear
 from quantkit.solvers.exl2 import activation_factor, solve_exl2
+from quantkit.solvers.gptq import feedback_cost
 from quantkit.solvers.knapsack import Choice, choose
 
 LEAST_ACCURACY = 1e-6
@@ -79,7 +81,7 @@ class OptionTrial:
             *_, closing = LINEARS[block]
             held: dict[str, Mixture] = {}
             for option in OPTIONS[block]:
-                changed = [linear for linear, mixture in option.mixtures if held.get(linear) != mixture]
+                changed = _changed(option, held)
                 held = dict(option.mixtures)
                 for linear in changed:
                     weights[linear].data = solved[linear, held[linear]].dequantize()
@@ -92,6 +94,21 @@ class OptionTrial:
             for linear, weight in weights.items():
                 weight.data = exact[linear]
         return {"weights": sum(linear.weight.numel() for linear in layer.linears.values()), "measured": found}
+
+    def cost(self, layer: LayerWork) -> Cost:
+        """Every linear solved with each of its mixtures, and each option's walk through its block."""
+        solved = total(feedback_cost(replace(stage, shapes=_tried(stage))) for stage in layer.stages.values())
+        qkv, o, gate_up, down = layer.stages.values()
+        attention = 2 * layer.window * layer.attention_columns
+        tokens = min(self.tokens, self.windows * layer.window)
+        walked = sum(
+            2.0 * tokens * (openings * (sum(shape.size for shape in opening.shapes) + beside) + options * closing)
+            for (openings, options), opening, beside, closing in (
+                (_steps(ATTENTION), qkv, attention, o.largest),
+                (_steps(MLP), gate_up, 0, down.largest),
+            )
+        )
+        return solved + Cost({"forward": walked})
 
     def _solved(
         self, layer: DecoderLayer, block: str, stages: Sequence[Stage], statistics: Mapping[str, Statistics]
@@ -113,6 +130,28 @@ class OptionTrial:
                         )
                     solved[linear, mixture] = by_groups[groups]
         return solved
+
+
+def _changed(option: Option, held: Mapping[str, Mixture]) -> list[str]:
+    return [linear for linear, mixture in option.mixtures if held.get(linear) != mixture]
+
+
+def _steps(block: str) -> tuple[int, int]:
+    """How often the opening linears of a block are walked while all options are tried, and the closing one."""
+    *_, closing = LINEARS[block]
+    before = [{}, *(dict(option.mixtures) for option in OPTIONS[block])]
+    changes = [_changed(option, held) for option, held in zip(OPTIONS[block], before, strict=False)]
+    return sum(changed != [closing] for changed in changes), len(changes)
+
+
+def _tried(stage: StageWork) -> tuple[Shape, ...]:
+    """Each linear as often as its mixtures cut its channels into other groups."""
+    found = []
+    for shape in stage.shapes:
+        *_, block, linear = shape.name.split(".")
+        mixtures = {dict(option.mixtures)[linear] for option in OPTIONS[block]}
+        found += [shape] * len({mixture.groups(shape.columns) for mixture in mixtures})
+    return tuple(found)
 
 
 def _in_float32(layer: DecoderLayer) -> None:

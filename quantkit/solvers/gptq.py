@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics
+from quantkit.costs import FLOAT_BYTES, Cost, StageWork
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineGrid, Rule
 from quantkit.kernels import solve_panel
@@ -31,6 +32,7 @@ from quantkit.qtensor import LinearFacts, QuantizedLinear
 DAMPING_STEP = 2.0
 DAMPING_TRIES = 6
 PANEL = 128
+WORKING_COPIES = 5  # float32 numbers for each weight of the linear that is being solved
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,38 @@ class GptqSolver:
             facts = LinearFacts(name, solution.loss, solution.damping, finished - started)
             yield name, QuantizedLinear(solution.codes_OI, solution.grid), facts
             started = finished
+
+    def cost(self, work: StageWork) -> Cost:
+        """Factorization and feedback; with a correction its equations and its products too."""
+        plain = feedback_cost(work)
+        if not self.asymmetric or not work.shapes:
+            return plain
+        return plain + Cost(
+            {
+                "factorise": work.columns**3 / 3 + 2.0 * work.columns**3,
+                "solve": sum(2.0 * shape.size * work.columns for shape in work.shapes),
+            },
+            # the factor; deviation, damped sum, its factor, the right side's copy, the solution
+            6 * work.columns**2 * FLOAT_BYTES + WORKING_COPIES * work.largest * FLOAT_BYTES,
+        )
+
+
+def feedback_cost(work: StageWork, *, factors: int = 1) -> Cost:
+    """What error feedback through all input channels takes.
+
+    Args:
+        work: the linears; one that is solved several times stands there as often.
+        factors: how many of the Hessian are made, and kept.
+    """
+    if not work.shapes:
+        return Cost()
+    return Cost(
+        {
+            "factorise": factors * work.columns**3 / 3,
+            "solve": sum(1.0 * shape.size * work.columns for shape in work.shapes),
+        },
+        (factors + 1) * work.columns**2 * FLOAT_BYTES + WORKING_COPIES * work.largest * FLOAT_BYTES,
+    )
 
 
 def updated(weight_IO: Tensor, feedback_IO: Tensor, upper_II: Tensor) -> Tensor:

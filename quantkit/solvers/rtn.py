@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import Statistics
+from quantkit.costs import Cost, StageWork
 from quantkit.grids.affine import BiasGrid
 from quantkit.qtensor import LinearFacts, QuantizedLinear
+from quantkit.solvers.weights import search_cost
 
 SMALLEST_SCALE = 1e-7
 
@@ -44,6 +46,10 @@ class RoundToNearest:
             quantized = self.quantize(weight)
             lost = float((weight - quantized.dequantize()).square().sum() / weight.square().sum().clamp(min=1e-30))
             yield name, quantized, LinearFacts(name, lost, None, time.perf_counter() - started)
+
+    def cost(self, work: StageWork) -> Cost:
+        """See `quantkit.solvers.weights.search_cost`."""
+        return search_cost(work)
 
     def quantize(self, weight_OI: Tensor) -> QuantizedLinear:
         """Codes and grid of one matrix [O, I], I in multiples of the group size."""

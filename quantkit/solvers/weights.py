@@ -5,16 +5,18 @@ Shape legend: K weights of one group, N groups, O out features, I in features.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import Statistics
+from quantkit.costs import FLOAT_BYTES, Cost, StageWork, total
 from quantkit.grids.affine import FloatZeroRule, StridedGrid
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
 
+WORKING_COPIES = 5  # float32 numbers for each weight of the linear that is being solved
 CHUNK_GROUPS = 1 << 15  # groups solved together: bounds memory, and keeps the working set in cache
 
 
@@ -48,6 +50,10 @@ class WeightSolver:
             lost = float((weight - quantized.dequantize()).square().sum() / weight.square().sum().clamp(min=1e-30))
             yield name, quantized, LinearFacts(name, lost, None, time.perf_counter() - started)
 
+    def cost(self, work: StageWork) -> Cost:
+        """Memory alone: the search is elementwise."""
+        return search_cost(work)
+
     def quantize(self, weight_OI: Tensor) -> QuantizedLinear:
         """Codes and grid of one linear.
 
@@ -74,6 +80,11 @@ class WeightSolver:
         return self.rule.encode(weight_KN, scale_N, zero_N).to(torch.uint8), scale_N, zero_N
 
 
+def search_cost(work: StageWork) -> Cost:
+    """What finding codes on the weights alone takes: no products."""
+    return Cost(memory_bytes=WORKING_COPIES * work.largest * FLOAT_BYTES)
+
+
 @dataclass(frozen=True)
 class WhereCalibrated:
     """One solver for linears whose inputs were collected, another for what has none, such as an embedding.
@@ -96,6 +107,10 @@ class WhereCalibrated:
         """Solved linears, one by one; see `quantkit.solvers.contract.Solver`."""
         chosen = self.calibrated if statistics.num_tokens else self.blind
         return chosen.solve(weights, statistics)
+
+    def cost(self, work: StageWork) -> Cost:
+        """Of the one that is chosen."""
+        return (self.calibrated if work.tokens else self.blind).cost(work)
 
 
 @dataclass(frozen=True)
@@ -122,3 +137,10 @@ class ByWidth:
             yield from solver.solve(
                 {name: weight for name, weight in weights.items() if self.bits_of(name) == bits}, statistics
             )
+
+    def cost(self, work: StageWork) -> Cost:
+        """Of all of them."""
+        return total(
+            solver.cost(replace(work, shapes=tuple(shape for shape in work.shapes if self.bits_of(shape.name) == bits)))
+            for bits, solver in self.solvers.items()
+        )
