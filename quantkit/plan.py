@@ -76,7 +76,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
         RefusedError: the format cannot hold a linear; every problem is named.
     """
     several = isinstance(method.format, SeveralVariants) and len(method.format.variants) > 1
-    if several and method.solvers.needs and recipe.calibration.activations != "float":
+    if several and recipe.engine == OWN_ENGINE and method.solvers.needs and recipe.calibration.activations != "float":
         raise RefusedError(
             "several variants cannot share statistics of a quantized stream, which is different for each",
             where="calibration.activations",

@@ -86,10 +86,19 @@ def adopt(scratch: Path, checkpoint: Checkpoint, folder: Path) -> None:
     """Fill an artifact folder from what an engine left: its weights and settings, the source's everything else.
 
     Args:
-        scratch: the engine's output; its weight files are moved away.
+        scratch: the engine's output, or a folder of it for each variant; its weight files are moved away.
         checkpoint: the source.
         folder: the artifact's; exists.
     """
+    for path in (
+        sorted(scratch.glob("config.json")) or sorted(scratch.glob("*/config.json")) or [scratch / "config.json"]
+    ):
+        target = folder / path.parent.relative_to(scratch)
+        target.mkdir(exist_ok=True)
+        _adopt_variant(path.parent, checkpoint, target)
+
+
+def _adopt_variant(scratch: Path, checkpoint: Checkpoint, folder: Path) -> None:
     for pattern in KEPT:
         for path in sorted(scratch.glob(pattern)):
             path.rename(folder / path.name)

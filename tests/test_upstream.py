@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from quantkit.checkpoint.index import open_checkpoint
+from quantkit.engines import env
 from quantkit.engines.env import find_engine
 from quantkit.errors import RefusedError, UnavailableError
 from quantkit.pipeline import build, plan
@@ -88,8 +90,6 @@ def test_an_engine_that_is_not_installed_stops_the_plan_and_the_build(tiny_mistr
 
 
 def test_of_what_an_engine_leaves_only_weights_and_settings_are_kept(tiny_mistral, tmp_path):
-    from quantkit.checkpoint.index import open_checkpoint
-
     scratch, folder = tmp_path / "scratch", tmp_path / "artifact"
     scratch.mkdir()
     folder.mkdir()
@@ -108,6 +108,40 @@ def test_of_what_an_engine_leaves_only_weights_and_settings_are_kept(tiny_mistra
     assert (folder / "tokenizer.json").read_bytes() == (tiny_mistral / "tokenizer.json").read_bytes()
     assert not (folder / "quant_log.csv").exists()
     assert not (folder / "README.md").exists()
+
+
+def test_a_folder_of_each_variant_is_kept(tiny_mistral, tmp_path):
+    scratch, folder = tmp_path / "scratch", tmp_path / "artifact"
+    folder.mkdir()
+    for bits in (3.0, 4.0):
+        left = scratch / f"{bits}bpw"
+        left.mkdir(parents=True)
+        settings = {"quant_method": "exl2", "bits": bits}
+        (left / "config.json").write_text(json.dumps({"quantization_config": settings}))
+        (left / "output.safetensors").write_text(str(bits))
+    adopt(scratch, open_checkpoint(tiny_mistral), folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["3.0bpw", "4.0bpw"]
+    for bits in (3.0, 4.0):
+        config = json.loads((folder / f"{bits}bpw" / "config.json").read_text())
+        assert config["quantization_config"]["bits"] == bits
+        assert config["hidden_size"] == 64
+        assert (folder / f"{bits}bpw" / "output.safetensors").read_text() == str(bits)
+        assert (folder / f"{bits}bpw" / "tokenizer.json").exists()
+
+
+def test_an_engine_for_cuda_is_refused_without_it(tiny_mistral, tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "has_cuda", lambda: False)
+    content = {"format": "exl2", "engine": "exllamav2", "model": {"id": str(tiny_mistral)}}
+    recipe = Recipe.of(content | {"quantize": {"bits": [4.0, 5.0]}})
+    for run in (
+        lambda: plan(recipe, out=tmp_path / "out", device=CPU, progress=Progress()),
+        lambda: build(recipe, out=tmp_path / "out", device=CPU),
+    ):
+        with pytest.raises(UnavailableError, match="no CUDA device: exllamav2 needs an NVIDIA GPU"):
+            run()
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(RefusedError, match=r"damping = 0\.1: exllamav2 knows 0\.01"):
+        settled(Recipe.of(content | {"quantize": {"damping": 0.1}}))
 
 
 @pytest.mark.slow

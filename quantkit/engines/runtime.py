@@ -226,7 +226,8 @@ def check(engine: Engine, checkpoint: Path, *, device: str = "cpu") -> dict[str,
         settings = {key: possible[0] for key, possible in known.items() if possible} | CHECK_SETTINGS
         facts = build(engine, made, checkpoint, tokens, settings, artifact, device=device)
         started = time.monotonic()
-        found = list(evaluate(engine, artifact, [_Tokens(tokens[0].tolist())], device=device))
+        files = sorted(path.relative_to(artifact).as_posix() for path in artifact.rglob("*.safetensors"))
+        found = list(evaluate(engine, artifact, [_Tokens(tokens[0].tolist())], files=files, device=device))
     if not np.isfinite(found[0]).all():
         raise RunFailedError(
             f"the engine {engine.name} reads its own artifact as numbers that are not finite",
