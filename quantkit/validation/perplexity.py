@@ -5,6 +5,7 @@ Shape legend: N predicted tokens, D hidden size, V vocabulary, B windows, T toke
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +84,7 @@ def final_states(source: WeightSource, text: EvaluationText, decoder: Decoder, *
 
 
 def losses(states_ND: Tensor, head_VD: Tensor, targets: list[int]) -> Tensor:
-    """Negative log-likelihood float64 [N] of each target, in nats; softmax in float32 over the full vocabulary."""
+    """Negative log-likelihood float64 [N] of each target, in nats; logits and softmax in float32, over all of V."""
     found = [
         _loss(_log_softmax(states, head_VD), wanted) for states, wanted in _chunks(states_ND, targets, head_VD.device)
     ]
@@ -141,7 +142,21 @@ def _chunks(states_ND: Tensor, targets: list[int], device: torch.device) -> Iter
 
 
 def _log_softmax(states_ND: Tensor, head_VD: Tensor) -> Tensor:
-    return torch.log_softmax((states_ND.to(head_VD.dtype) @ head_VD.t()).float(), dim=-1)
+    """Log-probabilities float32 [N, V]: a product in bf16 would round the logits before they are compared."""
+    with _full_float32_products():
+        return torch.log_softmax(states_ND.float() @ head_VD.float().t(), dim=-1)
+
+
+@contextmanager
+def _full_float32_products() -> Iterator[None]:
+    """Keep CUDA from cutting float32 factors to TF32's 10 bits, whatever the process has asked for."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def _loss(log_probabilities_NV: Tensor, wanted_N: Tensor) -> Tensor:

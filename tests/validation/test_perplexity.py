@@ -12,7 +12,14 @@ from quantkit.checkpoint.source import head_tensors
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.texts import Document, TextSet
 from quantkit.validation.generation import greedy_answer, repeats_endlessly
-from quantkit.validation.perplexity import compare, final_states, losses, perplexities
+from quantkit.validation.perplexity import (
+    CHUNK_POSITIONS,
+    compare,
+    compare_logits,
+    final_states,
+    losses,
+    perplexities,
+)
 from quantkit.validation.text import evaluation_text
 from tests.tiny import make_tiny
 
@@ -83,6 +90,43 @@ def test_a_model_does_not_diverge_from_itself(models):
     found = compare(judged(models[0], text), judged(models[0], text), text.targets)
     assert found.divergence.abs().max() < 1e-6
     assert found.agrees.all()
+
+
+def test_logits_of_a_bfloat16_model_are_not_rounded_before_they_are_compared():
+    """States and heads in bf16 against float64; a bf16 product alone would be wrong in the second digit."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2 * CHUNK_POSITIONS + 7, 64, generator=generator)
+    head = torch.randn(384, 64, generator=generator) * 0.7
+    noise = torch.randn(head.shape, generator=generator) * 0.02
+    pair = [(states.bfloat16(), matrix.bfloat16()) for matrix in (head, head + noise)]
+    wanted = torch.randint(0, 384, (len(states),), generator=generator)
+    first, second = ((inner.double() @ matrix.double().t()).log_softmax(-1) for inner, matrix in pair)
+
+    found = compare(pair[0], pair[1], wanted.tolist())
+    torch.testing.assert_close(found.divergence, (first.exp() * (first - second)).sum(-1), rtol=1e-4, atol=1e-6)
+    assert found.agrees.tolist() == (first.argmax(-1) == second.argmax(-1)).tolist()
+    rows = range(len(states))
+    torch.testing.assert_close(found.reference_loss, -first[rows, wanted], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses(*pair[1], wanted.tolist()), -second[rows, wanted], rtol=1e-5, atol=1e-5)
+    logits = (pair[1][0].double() @ pair[1][1].double().t()).float()
+    assert compare_logits(pair[0], logits, wanted.tolist()).divergence == pytest.approx(found.divergence, abs=1e-6)
+
+
+def test_tf32_is_off_while_logits_are_made_and_as_it_was_afterwards(monkeypatch):
+    matmul, plain, seen = torch.backends.cuda.matmul, torch.log_softmax, []
+
+    def spy(*arguments, **keywords):
+        seen.append(matmul.fp32_precision)
+        return plain(*arguments, **keywords)
+
+    monkeypatch.setattr(torch, "log_softmax", spy)
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        losses(torch.randn(3, 8), torch.randn(5, 8), [0, 1, 2])
+        assert seen == ["ieee"]
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
 
 
 def test_perplexities_are_taken_over_tokens_words_and_bytes(models):
