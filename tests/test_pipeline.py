@@ -308,6 +308,31 @@ def test_validate_takes_a_folder_without_a_record(recipe, tmp_path):
     assert not (out / "quantkit.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "stated_in"), [("gptq_model-4bit-32g", "config.json"), ("wagi", "quantize_config.json")]
+)
+def test_validate_takes_weights_under_a_name_of_their_own(recipe, tmp_path, name, stated_in):
+    """AutoGPTQ calls the file gptq_model-<bits>bit-<group>g, and once stated the settings beside config.json alone."""
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    of_ours = validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="reference", device=CPU)
+    for extra in ("quantkit.json", "README.md"):
+        (out / extra).unlink()
+    (out / "model.safetensors").rename(out / f"{name}.safetensors")
+    config = json.loads((out / "config.json").read_text())
+    settings = {key: config["quantization_config"][key] for key in ("bits", "group_size", "desc_act", "sym")}
+    config["quantization_config"] = settings | {"quant_method": "gptq", "model_file_base_name": name}
+    if stated_in == "quantize_config.json":
+        del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "quantize_config.json").write_text(json.dumps(settings))
+    found = validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="reference", device=CPU)
+    variant, expected = found["variants"][0], of_ours["variants"][0]
+    assert variant["files"] == [f"{name}.safetensors"]
+    assert variant["bits_per_weight"] == expected["bits_per_weight"]
+    for key in ("ratio", "mean_kld", "top1_agreement"):
+        assert variant["results"][0][key] == expected["results"][0][key]
+
+
 def test_validate_refuses_another_reference(recipe, tmp_path):
     from tests.tiny import make_tiny
 

@@ -200,6 +200,28 @@ def open_tensors(folder: Path, stem: str = STEM) -> TensorFolder:
     return TensorFolder(folder, {name: tensors[name] for name in sorted(weight_map)})
 
 
+def weights_stem(folder: Path) -> str:
+    """What the names of a folder's weight files start with: `model`, or the name that a tool has given its own.
+
+    AutoGPTQ, for one, writes gptq_model-4bit-128g.safetensors.
+
+    Raises:
+        RefusedError: several files of other names, and no index that says which tensor is where.
+    """
+    indexes = {path.name.removesuffix(".safetensors.index.json") for path in folder.glob("*.safetensors.index.json")}
+    files = {path.stem for path in folder.glob("*.safetensors")}
+    stems = sorted(indexes or files)
+    if STEM in indexes | files or not stems:
+        return STEM
+    if len(stems) > 1:
+        raise RefusedError(
+            f"{len(stems)} files could be the weights: {', '.join(stems)}",
+            where=str(folder),
+            fix=f"keep those of one conversion, or add {INDEX_NAME}",
+        )
+    return stems[0]
+
+
 def open_every_file(folder: Path, below: str = ".") -> TensorFolder:
     """The tensors of all safetensors files of a folder, whatever they are called and without an index.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.families import Family, family_of, item_of
-from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
+from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json, weights_stem
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
@@ -225,8 +225,8 @@ def open_artifact(folder: Path) -> AwqArtifact:
     """A reader of an AWQ folder.
 
     Raises:
-        RefusedError: it is of another layout than GEMM, misses a part of a linear, or tensors contradict each other,
-            the settings or the model.
+        RefusedError: it is of another layout than GEMM, misses a part of a linear, has weights of several names, or
+            tensors contradict each other, the settings or the model.
     """
     config = read_json(folder / "config.json")
     settings = config.get("quantization_config")
@@ -236,7 +236,7 @@ def open_artifact(folder: Path) -> AwqArtifact:
     where = str(folder / "config.json")
     key = "group_size" if "group_size" in settings else "q_group_size"
     group_size = number_of(settings, key, GROUP_SIZES, where=where)
-    tensors, family = open_tensors(folder), family_of(config, where=where)
+    tensors, family = open_tensors(folder, weights_stem(folder)), family_of(config, where=where)
     require_fit(LAYOUT, tensors, config, family, lambda _, rows, columns: expected_shapes(rows, columns, group_size))
     return AwqArtifact(tensors, config, settings, family)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quantkit import __version__
 from quantkit.checkpoint.families import Family, family_of, item_of
-from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
+from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json, weights_stem
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
@@ -282,15 +282,15 @@ def open_artifact(folder: Path) -> GptqArtifact:
     """A reader of a GPTQ folder.
 
     Raises:
-        RefusedError: it is of another layout, misses a part of a linear, or tensors contradict each other, the
-            settings or the model.
+        RefusedError: it is of another layout, misses a part of a linear, has weights of several names, or tensors
+            contradict each other, the settings or the model.
     """
     config = read_json(folder / "config.json")
     settings = config.get("quantization_config")
     if settings is None:
         settings = read_json(folder / "quantize_config.json")
     zero_version(settings)
-    tensors, family = open_tensors(folder), family_of(config, where=str(folder / "config.json"))
+    tensors, family = open_tensors(folder, weights_stem(folder)), family_of(config, where=str(folder / "config.json"))
 
     def expected(name: str, rows: int, columns: int) -> dict[str, Shape]:
         return expected_shapes(rows, columns, *module_settings(name, settings))

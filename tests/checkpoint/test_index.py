@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint.families import item_of
-from quantkit.checkpoint.index import open_checkpoint
+from quantkit.checkpoint.index import open_checkpoint, weights_stem
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import RefusedError
 
@@ -145,3 +145,33 @@ def test_broken_tokenizer(folder):
     (folder / "tokenizer.json").write_text("")
     with pytest.raises(RefusedError, match="the tokenizer cannot be loaded"):
         load_tokenizer(folder, vocab_size=384)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["model.safetensors"], "model"),
+        (["model.safetensors.index.json", "model-00001-of-00002.safetensors"], "model"),
+        (["gptq_model-4bit-128g.safetensors"], "gptq_model-4bit-128g"),
+        (["model.safetensors", "gptq_model-4bit-128g.safetensors"], "model"),
+        (["w.safetensors.index.json", "w-00001-of-00002.safetensors", "w-00002-of-00002.safetensors"], "w"),
+        (["pytorch_model.bin"], "model"),
+        ([], "model"),
+    ],
+)
+def test_weights_under_another_name_are_found(tmp_path, files, expected):
+    for name in files:
+        (tmp_path / name).touch()
+    assert weights_stem(tmp_path) == expected
+
+
+def test_weights_of_two_names_are_refused(tmp_path):
+    for name in ("a.safetensors", "b.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(RefusedError) as caught:
+        weights_stem(tmp_path)
+    assert str(caught.value) == (
+        "2 files could be the weights: a, b\n"
+        f"  at:  {tmp_path}\n"
+        "  fix: keep those of one conversion, or add model.safetensors.index.json"
+    )

@@ -144,10 +144,10 @@ def test_older_folders_are_told_by_their_own_settings_file(tiny_mistral, tmp_pat
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "quant_config.json").write_text(json.dumps({"w_bit": 4, "q_group_size": 32, "version": "GEMM"}))
     tensors = encode_linear("model.layers.0.mlp.up_proj", random_linear(rows=96))
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "awq_model_w4_g32.safetensors")
     assert detect(tmp_path) == "awq"
     assert open_artifact(tmp_path).bits_per_weight == 4 + 20 / 32
     del tensors["model.layers.0.mlp.up_proj.scales"]
-    save_file(tensors, tmp_path / "model.safetensors")
+    save_file(tensors, tmp_path / "awq_model_w4_g32.safetensors")
     with pytest.raises(RefusedError, match=r"up_proj\.scales is missing"):
         open_artifact(tmp_path)
