@@ -4,7 +4,6 @@ import ctypes
 import json
 import shutil
 import subprocess
-import unicodedata
 from pathlib import Path
 
 import gguf
@@ -13,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from quantkit.checkpoint.index import read_json
 from quantkit.engines.env import environment_of, environment_python
 from quantkit.formats.gguf.mixtures import MIXTURES
 from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS
@@ -29,17 +29,26 @@ CPU = torch.device("cpu")
 NASTY = [
     "Zażółć gęślą jaźń. PCHNĄĆ W TĘ ŁÓDŹ JEŻA!",
     "  dwie spacje na początku, trzy   w środku i na końcu  ",
-    "1234567890 1 000 000,50 zł (3,14159) 2024-01-31",
+    "1234567890 1 000 000,50 zł (3,14159) 2024-01-31 ²½Ⅷ",
     "def f(x):\n\treturn {'a': x ** 2}  # komentarz\n\n\n",
-    "😀 👩‍👩‍👧 e\u0301 ﬁ № ½ ☃ 漢字 \u00a0",
-    "„cudzysłów” — myślnik… it's",
+    "😀 👩‍👩‍👧 ﬁ № ½ ☃ 漢字 \u00a0\u2003x",
+    "„cudzysłów” — myślnik… it's IT'S",
     "\n\n\tŚ\r\n",
+    " ",
+    "<|im_start|>user\nCo to?<|im_end|>\n<|im_start|>assistant\n",
+    "<s>raz</s> dwa <unk>trzy",
+    "<|im_start|><|im_start|> <|im_end|>",
+    "naciśnij [[przycisk]] albo[[przycisk]]  [[przycisk]]!",
+    "niby <|im_star|> i [[przycis]]",
 ]
+DECOMPOSED = "zaz\u0307o\u0301l\u0107 e\u0301"
 TOKENIZE = """
 import json, sys
 from llama_cpp import Llama
 model = Llama(sys.argv[1], vocab_only=True, verbose=False)
-print(json.dumps([model.tokenize(text.encode(), add_bos=False, special=False) for text in json.loads(sys.argv[2])]))
+ways = [(ends, special) for ends in (False, True) for special in (False, True)]
+texts = [text.encode() for text in json.loads(sys.argv[2])]
+print(json.dumps([[model.tokenize(text, add_bos=ends, special=special) for ends, special in ways] for text in texts]))
 """
 LLAMA_QUANTIZE = """
 import ctypes, sys
@@ -178,33 +187,61 @@ def test_ggmls_encoder_writes_what_llama_quantize_writes(shape, weighted, engine
         assert seen == {"F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"}
 
 
-@pytest.fixture(params=["tokenizer.model", "tokenizer.json alone", "gpt-2", "llama-bpe", "qwen2"])
-def tokenized(request, nano, tmp_path) -> Path:
-    """A checkpoint with a tokenizer of each kind."""
-    folder = tmp_path / "model"
-    if request.param.startswith("tokenizer"):
-        shutil.copytree(nano, folder)
-        if request.param != "tokenizer.model":
-            (folder / "tokenizer.model").unlink()
-        return folder
-    make_tiny(folder, "qwen2", vocab_size=320)
-    (pattern,) = (patterns for patterns, name in PRE_TOKENIZERS.items() if name == request.param)
-    for path in byte_level(tmp_path / "words", pattern[0] if pattern else None).iterdir():
+SENTENCEPIECE = ("tokenizer.model", "tokenizer.json alone", "with both ends", "no space in front")
+
+
+@pytest.fixture(params=[*SENTENCEPIECE, *PRE_TOKENIZERS.values()])
+def tokenized(request, nano, tmp_path) -> tuple[str, Path]:
+    """A checkpoint with a tokenizer of each kind, each with control tokens and one that users may write."""
+    name, folder, words = request.param, tmp_path / "model", tmp_path / "words"
+    if name in SENTENCEPIECE:
+        make_tiny(folder, "mistral", vocab_size=800)
+        shutil.copytree(nano, words, ignore=lambda _, names: [name for name in names if "token" not in name])
+        if name != "tokenizer.model":
+            (words / "tokenizer.model").unlink()
+    else:
+        make_tiny(folder, "qwen2", vocab_size=320)
+        byte_level(words, next(splitting for splitting, known in PRE_TOKENIZERS.items() if known == name))
+    content = read_json(words / "tokenizer.json")
+    token = max([*content["model"]["vocab"].values(), *(entry["id"] for entry in content["added_tokens"])])
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for text, special in (("<|im_start|>", True), ("<|im_end|>", True), ("[[przycisk]]", False)):
+        if text not in [entry["content"] for entry in content["added_tokens"]]:
+            token += 1
+            content["added_tokens"].append({"id": token, "content": text, "special": special} | plain)
+    if name == "no space in front":
+        content["normalizer"] = content["normalizer"]["normalizers"][1]
+    if name == "with both ends":
+        end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+        content["post_processor"]["single"].append(end)
+        content["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    (words / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    for path in words.iterdir():
         shutil.copyfile(path, folder / path.name)
-    return folder
+    return name, folder
 
 
 def test_token_ids_are_those_of_the_checkpoints_tokenizer(engine, tokenized, tmp_path):
+    """With and without special tokens in the text, and at its ends; of every kind of token."""
+    name, folder = tokenized
     quantize = {"types": ("Q4_0",), "imatrix": False}
-    recipe = Recipe.of({"format": "gguf", "model": {"id": str(tokenized)}, "quantize": quantize})
+    recipe = Recipe.of({"format": "gguf", "model": {"id": str(folder)}, "quantize": quantize})
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
     (path,) = out.glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(tokenized)
-    # llama.cpp has no Unicode normalization, so a letter with a combining accent is given as one
-    lines = [unicodedata.normalize("NFC", line) for line in NASTY]
-    found = json.loads(within(engine, TOKENIZE, str(path), json.dumps(lines)))
-    for line, ids in zip(lines, found, strict=True):
-        assert ids == tokenizer.encode(line, add_special_tokens=False), line
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = json.loads(within(engine, TOKENIZE, str(path), json.dumps([*NASTY, DECOMPOSED])))
+    settings = [(ends, special) for ends in (False, True) for special in (False, True)]
+    seen = set()
+    for line, answers in zip(NASTY, found, strict=False):
+        for (ends, special), ids in zip(settings, answers, strict=True):
+            expected = tokenizer.encode(line, add_special_tokens=ends, split_special_tokens=not special)
+            assert ids == expected, (line, ends, special, tokenizer.convert_ids_to_tokens(ids))
+            seen |= set(ids)
+    added = {entry["content"]: entry["id"] for entry in read_json(folder / "tokenizer.json")["added_tokens"]}
+    assert {added["<|im_start|>"], added["<|im_end|>"], added["[[przycisk]]"]} <= seen
+    # llama.cpp has no Unicode normalization: where the checkpoint's composes, other ids come of letters and accents
+    composes = name not in SENTENCEPIECE
+    assert (found[-1][0] != tokenizer.encode(DECOMPOSED, add_special_tokens=False)) is composes
 
 
 @pytest.mark.parametrize("kind", VARIANTS)

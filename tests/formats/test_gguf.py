@@ -25,7 +25,7 @@ from quantkit.formats.gguf.metadata import rope_factors
 from quantkit.formats.gguf.mixtures import MIXTURES, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, interleave
 from quantkit.formats.gguf.read import open_file, open_variants
-from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS, pre_tokenizer, vocabulary
+from quantkit.formats.gguf.tokenizer import DIGITS, OWN_PATTERN, PRE_TOKENIZERS, Splitting, pre_tokenizer, vocabulary
 from quantkit.judgement import validate
 from quantkit.pipeline import build, plan
 from quantkit.progress import Progress
@@ -410,7 +410,7 @@ def test_the_plan_knows_each_files_size(sources, text, artifacts, tmp_path):
 def test_a_tokenizer_that_cannot_be_written_stops_the_plan(sources, text, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(sources["qwen2"], folder)
-    for path in byte_level(tmp_path / "odd", r"\w+|\s+").iterdir():
+    for path in byte_level(tmp_path / "odd", Splitting((r"\w+|\s+",))).iterdir():
         shutil.copyfile(path, folder / path.name)
     with pytest.raises(RefusedError, match=r"no llama\.cpp name for"):
         plan(recipe_of(folder, text), out=tmp_path / "a", device=CPU, progress=Progress())
@@ -680,12 +680,19 @@ def test_a_folder_of_somebody_else_is_told_by_its_files(damaged, sources, text):
     assert result["variants"][0]["results"][0]["mean_kld"] < 1e-3
 
 
-def byte_level(folder: Path, pattern: str | None, *, special: bool = True) -> Path:
+def byte_level(folder: Path, splitting: Splitting, *, special: bool = True, changes: dict | None = None) -> Path:
+    """A byte-level tokenizer that splits so; `changes` are of tokenizer.json's model."""
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.BPE())
-    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), "isolated")]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, own])
+    steps = [
+        pre_tokenizers.Digits(individual_digits=True)
+        if step == DIGITS
+        else pre_tokenizers.Split(Regex(step), "isolated")
+        for step in splitting.steps
+        if step != OWN_PATTERN
+    ]
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=OWN_PATTERN in splitting.steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, own])
     tokenizer.normalizer = normalizers.NFC()
     trainer = trainers.BpeTrainer(
         vocab_size=300, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
@@ -695,61 +702,210 @@ def byte_level(folder: Path, pattern: str | None, *, special: bool = True) -> Pa
     if special:
         fast.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
     fast.save_pretrained(folder)
+    change_json(folder / "tokenizer.json", model=(changes or {}) | {"ignore_merges": splitting.ignore_merges})
     return folder
 
 
-def test_byte_level_bpe(tmp_path):
-    patterns = {
-        name: pattern[0] if pattern else None for pattern, name in PRE_TOKENIZERS.items() if pattern != ("digits",)
-    }
-    assert set(patterns) == {"gpt-2", "llama-bpe", "qwen2"}
-    for name, pattern in patterns.items():
-        words = vocabulary(byte_level(tmp_path / name, pattern), {}, 320)
-        assert (words.model, words.pre, words.scores, words.add_space_prefix) == ("gpt2", name, None, None)
-        assert (words.add_bos, words.add_eos) == (False, False)
-        eos = words.special["eos"]
-        assert (words.tokens[eos], words.types[eos]) == ("<|im_end|>", 3)
-        assert words.tokens[-1] == "[PAD319]"
-        assert words.types[-1] == 5
-        assert all(left + right in words.tokens for left, right in (merge.split(" ") for merge in words.merges))
-        assert len(words.merges) > 20
+def change_json(path: Path, **changes: dict) -> None:
+    """Update tables of a JSON file; what is no table is replaced."""
+    content = read_json(path)
+    for key, value in changes.items():
+        content[key] = content[key] | value if isinstance(value, dict) and content.get(key) else value
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+@pytest.mark.parametrize(("splitting", "name"), PRE_TOKENIZERS.items(), ids=PRE_TOKENIZERS.values())
+def test_byte_level_bpe(splitting, name, tmp_path):
+    words = vocabulary(byte_level(tmp_path / name, splitting), {}, 320)
+    assert (words.model, words.pre, words.scores, words.add_space_prefix) == ("gpt2", name, None, None)
+    assert (words.add_bos, words.add_eos) == (False, False)
+    eos = words.special["eos"]
+    assert (words.tokens[eos], words.types[eos]) == ("<|im_end|>", 3)
+    assert words.tokens[-1] == "[PAD319]"
+    assert words.types[-1] == 5
+    assert all(left + right in words.tokens for left, right in (merge.split(" ") for merge in words.merges))
+    assert len(words.merges) > 20
 
 
 def test_an_unknown_pre_tokenizer_says_how_to_add_it(tmp_path):
-    folder = byte_level(tmp_path / "odd", r"\w+|\s+")
+    folder = byte_level(tmp_path / "odd", Splitting((r"\w+|\s+",)))
     with pytest.raises(RefusedError) as caught:
         vocabulary(folder, {}, 320)
     assert "no llama.cpp name for" in caught.value.what
     assert "PRE_TOKENIZERS" in caught.value.fix
-    # the right pattern with a second split behind it is not the same thing
-    fast = read_json(
-        byte_level(tmp_path / "twice", PRE_TOKENIZERS and next(iter(list(PRE_TOKENIZERS)[2]))) / "tokenizer.json"
-    )
+    (qwen,) = (splitting for splitting, name in PRE_TOKENIZERS.items() if name == "qwen2")
+    fast = read_json(byte_level(tmp_path / "qwen", qwen) / "tokenizer.json")
     assert pre_tokenizer(fast, folder) == "qwen2"
     with pytest.raises(RefusedError, match=r"no llama\.cpp name for.*Lowercase"):
         pre_tokenizer(fast | {"normalizer": {"type": "Lowercase"}}, folder)
+    with pytest.raises(RefusedError, match=r'no llama\.cpp name for.*"ignore_merges": true'):
+        pre_tokenizer(fast | {"model": fast["model"] | {"ignore_merges": True}}, folder)
+    # the right pattern with a second split behind it is not the same thing
     fast["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = True
     with pytest.raises(RefusedError, match=r"no llama\.cpp name for"):
         pre_tokenizer(fast, folder)
 
 
-def test_sentencepiece_from_its_model_and_from_tokenizer_json(tmp_path):
-    """With tokenizer.model the scores are its own; without, ranks of merges, which order pieces the same way."""
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix is '</w>'"),
+        ({"model": {"dropout": 0.1}}, "dropout is 0.1"),
+        ({"post_processor": {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}}, "it puts tokens around"),
+        ({"added_tokens": [{"id": 7, "content": "<x>", "lstrip": True}]}, "'<x>' has lstrip = true"),
+    ],
+)
+def test_what_llama_cpp_would_do_otherwise_is_refused(changes, reason, tmp_path):
+    (gpt2,) = (splitting for splitting, name in PRE_TOKENIZERS.items() if name == "gpt-2")
+    folder = byte_level(tmp_path / "a", gpt2)
+    change_json(folder / "tokenizer.json", **changes)
+    with pytest.raises(RefusedError, match=r"llama\.cpp would split text into other tokens") as caught:
+        vocabulary(folder, {}, 320)
+    assert reason in caught.value.what
+
+
+def test_a_byte_without_a_token_is_refused(tmp_path):
+    (gpt2,) = (splitting for splitting, name in PRE_TOKENIZERS.items() if name == "gpt-2")
+    folder = byte_level(tmp_path / "a", gpt2)
+    words = read_json(folder / "tokenizer.json")["model"]["vocab"]
+    del words["Ä"]
+    content = read_json(folder / "tokenizer.json")
+    content["model"]["vocab"] = words
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(RefusedError, match="1 of 256 bytes have no token"):
+        vocabulary(folder, {}, 320)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory) -> Path:
+    """A SentencePiece tokenizer with both of its files."""
     from quantkit.nano import NanoSettings, make_tokenizer
 
-    make_tokenizer(tmp_path, [WORDS] * 20, NanoSettings(vocab_size=300))
+    folder = tmp_path_factory.mktemp("pieces")
+    make_tokenizer(folder, [WORDS] * 20, NanoSettings(vocab_size=360))
+    return folder
+
+
+def test_sentencepiece_from_its_model_and_from_tokenizer_json(pieces, tmp_path):
+    """With tokenizer.model the scores are its own; without, ranks of merges, which order pieces the same way."""
     config = {"bos_token_id": 1, "eos_token_id": 2}
-    real = vocabulary(tmp_path, config, 304)
+    real = vocabulary(pieces, config, 364)
     assert (real.model, real.add_space_prefix, real.add_bos, real.add_eos) == ("llama", True, True, False)
     assert real.special == {"bos": 1, "eos": 2, "unknown": 0}
-    assert real.types[:3] + real.types[3:259] + real.types[300:] == [2, 3, 3] + [6] * 256 + [5] * 4
-    (tmp_path / "tokenizer.model").unlink()
-    made = vocabulary(tmp_path, config, 304)
+    assert real.types[:3] + real.types[3:259] + real.types[360:] == [2, 3, 3] + [6] * 256 + [5] * 4
+    folder = shutil.copytree(pieces, tmp_path / "json")
+    (folder / "tokenizer.model").unlink()
+    made = vocabulary(folder, config, 364)
     assert (made.tokens, made.types, made.special) == (real.tokens, real.types, real.special)
-    pieces = [i for i in range(259, 300) if len(real.tokens[i]) > 1]
-    assert sorted(pieces, key=lambda i: -real.scores[i]) == sorted(pieces, key=lambda i: -made.scores[i])
+    found = [i for i in range(259, 360) if len(real.tokens[i]) > 1]
+    assert sorted(found, key=lambda i: -real.scores[i]) == sorted(found, key=lambda i: -made.scores[i])
+
+
+def train_pieces(folder: Path, **changes: object) -> Path:
+    """tokenizer.model alone, trained with other settings than Llama's."""
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    settings = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "remove_extra_whitespaces": False}
+    settings |= {"normalization_rule_name": "identity", "hard_vocab_limit": False, "minloglevel": 2} | changes
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter([WORDS] * 20), model_writer=model, **settings)
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, "it normalizes text by nmt_nfkc_cf"),
+        ({"remove_extra_whitespaces": True}, "it removes extra spaces"),
+        ({"treat_whitespace_as_suffix": True}, "it puts spaces behind words"),
+        ({"byte_fallback": False, "vocab_size": 60}, "it has no byte fallback"),
+        ({"model_type": "unigram"}, "not of SentencePiece's BPE kind"),
+    ],
+)
+def test_a_sentencepiece_model_that_does_more_than_llamas_is_refused(changes, reason, tmp_path):
+    plain = vocabulary(train_pieces(tmp_path / "plain"), {}, 400)
+    assert (plain.model, plain.pre, plain.add_space_prefix) == ("llama", "default", True)
+    assert not vocabulary(train_pieces(tmp_path / "bare", add_dummy_prefix=False), {}, 400).add_space_prefix
+    with pytest.raises(RefusedError, match=reason):
+        vocabulary(train_pieces(tmp_path / "odd", **changes), {}, 400)
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "splitter", "prefixed"),
+    [
+        ({"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, None, False),
+        (None, METASPACE | {"prepend_scheme": "always"}, True),
+        (None, METASPACE | {"prepend_scheme": "first"}, True),
+        (None, METASPACE | {"prepend_scheme": "never"}, False),
+    ],
+)
+def test_ways_with_spaces(normalizer, splitter, prefixed, pieces, tmp_path):
+    folder = shutil.copytree(pieces, tmp_path / "a")
+    content = read_json(folder / "tokenizer.json") | {"normalizer": normalizer, "pre_tokenizer": splitter}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    assert vocabulary(folder, {}, 364).add_space_prefix is prefixed
+    (folder / "tokenizer.model").unlink()
+    assert vocabulary(folder, {}, 364).add_space_prefix is prefixed
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"normalizer": {"type": "NFKC"}}, "it prepares text by"),
+        ({"normalizer": None, "pre_tokenizer": METASPACE | {"split": True}}, "it prepares text by"),
+        ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "it prepares text by"),
+        ({"model": {"ignore_merges": True}}, "ignore_merges is on"),
+        ({"added_tokens": [{"id": 299, "content": "<x>", "normalized": True}]}, "'<x>' has normalized = true"),
+    ],
+)
+def test_byte_fallback_that_does_more_than_llamas_is_refused(changes, reason, pieces, tmp_path):
+    folder = shutil.copytree(pieces, tmp_path / "a")
+    (folder / "tokenizer.model").unlink()
+    change_json(folder / "tokenizer.json", **changes)
+    with pytest.raises(RefusedError) as caught:
+        vocabulary(folder, {}, 364)
+    assert reason in caught.value.what
+
+
+def test_merges_that_scores_cannot_order_are_refused(pieces, tmp_path):
+    folder = shutil.copytree(pieces, tmp_path / "a")
+    (folder / "tokenizer.model").unlink()
+    content = read_json(folder / "tokenizer.json")
+    model = content["model"]
+    words, merges = model["vocab"], [tuple(merge) for merge in model["merges"]]
+    first, last = next(merge for merge in merges if len(merge[0]) == 2 and merge[0][1] + merge[1] not in words)
+    words[first[1] + last] = 399
+    other = [(first[1], last), (first[0], first[1] + last)]
+    place = merges.index((first, last))
+    for changed, reason in (
+        (merges, "1 pair(s) make a piece but are no merge"),
+        (merges + other, "merges of one piece stand apart"),
+        (other[:1] + merges[:place] + other[1:] + merges[place:], None),
+    ):
+        model["merges"] = changed
+        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+        if reason is None:
+            vocabulary(folder, {}, 400)
+            continue
+        with pytest.raises(RefusedError) as caught:
+            vocabulary(folder, {}, 400)
+        assert reason in caught.value.what
+
+
+def test_two_tokenizers_in_one_folder_are_refused(pieces, sources, tmp_path):
+    folder = shutil.copytree(pieces, tmp_path / "a")
+    shutil.copyfile(sources["mistral"] / "tokenizer.json", folder / "tokenizer.json")
+    with pytest.raises(RefusedError, match=r"in tokenizer\.model and .* in tokenizer\.json"):
+        vocabulary(folder, {}, 416)
 
 
 def test_an_id_beyond_the_embedding_is_refused(tmp_path):
     with pytest.raises(RefusedError, match="the embedding 200 rows"):
-        vocabulary(byte_level(tmp_path / "a", None), {}, 200)
+        vocabulary(byte_level(tmp_path / "a", Splitting((OWN_PATTERN,))), {}, 200)
