@@ -697,7 +697,8 @@ def byte_level(folder: Path, splitting: Splitting, *, special: bool = True, chan
     trainer = trainers.BpeTrainer(
         vocab_size=300, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator([WORDS] * 4, trainer)
+    # digits too, so that how they are split shows
+    tokenizer.train_from_iterator([WORDS + " 1234567890 1000 2024" * 4] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     if special:
         fast.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})

@@ -283,7 +283,7 @@ def _prepends(fast: dict[str, Any], folder: Path) -> bool:
     if not normalizers and len(splitters) == 1 and splitters[0].get("type") == "Metaspace":
         (step,) = splitters
         if step.get("replacement") == SPACE and step.get("split") is False:
-            return step.get("prepend_scheme") != "never"
+            return bool(step.get("prepend_scheme") != "never")
     found = json.dumps({key: fast.get(key) for key in ("normalizer", "pre_tokenizer")}, ensure_ascii=False)
     raise _unlike([f"it prepares text by {found[:400]}"], folder / "tokenizer.json")
 
