@@ -329,7 +329,7 @@ def pre_tokenizer(fast: dict[str, Any], folder: Path) -> str:
     splitting = Splitting(tuple(found), bool((fast.get("model") or {}).get("ignore_merges")))
     name = PRE_TOKENIZERS.get(splitting) if known else None
     if name is None:
-        shown = {"ignore_merges": splitting.ignore_merges}
+        shown: dict[str, Any] = {"ignore_merges": splitting.ignore_merges}
         shown |= {key: fast.get(key) for key in ("normalizer", "pre_tokenizer")}
         raise RefusedError(
             "the tokenizer splits text in a way that quantkit has no llama.cpp name for: "
