@@ -389,11 +389,10 @@ def recipes_schema() -> None:
 @engines_app.command("list")
 def engines_list(as_json: Json = False) -> None:
     """Upstream packages that can read artifacts, and whether they run here."""
-    from quantkit.engines.env import describe, list_engines
+    from quantkit.engines.env import describe, engine_lines, list_engines
 
     found = [describe(engine) for engine in list_engines()]
-    lines = [f"{engine['name']:<12}{engine['requirement']:<24}{engine['reason'] or 'installed'}" for engine in found]
-    _print(found if as_json else None, lines)
+    _print(found if as_json else None, engine_lines(found))
 
 
 @engines_app.command("install")
@@ -408,15 +407,15 @@ def engines_install(engine: Annotated[str, typer.Argument(metavar="ENGINE", help
 def engines_check(
     engine: Annotated[str, typer.Argument(metavar="ENGINE", help="Name of an engine.")], as_json: Json = False
 ) -> None:
-    """Let an engine quantize bielik-nano and read the result back."""
+    """Let an engine quantize bielik-nano and read the result back; one that only reads gets an artifact of ours."""
     from quantkit.display import Display
+    from quantkit.engine_check import check_engine
     from quantkit.engines.env import find_engine
-    from quantkit.engines.runtime import check
-    from quantkit.nano import ensure_nano
+    from quantkit.nano import NAME
 
     with Display() as display:
-        found = check(find_engine(engine), ensure_nano(display.progress.steps))
-    _print(found if as_json else None, [f"{key:<18}{value}" for key, value in found.items()])
+        found = check_engine(find_engine(engine), NAME, display.progress)
+    _print(found if as_json else None, [f"{key:<20}{value}" for key, value in found.items()])
 
 
 def _recipe(name: str, changes: list[str] | None, model: str | None) -> "tuple[Recipe, str]":

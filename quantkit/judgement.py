@@ -1,6 +1,7 @@
 """An artifact judged against its source, for `build` and for `validate`."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from quantkit.checkpoint.layer import Decoder
 from quantkit.engines.env import find_engine, installed_facts, why_not
 from quantkit.engines.runtime import evaluate
-from quantkit.errors import RefusedError
+from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats import READERS, detect, open_variants
 from quantkit.formats.contract import Artifact
 from quantkit.machine import deciding_versions, device_model, use_threads
@@ -24,6 +25,7 @@ from quantkit.sources import Source, open_source
 from quantkit.texts import load_text_set
 from quantkit.validation.compare import (
     REFERENCE_RUNTIME,
+    failed,
     gated,
     logits_result,
     not_run,
@@ -33,6 +35,9 @@ from quantkit.validation.compare import (
 from quantkit.validation.reference import Judged, Settings, run_reference
 from quantkit.validation.text import EvaluationText, evaluation_text
 from quantkit.workdir import write_text
+
+# a record is published: folders of this machine are nobody's business
+DIRECTORIES = re.compile(r"(?<![\w.:/])(?:/[^\s/'\"]+)*/(?=[^\s/'\"])")
 
 
 def validate(
@@ -170,15 +175,27 @@ def _kept(
 def _engine_result(
     name: str, artifact: Artifact, reference: Judged, text: EvaluationText, device: torch.device, threads: int
 ) -> dict[str, Any]:
-    """What an upstream package makes of the artifact, or why it could not be asked."""
+    """What an upstream package makes of the artifact, why it could not be asked, or what it said when it broke."""
     engine = find_engine(name)
     if reason := why_not(engine, device.type):
         return not_run(name, reason)
     tensors = artifact.tensors
-    logits = evaluate(engine, tensors.folder, text.windows, files=tensors.files, device=device.type, threads=threads)
-    result = logits_result(name, logits, reference, text)
+    try:
+        logits = evaluate(
+            engine, tensors.folder, text.windows, files=tensors.files, device=device.type, threads=threads
+        )
+        result = logits_result(name, logits, reference, text)
+    except RunFailedError as error:
+        return failed(name, _in_one_line(error.what))
     facts = installed_facts(engine)
     return result | {"package": facts["package"], "version": facts["version"]}
+
+
+def _in_one_line(what: str) -> str:
+    """The first line of what went wrong and the last that the engine printed, paths cut to their last part."""
+    lines = [line.strip() for line in what.splitlines()]
+    said = " ".join(dict.fromkeys((lines[0], lines[-1])))
+    return DIRECTORIES.sub("", said)
 
 
 def _runtimes(wanted: str, native: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,8 +129,48 @@ def test_no_format_is_named_where_all_are_alike():
     """A new format is rows in tables: stream, pipeline, plan, validation and command line know none by name."""
     root = Path(quantkit.__file__).parent
     alike = ["stream.py", "pipeline.py", "plan.py", "judgement.py", "cli.py", "upstream.py", "report/card.py"]
-    alike += [str(path.relative_to(root)) for path in (root / "validation").glob("*.py")]
+    alike += ["engine_check.py", *(str(path.relative_to(root)) for path in (root / "validation").glob("*.py"))]
     for name in alike:
-        tree = ast.parse((root / name).read_text())
-        strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
-        assert not strings & set(QUANTIZE), name
+        assert formats_named((root / name).read_text()) == set(), name
+
+
+def formats_named(code: str) -> set[str]:
+    """What of a module's text is a format's: its name, an import of its module, a class of it by whatever way."""
+    own = set()
+    for reading in READERS.values():
+        package = reading.open.__module__.removesuffix(".read")
+        own |= {name for name, module in sys.modules.items() if name == package or name.startswith(f"{package}.")}
+    classes = {
+        each.__name__
+        for module in own
+        for each in vars(sys.modules[module]).values()
+        if isinstance(each, type) and each.__module__ in own and each.__name__.endswith(("Format", "Artifact"))
+    }
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        match node:
+            case ast.Constant(value=str(text)) if text in QUANTIZE:
+                found.add(text)
+            case ast.Import(names=names):
+                found |= {alias.name for alias in names} & own
+            case ast.ImportFrom(module=module, names=names):
+                found |= {str(module), *(f"{module}.{alias.name}" for alias in names)} & own
+            case ast.Name(id=name) | ast.Attribute(attr=name) if name in classes:
+                found.add(name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ('if name == "gguf": pass', {"gguf"}),
+        ("from quantkit.formats import READERS, detect", set()),
+        ("from quantkit.formats.contract import InPlace\nisinstance(form, InPlace)", set()),
+        ("from quantkit.formats import awq", {"quantkit.formats.awq"}),
+        ("from quantkit.formats.gguf.write import GgufFormat", {"quantkit.formats.gguf.write"}),
+        ("import quantkit.formats.hqq", {"quantkit.formats.hqq"}),
+        ("isinstance(form, formats.mlx.MlxFormat)", {"MlxFormat"}),
+    ],
+)
+def test_the_guard_sees_every_way_to_name_a_format(code, found):
+    assert formats_named(code) == found

@@ -298,6 +298,30 @@ def test_an_engine_that_is_not_there_is_not_run_and_says_how_to_mend_it(recipe, 
         validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="gptq-model", device=CPU)
 
 
+def test_an_engine_that_breaks_fails_the_gate_and_nothing_else_is_lost(recipe, tmp_path):
+    """A real runner in this interpreter, which has none of the packages that it needs."""
+    from quantkit.engines import env
+    from quantkit.validation.gate import judge
+
+    environment = env.environment_of(env.find_engine("gptqmodel"))
+    (environment / "bin").mkdir(parents=True)
+    python = environment / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (environment / env.MARKER).write_text("{}")
+    asked = changed(recipe, "validation", require=("reference", "gptqmodel"))
+    out = build(asked, out=tmp_path / "a", device=CPU, validated=False).out
+    result = validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="both", device=CPU)
+    ours, theirs = result["variants"][0]["results"]
+    assert (ours["runtime"], ours["status"]) == ("reference", "ok")
+    assert (theirs["runtime"], theirs["status"]) == ("gptqmodel", "failed")
+    assert theirs["reason"].startswith("the engine gptqmodel failed at evaluate (exit code 1): ImportError: ")
+    assert str(tmp_path) not in theirs["reason"]
+    assert result["gate"] == {"passed": False, "failures": [f"gptqmodel: required, but {theirs['reason']}"]}
+    assert judge([ours, theirs], {}, ["reference"], result["reference"]) == [f"gptqmodel: {theirs['reason']}"]
+    assert read_record(out)["validation"] == result
+
+
 def test_validate_takes_a_folder_without_a_record(recipe, tmp_path):
     out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
     (out / "quantkit.json").unlink()

@@ -110,6 +110,15 @@ def describe(engine: Engine) -> dict[str, Any]:
     return asdict(engine) | {"builds": engine.builds, "requirement": requirement, "reason": why_not(engine)}
 
 
+def engine_lines(found: list[dict[str, Any]]) -> list[str]:
+    """What `quantkit engines list` says, for people: columns as wide as what stands in them."""
+    widths = {key: max(len(engine[key]) for engine in found) for key in ("name", "requirement")}
+    return [
+        "  ".join([*(engine[key].ljust(width) for key, width in widths.items()), engine["reason"] or "installed"])
+        for engine in found
+    ]
+
+
 def environment_of(engine: Engine) -> Path:
     """Where the engine's environment is or would be."""
     return quantkit_home() / "engines" / f"{engine.name}-{engine.pins}"

@@ -206,18 +206,10 @@ def check(engine: Engine, checkpoint: Path, *, device: str = "cpu") -> dict[str,
 
     Raises:
         UnavailableError: it cannot run here.
-        RefusedError: it only reads.
         RunFailedError: it does not work.
     """
     import time
 
-    if not engine.builds:
-        require(engine, device)
-        raise RefusedError(
-            f"the engine {engine.name} builds nothing that it could be checked with",
-            where=engine.name,
-            fix=f"give it an artifact to read: `quantkit validate ARTIFACT --runtime {engine.name}`",
-        )
     vocabulary = int(json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vocab_size"])
     tokens = np.random.default_rng(0).integers(3, vocabulary, (8, CHECK_TOKENS))
     with tempfile.TemporaryDirectory(prefix="quantkit-check-") as folder:

@@ -93,6 +93,11 @@ def not_run(runtime: str, reason: str) -> dict[str, Any]:
     return {"runtime": runtime, "status": "not run", "reason": reason}
 
 
+def failed(runtime: str, reason: str) -> dict[str, Any]:
+    """The result of a runtime that broke while it judged the artifact."""
+    return {"runtime": runtime, "status": "failed", "reason": reason}
+
+
 def gated(
     variant: Mapping[str, Any],
     reference: Mapping[str, Any],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,3 +204,35 @@ def test_a_failed_runner_is_quoted_and_its_log_kept(fake, tiny_mistral, tmp_path
     assert caught.value.what == "the engine fake failed at build (exit code 7):\n  3 bits are not for me"
     assert Path(caught.value.where).read_text() == "3 bits are not for me\n"
     assert os.listdir(tmp_path / "out") == []
+
+
+INDIFFERENT = """
+import json, os
+import numpy as np
+
+def load(request):
+    with open(os.path.join(request["artifact"], "config.json")) as file:
+        rows = json.load(file)["vocab_size"]
+    return (lambda ids: np.zeros((len(ids), rows), np.float32)), {"package": "fake", "version": "1"}
+"""
+
+
+def test_an_engine_that_only_reads_is_checked_on_an_artifact_of_ours(fake, nano):
+    from quantkit.engine_check import check_engine
+    from quantkit.progress import Progress
+
+    (runtime.RUNNERS / fake.runner).write_text(INDIFFERENT)
+    with pytest.raises(RunFailedError, match="the engine fake reads gptq of ours as something else: its perplexity is"):
+        check_engine(dataclasses.replace(fake, settings={}), str(nano), Progress())
+
+
+def test_columns_of_the_list_are_as_wide_as_their_content():
+    lines = env.engine_lines([env.describe(engine) for engine in list_engines()])
+    assert len(lines) == len(list_engines())
+    for engine, line in zip(list_engines(), lines, strict=True):
+        name, requirement, reason = re.split(r"  +", line)
+        assert name == engine.name
+        assert requirement.startswith(f"{engine.package}==")
+        assert reason == why_not(engine)
+    for column in (1, 2):
+        assert len({line.index(re.split(r"  +", line)[column]) for line in lines}) == 1
