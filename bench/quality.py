@@ -8,7 +8,8 @@ A way is NAME:KEY=VALUE,... with keys of [quantize], `activations`, `engine`, `f
 calibration tokens, and what it leaves is judged by quantkit's reader and evaluator, like everything else. Every way
 is built for each of several calibration draws (recipe seeds). Losses are compared with the first way document by
 document; the interval is a 95 % bootstrap over documents of the mean difference in nats per token, draws averaged.
-Inside it is a tie.
+Inside it is a tie. The divergence from the source (mean_kld, nats per token) is compared in the same way; it has no
+share in the luck of the words that the text goes on with, and so tells ways apart that perplexity does not.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from quantkit.machine import environment
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
 from quantkit.texts import load_text_set
-from quantkit.validation.perplexity import final_states, losses
+from quantkit.validation.perplexity import compare, final_states
 from quantkit.validation.text import EvaluationText, evaluation_text
 
 RESAMPLES = 4000
@@ -40,9 +41,15 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a way: nats [draws, documents], and what the last draw's record says of it."""
+    """What came of a way, and what the last draw's record says of it.
+
+    Attributes:
+        nats: [draws, documents], what it spends on each document.
+        divergence: [draws, documents], the sum of KL(source || way) over each document's tokens, in nats.
+    """
 
     nats: torch.Tensor
+    divergence: torch.Tensor
     bits_per_weight: float
     record: dict[str, Any]
 
@@ -65,12 +72,23 @@ class Judge:
         self.decoder = Decoder(self.source.config, self.source.family, device=CPU, dtype=torch.float32)
         of_token = [window.document for window in self.text.windows for _ in window.targets]
         self.document_N = torch.tensor(of_token)
+        self._expected = self._states(self.source)
 
     def by_document(self, weights: WeightSource) -> torch.Tensor:
         """Nats [documents] that the weights spend on each document."""
+        return self.compared(weights)[0]
+
+    def compared(self, weights: WeightSource) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats [documents] that the weights spend, and the divergence [documents] from the source."""
+        found = compare(self._expected, self._states(weights), self.text.targets)
+        return self._summed(found.loss), self._summed(found.divergence)
+
+    def _states(self, weights: WeightSource) -> tuple[torch.Tensor, torch.Tensor]:
         states = final_states(weights, self.text, self.decoder, windows_per_batch=8)
-        found = losses(states, self.decoder.head(head_tensors(weights)), self.text.targets)
-        return torch.zeros(self.text.documents, dtype=torch.float64).index_add_(0, self.document_N, found)
+        return states, self.decoder.head(head_tensors(weights))
+
+    def _summed(self, found_N: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(self.text.documents, dtype=torch.float64).index_add_(0, self.document_N, found_N)
 
 
 def run_way(way: Way, options: argparse.Namespace, judge: Judge, scratch: Path) -> Outcome:
@@ -90,8 +108,9 @@ def run_way(way: Way, options: argparse.Namespace, judge: Judge, scratch: Path) 
         out = scratch / f"{way.name}-{seed}".replace(" ", "-")
         done = build(recipe, out=out, device=CPU, validated=False, fresh=True)
         artifact = READERS[way.format].open(out)
-        rows.append(judge.by_document(artifact))
-    return Outcome(torch.stack(rows), artifact.bits_per_weight, done.record)
+        rows.append(judge.compared(artifact))
+    nats, divergence = map(torch.stack, zip(*rows, strict=True))
+    return Outcome(nats, divergence, artifact.bits_per_weight, done.record)
 
 
 def interval(difference_D: torch.Tensor, weight_D: torch.Tensor) -> tuple[float, float, float]:
@@ -106,6 +125,12 @@ def interval(difference_D: torch.Tensor, weight_D: torch.Tensor) -> tuple[float,
     means = difference_D[picks].sum(1) / weight_D[picks].sum(1)
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(difference_D.sum() / weight_D.sum()), low, high
+
+
+def verdict(difference: tuple[float, float, float]) -> str:
+    """What an interval around a difference in nats says; less is better."""
+    _, low, high = difference
+    return "tie" if low <= 0 <= high else ("better" if high < 0 else "worse")
 
 
 def main() -> None:
@@ -131,9 +156,9 @@ def main() -> None:
             outcome = run_way(way, options, judge, Path(scratch))
             nats, record = outcome.nats, outcome.record
             ratios = ((nats.sum(1) - reference_D.sum()) / tokens_D.sum()).exp()
-            first = nats if first is None else first
-            mean, low, high = interval((nats - first).mean(0), tokens_D)
-            verdict = "tie" if low <= 0 <= high else ("better" if high < 0 else "worse")
+            first = first or outcome
+            against = interval((nats - first.nats).mean(0), tokens_D)
+            kld_against = interval((outcome.divergence - first.divergence).mean(0), tokens_D)
             rows.append(
                 {
                     "way": way.name,
@@ -147,8 +172,11 @@ def main() -> None:
                     "bits_per_weight": round(outcome.bits_per_weight, 4),
                     "ratio": round(float(ratios.mean()), 5),
                     "ratio_by_draw": [round(float(ratio), 5) for ratio in ratios],
-                    "against_first_nats_per_token": [round(value, 6) for value in (mean, low, high)],
-                    "verdict": "first" if nats is first else verdict,
+                    "mean_kld": round(float(outcome.divergence.sum(1).mean() / tokens_D.sum()), 6),
+                    "against_first_nats_per_token": [round(value, 6) for value in against],
+                    "against_first_kld": [round(value, 6) for value in kld_against],
+                    "verdict": "first" if outcome is first else verdict(against),
+                    "kld_verdict": "first" if outcome is first else verdict(kld_against),
                 }
             )
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
