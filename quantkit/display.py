@@ -1,7 +1,9 @@
 """Progress and tables for people: live where stderr is a terminal, plain lines where it is not."""
 
+import math
 import sys
 import time
+from datetime import timedelta
 from types import TracebackType
 
 import psutil
@@ -34,6 +36,7 @@ class Display:
         )
         self._tasks: dict[str, TaskID] = {}
         self._said_at: dict[str, float] = {}
+        self._begun: dict[str, tuple[float, int]] = {}
         self._current: str | None = None
         self.progress = Listener(stage=self._stage, steps=self._steps, linear=self._linear)
 
@@ -59,9 +62,13 @@ class Display:
             if what not in self._tasks:
                 self._tasks[what] = self._bars.add_task(what, total=total, detail="")
             self._bars.update(self._tasks[what], completed=done, total=total)
-        elif done == total or time.monotonic() - self._said_at.get(what, -PLAIN_SECONDS) >= PLAIN_SECONDS:
-            self._said_at[what] = time.monotonic()
-            _line(f"{what} {done}/{total}  memory {_memory()}")
+            return
+        now = time.monotonic()
+        begun, first = self._begun.setdefault(what, (now, done))
+        if done == total or now - self._said_at.get(what, -math.inf) >= PLAIN_SECONDS:
+            self._said_at[what] = now
+            left = f"  ETA {_duration((now - begun) / (done - first) * (total - done))}" if first < done < total else ""
+            _line(f"{what} {done}/{total}  memory {_memory()}{left}")
 
     def _linear(self, facts: LinearFacts) -> None:
         loss = "" if facts.loss is None else f"  loss {facts.loss:.2e}"
@@ -87,6 +94,11 @@ def print_table(title: str, rows: list[list[str]]) -> None:
 
 def _line(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    """As H:MM:SS."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _memory() -> str:

@@ -5,16 +5,17 @@ import fnmatch
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from quantkit.errors import RefusedError, RunFailedError, UnavailableError
+from quantkit.errors import QuantkitError, RefusedError, RunFailedError, UnavailableError
 
 T = TypeVar("T")
 
-CHECKPOINT_FILES = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md")
+WEIGHT_FILES = "*.safetensors"
+CHECKPOINT_FILES = (WEIGHT_FILES, "*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md")
 # the Hub's client lets errors of its HTTP library through, which is not the same one in every version
 HTTP_LIBRARIES = ("httpx", "httpx2", "requests")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,8 +43,13 @@ class FetchedFile:
     revision: str
 
 
-def fetch_checkpoint(model_id: str, revision: str | None) -> tuple[Path, str]:
+def fetch_checkpoint(model_id: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str]:
     """The folder of a Hub model's files, and the commit hash it is.
+
+    Args:
+        model_id: `org/name`.
+        revision: branch or commit; None means main.
+        weights: False leaves out what is large; see `fetch_header`.
 
     Raises:
         RefusedError: there is no such model or revision.
@@ -51,11 +57,39 @@ def fetch_checkpoint(model_id: str, revision: str | None) -> tuple[Path, str]:
     """
     from huggingface_hub import snapshot_download
 
-    wanted = f"{model_id} at revision {revision or 'main'}"
-    with _reaching(wanted, where="model.id", fix=f"{ONLINE}, or give a folder with --model"):
-        folder = Path(snapshot_download(model_id, revision=revision, allow_patterns=list(CHECKPOINT_FILES)))
+    left_out = None if weights else [WEIGHT_FILES]
+    with _reaching_model(model_id, revision):
+        folder = Path(
+            snapshot_download(
+                model_id, revision=revision, allow_patterns=list(CHECKPOINT_FILES), ignore_patterns=left_out
+            )
+        )
     # a snapshot's folder is named by its commit
     return folder, folder.name
+
+
+def fetch_header(model_id: str, revision: str, file: str) -> dict[str, tuple[str, tuple[int, ...]]] | None:
+    """(dtype, shape) of every tensor of a Hub model's safetensors file, without the file; None if there is none.
+
+    Raises:
+        RefusedError: it is no safetensors file.
+        UnavailableError: the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, SafetensorsParsingError
+
+    with _reaching_model(model_id, revision):
+        try:
+            found = HfApi().parse_safetensors_file_metadata(model_id, file, revision=revision)
+        except EntryNotFoundError:
+            return None
+        except SafetensorsParsingError as error:
+            raise RefusedError(
+                f"{file} of {model_id} is no safetensors file: {_first_line(error)}",
+                where="model.id",
+                fix="choose another revision, or ask the model's authors",
+            ) from None
+    return {name: (info.dtype, tuple(info.shape)) for name, info in found.tensors.items()}
 
 
 def resolve_revision(model_id: str) -> str:
@@ -92,6 +126,11 @@ def fetch_text_files(source: HubText) -> Iterator[FetchedFile]:
         yield FetchedFile(Path(path), revision)
 
 
+def _reaching_model(model_id: str, revision: str | None) -> AbstractContextManager[None]:
+    wanted = f"{model_id} at revision {revision or 'main'}"
+    return _reaching(wanted, where="model.id", fix=f"{ONLINE}, or give a folder with --model")
+
+
 @contextmanager
 def _reaching(what: str, *, where: str, fix: str) -> Iterator[None]:
     """Turn the Hub's refusals and an unreachable network into errors with a remedy."""
@@ -105,6 +144,8 @@ def _reaching(what: str, *, where: str, fix: str) -> Iterator[None]:
             where=where,
             fix="give a Hub id (org/name), an existing folder, or bielik-nano; private models need `hf auth login`",
         ) from None
+    except QuantkitError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL:
             raise RunFailedError(

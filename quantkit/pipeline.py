@@ -25,7 +25,7 @@ from quantkit.progress import Progress, timed
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
 from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
 from quantkit.source_pass import Calibration
-from quantkit.sources import Source, open_source
+from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
 from quantkit.stream import Sinks, stream, survey
 from quantkit.texts import TextSet, load_text_set
 from quantkit.upstream import adopt, quantize_upstream, settled
@@ -85,12 +85,8 @@ def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress,
     """
     recipe = settled(recipe)
     use_threads(recipe.compute.threads)
-    source = open_source(recipe.model.id, recipe.model.revision, progress)
-    method = _method(recipe, source)
-    found = make_plan(recipe, source.checkpoint, method, out=out, device=device)
-    if here:
-        require_here(found, recipe, method, out=out, device=device)
-    return found
+    checkpoint = describe_checkpoint(recipe.model.id, recipe.model.revision, progress)
+    return _planned(recipe, checkpoint, _method(recipe, checkpoint), out, device, here=here)
 
 
 def build(
@@ -122,7 +118,7 @@ def build(
         source = open_source(recipe.model.id, recipe.model.revision, progress)
         _refuse_other_licence(recipe, source)
         unpinned = source.revision if recipe.model.revision is None else None
-        method = _method(recipe, source)
+        method = _method(recipe, source.checkpoint)
         texts = {}
         if _reads_text(recipe, method):
             texts = {
@@ -132,8 +128,7 @@ def build(
         record = _finished(out, identity, fresh=fresh)
         reused = record is not None
         if record is None:
-            needed = make_plan(recipe, source.checkpoint, method, out=out, device=device)
-            require_here(needed, recipe, method, out=out, device=device)
+            needed = _planned(recipe, source.checkpoint, method, out, device, validated=validated)
             record = _make(recipe, source, method, texts, identity, out, device, fresh, progress, needed)
         if validated and (record["validation"] is None or record["recipe"] != recipe.resolved()):
             record = record | {"recipe": recipe.resolved()}
@@ -144,8 +139,36 @@ def build(
     return Build(out, record, reused, unpinned)
 
 
-def _method(recipe: Recipe, source: Source) -> Method:
-    return METHODS[recipe.format](recipe.quantize, source.checkpoint.config)
+def _method(recipe: Recipe, checkpoint: Checkpoint) -> Method:
+    return METHODS[recipe.format](recipe.quantize, checkpoint.config)
+
+
+def _planned(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    method: Method,
+    out: Path,
+    device: torch.device,
+    *,
+    here: bool = True,
+    validated: bool = True,
+) -> Plan:
+    """The plan of a build, once everything that can be known before it is known to be right.
+
+    Args:
+        here: refuse what this machine cannot run.
+        validated: refuse what could not be validated.
+    """
+    tokenizer_of(checkpoint)
+    decoder = _decoder(recipe, checkpoint, device)
+    if _reads_text(recipe, method):
+        check_window(recipe.calibration.window_tokens, decoder, "calibration.window_tokens")
+    if validated:
+        check_window(recipe.validation.window_tokens, decoder, "validation.window_tokens")
+    found = make_plan(recipe, checkpoint, method, out=out, device=device)
+    if here:
+        require_here(found, recipe, method, out=out, device=device)
+    return found
 
 
 def _refuse_other_licence(recipe: Recipe, source: Source) -> None:
@@ -224,11 +247,10 @@ def _make(
 ) -> dict[str, Any]:
     """Quantize, assemble and put the artifact in place; returns its record."""
     watch = Stopwatch()
-    work = open_workdir(out, identity, fresh=fresh)
     calibration = _calibration(recipe, texts, source.tokenizer())
-    decoder = _decoder(recipe, source, device)
-    if calibration is not None:
-        check_window(calibration.tokens_WT.shape[1], decoder, "calibration.window_tokens")
+    decoder = _decoder(recipe, source.checkpoint, device)
+    # a recipe that is refused leaves no work that the mended one would be held against
+    work = open_workdir(out, identity, fresh=fresh)
     stages = {"prepare": watch.lap()}
 
     if recipe.engine == OWN_ENGINE:
@@ -365,8 +387,7 @@ def _surveyed(
     return wanted.settle([work.noted(name) for name in names])
 
 
-def _decoder(recipe: Recipe, source: Source, device: torch.device) -> Decoder:
-    checkpoint = source.checkpoint
+def _decoder(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> Decoder:
     return Decoder(checkpoint.config, checkpoint.family, device=device, dtype=getattr(torch, recipe.compute.dtype))
 
 

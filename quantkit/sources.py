@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from quantkit.checkpoint.index import Checkpoint, open_checkpoint
+from quantkit.checkpoint.index import Checkpoint, TensorInfo, open_checkpoint, read_header
 from quantkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from quantkit.errors import RefusedError
-from quantkit.hub import fetch_checkpoint
+from quantkit.hub import fetch_checkpoint, fetch_header
 from quantkit.nano import NAME as NANO
 from quantkit.nano import ensure_nano
 from quantkit.progress import Progress
@@ -49,7 +49,7 @@ class Source:
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, checked against its embedding."""
-        return load_tokenizer(self.checkpoint.folder, vocab_size=int(self.checkpoint.config["vocab_size"]))
+        return tokenizer_of(self.checkpoint)
 
     def facts(self) -> dict[str, Any]:
         """What the record says of the source."""
@@ -68,19 +68,48 @@ def open_source(model_id: str, revision: str | None, progress: Progress) -> Sour
     Raises:
         RefusedError, UnavailableError: see `open_checkpoint` and `fetch_checkpoint`.
     """
-    commit = None
-    if model_id == NANO:
-        folder = ensure_nano(progress.steps)
-    elif Path(model_id).exists():
-        folder = Path(model_id)
-    else:
-        progress.stage(f"fetching {model_id}")
-        folder, commit = fetch_checkpoint(model_id, revision)
+    folder, commit = _folder_of(model_id, revision, progress, weights=True)
     checkpoint = open_checkpoint(folder)
     progress.stage("hashing the source")
     sidecars = [name for name in HASHED_SIDECARS if (folder / name).is_file()]
     sha256 = hash_files(folder, [*checkpoint.tensors.files, *sidecars])
     return Source(checkpoint, public_name(model_id), commit, stated_licence(folder), sha256)
+
+
+def describe_checkpoint(model_id: str, revision: str | None, progress: Progress) -> Checkpoint:
+    """The same checkpoint, for whoever reads no weights: of a Hub model only the headers of its shards are fetched.
+
+    Raises:
+        RefusedError, UnavailableError: as `open_source`.
+    """
+    folder, commit = _folder_of(model_id, revision, progress, weights=False)
+    if commit is None:
+        return open_checkpoint(folder)
+
+    def header(file: str) -> dict[str, TensorInfo] | None:
+        if (held := read_header(folder, file)) is not None:
+            return held
+        fetched = fetch_header(model_id, commit, file)
+        if fetched is None:
+            return None
+        return {name: TensorInfo(name, *described, file) for name, described in fetched.items()}
+
+    return open_checkpoint(folder, header=header)
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """A checkpoint's tokenizer, checked against its embedding."""
+    return load_tokenizer(checkpoint.folder, vocab_size=int(checkpoint.config["vocab_size"]))
+
+
+def _folder_of(model_id: str, revision: str | None, progress: Progress, *, weights: bool) -> tuple[Path, str | None]:
+    """Where the files of a recipe's model are, and the commit they are of if they are from the Hub."""
+    if model_id == NANO:
+        return ensure_nano(progress.steps), None
+    if Path(model_id).exists():
+        return Path(model_id), None
+    progress.stage(f"fetching {model_id}" + ("" if weights else ", all but its weights"))
+    return fetch_checkpoint(model_id, revision, weights=weights)
 
 
 def stated_licence(folder: Path) -> dict[str, str]:

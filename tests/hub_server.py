@@ -51,6 +51,7 @@ class HubServer:
     part_bytes: large files above this go up in parts of this size; None takes them whole.
     parts: what has arrived of such files, by SHA-256 and number.
     requests: "METHOD /path" of every request, in order.
+    served: bytes of files that were sent, by path.
     faults: [pattern of "METHOD /path", status or "reset" or "slow", how often left]; the first that fits is used up.
     """
 
@@ -61,6 +62,7 @@ class HubServer:
     parts: dict[str, dict[int, bytes]] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     faults: list[list] = field(default_factory=list)
+    served: dict[str, int] = field(default_factory=dict)
     url: str = ""
 
     def sent(self, pattern: str) -> list[str]:
@@ -320,6 +322,12 @@ class Handler(BaseHTTPRequestHandler):
             return
         content, large = repo.commits[commit][path]
         etag = hashlib.sha256(content).hexdigest() if large else blob_id(content)
-        self.answer(
-            200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Content-Type": "application/octet-stream"}
-        )
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": commit, "Content-Type": "application/octet-stream"}
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+            first, last = int(asked[1]), min(int(asked[2]), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            part = content[first : last + 1]
+        else:
+            part = content
+        self.hub.served[path] = self.hub.served.get(path, 0) + len(part) * (self.command == "GET")
+        self.answer(206 if asked else 200, part, headers)

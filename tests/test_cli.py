@@ -1,6 +1,7 @@
 """The command line as a user sees it: exact output, exit codes, and what start-up must not load."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,34 @@ def test_help_starts_light():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_help_takes_little_time():
+    """CPU of the whole process, best of three."""
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "quantkit", "--help"], capture_output=True, check=True, cwd=ROOT)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert 0 < min(seconds) < 0.4, seconds
+
+
+def test_plain_progress_says_how_long_it_will_take(monkeypatch, capsys):
+    from quantkit import display
+
+    clock = iter([0.0, 3.0, 6.0, 66.0, 70.0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(display, "_memory", lambda: "1.00 GB")
+    steps = display.Display().progress.steps
+    for done in (2, 3, 4, 5, 40):  # two were finished before; the second comes too soon after the first
+        steps("quantize", done, 40)
+    assert capsys.readouterr().err.splitlines() == [
+        "quantize 2/40  memory 1.00 GB",
+        "quantize 4/40  memory 1.00 GB  ETA 0:01:48",
+        "quantize 5/40  memory 1.00 GB  ETA 0:12:50",
+        "quantize 40/40  memory 1.00 GB",
+    ]
 
 
 def test_a_build_prints_the_table_and_says_it_passed(own_recipe, tmp_path):

@@ -13,6 +13,8 @@ HEAD = "head"
 END_MODULES = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head"}
 """The one matrix of each item that is no decoder layer; a tied model has no `lm_head`."""
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
+IGNORED = ("rotary_emb.inv_freq",)
+"""How names of tensors end that old checkpoints hold and no model needs: they follow from config.json."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ class Family:
         norms: the norms of a decoder layer.
         biased: linears that always have a bias.
         biased_if: keys of config.json with the linears that have a bias where the key is true.
+        key_value_heads: where config.json does not say; None means as many as query heads.
+        head_dim: where config.json does not say; None means the hidden size divided among the query heads.
     """
 
     model_type: str
@@ -93,6 +97,8 @@ class Family:
     norms: tuple[str, ...] = NORMS
     biased: tuple[str, ...] = ()
     biased_if: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    key_value_heads: int | None = None
+    head_dim: int | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -102,14 +108,16 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("mistral", "MistralForCausalLM"),
+        Family("mistral", "MistralForCausalLM", key_value_heads=8),
         Family("llama", "LlamaForCausalLM", biased_if=(("attention_bias", ATTENTION), ("mlp_bias", MLP))),
-        Family("qwen2", "Qwen2ForCausalLM", biased=READS_HIDDEN),
+        Family("qwen2", "Qwen2ForCausalLM", biased=READS_HIDDEN, key_value_heads=32),
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
             norms=(*NORMS, "self_attn.q_norm", "self_attn.k_norm"),
             biased_if=(("attention_bias", ATTENTION),),
+            key_value_heads=32,
+            head_dim=128,
         ),
     )
 }
@@ -143,7 +151,7 @@ def weight_sides(config: dict, family: Family, *, where: str) -> dict[str, tuple
     Raises:
         RefusedError: the config does not say how many layers there are.
     """
-    layers = _length(config, "num_hidden_layers", where=where)
+    layers = length_of(config, "num_hidden_layers", where=where)
     biased = {*family.biased, *(linear for key, linears in family.biased_if if config.get(key) for linear in linears)}
     in_layer = {f"{module}.weight": SIDES[module] for module in (*family.norms, *family.linears)}
     in_layer |= {f"{linear}.bias": SIDES[linear][:1] for linear in family.linears if linear in biased}
@@ -154,28 +162,36 @@ def weight_sides(config: dict, family: Family, *, where: str) -> dict[str, tuple
     return sides
 
 
-def side_lengths(config: dict, *, where: str) -> dict[str, int]:
+def side_lengths(config: dict, family: Family, *, where: str) -> dict[str, int]:
     """How long the sides of a model's tensors are, by the names that `SIDES` gives them.
 
     Raises:
         RefusedError: config.json does not say it, or says something that is no size.
     """
-    hidden, heads = (_length(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
-    head = _length(config, "head_dim", where=where) if config.get("head_dim") is not None else hidden // heads
-    keys = heads
-    if config.get("num_key_value_heads") is not None:
-        keys = _length(config, "num_key_value_heads", where=where)
+    # null is as good as nothing, but not to a family with a value of its own
+    defaults = {"head_dim": family.head_dim, "num_key_value_heads": family.key_value_heads}
+    config = {key: default for key, default in defaults.items() if default} | config
+    hidden, heads = (length_of(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
+    head, keys = (
+        length_of(config, key, where=where) if config.get(key) is not None else otherwise
+        for key, otherwise in (("head_dim", hidden // heads), ("num_key_value_heads", heads))
+    )
     return {
         "hidden": hidden,
-        "inner": _length(config, "intermediate_size", where=where),
-        "vocabulary": _length(config, "vocab_size", where=where),
+        "inner": length_of(config, "intermediate_size", where=where),
+        "vocabulary": length_of(config, "vocab_size", where=where),
         "head": head,
         "queries": heads * head,
         "keys": keys * head,
     }
 
 
-def _length(config: dict, key: str, *, where: str) -> int:
+def length_of(config: dict, key: str, *, where: str) -> int:
+    """A size that config.json must give, above 0.
+
+    Raises:
+        RefusedError: it does not.
+    """
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise RefusedError(

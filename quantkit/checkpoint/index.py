@@ -2,15 +2,28 @@
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quantkit.checkpoint.families import END_MODULES, Family, family_of, item_names, item_of
+from quantkit.checkpoint.families import (
+    EMBEDDING,
+    END_MODULES,
+    HEAD,
+    IGNORED,
+    Family,
+    family_of,
+    item_names,
+    item_of,
+    length_of,
+    side_lengths,
+    weight_sides,
+)
 from quantkit.errors import RefusedError
 
 STEM = "model"
@@ -26,6 +39,7 @@ DTYPES = {
     "U8": torch.uint8,
     "U32": torch.uint32,
 }
+DENSE_DTYPES = ("F32", "F16", "BF16")  # of a source's weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,10 @@ class TensorInfo:
     @property
     def size_bytes(self) -> int:
         return self.num_elements * DTYPES[self.dtype].itemsize
+
+
+Header = Callable[[str], dict[str, TensorInfo] | None]
+"""What a weight file holds, given its name: its tensors by name, or None where there is no such file."""
 
 
 @dataclass(frozen=True)
@@ -153,21 +171,25 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def open_tensors(folder: Path, stem: str = STEM) -> TensorFolder:
+def open_tensors(folder: Path, stem: str = STEM, *, header: Header | None = None) -> TensorFolder:
     """The tensors of a safetensors folder, sharded or single; only headers are read.
 
     Args:
         folder: where they lie.
         stem: what their file names start with.
+        header: reads them, for weights that are elsewhere; None takes the files of the folder.
 
     Raises:
         RefusedError: no weights, pickles only, a missing or truncated shard, an index that names an absent tensor.
     """
     if not folder.is_dir():
         raise RefusedError(f"no such folder: {folder}", fix="give a folder with config.json and *.safetensors")
+    header = header or partial(read_header, folder)
     single = f"{stem}.safetensors"
     index_path = folder / f"{single}.index.json"
-    if not index_path.exists() and not (folder / single).exists():
+    if not index_path.exists():
+        if (held := header(single)) is not None:
+            return TensorFolder(folder, held)
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if pickles:
             raise RefusedError(
@@ -180,16 +202,21 @@ def open_tensors(folder: Path, stem: str = STEM) -> TensorFolder:
             where=str(folder),
             fix="give a complete checkpoint",
         )
-    if not index_path.exists():
-        return TensorFolder(folder, _headers(folder, single))
-    weight_map = read_json(index_path).get("weight_map", {})
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise RefusedError(
+            f"{index_path.name} has no weight_map from names of tensors to names of files",
+            where=str(index_path),
+            fix="download it again",
+        )
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
-        if not (folder / file).exists():
+        held = header(file)
+        if held is None:
             raise RefusedError(
                 f"shard {file} is missing", where=str(folder), fix=f"download it again; {index_path.name} names it"
             )
-        tensors |= _headers(folder, file)
+        tensors |= held
     absent = sorted(name for name, file in weight_map.items() if name not in tensors or tensors[name].file != file)
     if absent:
         raise RefusedError(
@@ -235,7 +262,7 @@ def open_every_file(folder: Path, below: str = ".") -> TensorFolder:
     tensors: dict[str, TensorInfo] = {}
     for path in sorted((folder / below).glob("*.safetensors")):
         file = path.relative_to(folder).as_posix()
-        found = _headers(folder, file)
+        found = read_header(folder, file) or {}
         if twice := sorted(found.keys() & tensors.keys()):
             raise RefusedError(
                 f"{twice[0]} is in {tensors[twice[0]].file} and in {file}",
@@ -248,7 +275,14 @@ def open_every_file(folder: Path, below: str = ".") -> TensorFolder:
     return TensorFolder(folder, tensors)
 
 
-def _headers(folder: Path, file: str) -> dict[str, TensorInfo]:
+def read_header(folder: Path, file: str) -> dict[str, TensorInfo] | None:
+    """The tensors of one file of a folder by name; None if it is not there.
+
+    Raises:
+        RefusedError: it is truncated or no safetensors file.
+    """
+    if not (folder / file).exists():
+        return None
     try:
         with safe_open(folder / file, framework="pt") as shard:
             slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118 (not a mapping)
@@ -263,29 +297,65 @@ def _headers(folder: Path, file: str) -> dict[str, TensorInfo]:
         ) from None
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """A dense checkpoint, with every tensor its config calls for present in the right place.
+def open_checkpoint(folder: Path, *, header: Header | None = None) -> Checkpoint:
+    """A dense checkpoint that holds what its config.json describes; only headers are read.
+
+    Args:
+        folder: where it lies.
+        header: see `open_tensors`; nothing but names, dtypes and shapes is known of weights that are elsewhere.
 
     Raises:
-        RefusedError: see `open_tensors`, `family_of`; also a quantized source, or a missing tensor.
+        RefusedError: see `open_tensors`, `family_of`; also a quantized source, a size that config.json does not give,
+            a tensor that is missing, of another shape or dtype than it should be, or no part of the model.
     """
     config = read_json(folder / "config.json")
     where = str(folder / "config.json")
     if "quantization_config" in config or "quantization" in config:
         raise RefusedError("the source model is quantized already", where=where, fix="start from the bf16 checkpoint")
     family = family_of(config, where=where)
-    checkpoint = Checkpoint(open_tensors(folder), config, family)
-    expected = ["model.embed_tokens.weight", "model.norm.weight"]
-    expected += [
-        f"model.layers.{index}.{linear}.weight" for index in range(checkpoint.num_layers) for linear in family.linears
-    ]
-    if not config.get("tie_word_embeddings", False):
-        expected.append("lm_head.weight")
-    missing = [name for name in expected if name not in checkpoint.tensors.tensors]
+    length_of(config, "max_position_embeddings", where=where)
+    sides, lengths = weight_sides(config, family, where=where), side_lengths(config, family, where=where)
+    held = open_tensors(folder, header=header).tensors
+    tensors = {name: info for name, info in held.items() if not name.endswith(IGNORED)}
+    _require_described(tensors, sides, lengths, family, folder)
+    return Checkpoint(TensorFolder(folder, tensors), config, family)
+
+
+def _require_described(
+    tensors: dict[str, TensorInfo],
+    sides: dict[str, tuple[str, ...]],
+    lengths: dict[str, int],
+    family: Family,
+    folder: Path,
+) -> None:
+    """Stop unless the tensors are those that config.json describes, every one."""
+    missing = [name for name in sides if name not in tensors]
     if missing:
         raise RefusedError(
-            f"{missing[0]} is missing ({len(missing)} of {len(expected)} expected tensors are)",
+            f"{missing[0]} is missing ({len(missing)} of {len(sides)} expected tensors are)",
             where=str(folder),
             fix="the weights do not belong to this config.json; download the checkpoint again",
         )
-    return checkpoint
+    # a tied model may hold its head a second time
+    known = {f"{END_MODULES[HEAD]}.weight": sides[f"{END_MODULES[EMBEDDING]}.weight"]} | sides
+    for name, info in tensors.items():
+        where = str(folder / info.file)
+        if name not in known:
+            raise RefusedError(
+                f"{name} is no part of a {family.architecture} as config.json describes it",
+                where=where,
+                fix="the weights and config.json are of different models; download both again",
+            )
+        shape = tuple(lengths[side] for side in known[name])
+        if info.shape != shape:
+            raise RefusedError(
+                f"{name} has shape {list(info.shape)}; config.json calls for {list(shape)} ({', '.join(known[name])})",
+                where=where,
+                fix="the weights and config.json are of different models; download both again",
+            )
+        if info.dtype not in DENSE_DTYPES:
+            raise RefusedError(
+                f"{name} is stored as {info.dtype}; a source's weights are {' or '.join(DENSE_DTYPES)}",
+                where=where,
+                fix="start from the bf16 checkpoint",
+            )

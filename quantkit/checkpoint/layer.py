@@ -145,6 +145,7 @@ class Decoder:
 
     def __init__(self, config: dict, family: Family, *, device: torch.device, dtype: torch.dtype) -> None:
         import transformers
+        from huggingface_hub.errors import StrictDataclassError
 
         self.family, self.device, self.dtype = family, device, dtype
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
@@ -154,9 +155,10 @@ class Decoder:
                 self._model = transformers.AutoModelForCausalLM.from_config(
                     self.config, attn_implementation="sdpa", dtype=dtype
                 ).eval()
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
             raise RefusedError(
-                f"config.json does not describe a {family.architecture}: {error}",
+                f"config.json does not describe a {family.architecture}: {reason}",
                 where="config.json",
                 fix="take config.json from the model's own repository",
             ) from None

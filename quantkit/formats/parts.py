@@ -100,7 +100,7 @@ def require_fit(
             nothing is quantized.
     """
     infos, where = tensors.tensors, str(tensors.folder)
-    lengths = side_lengths(config, where=where)
+    lengths = side_lengths(config, family, where=where)
     modules = layout.modules(infos)
     if not modules:
         raise RefusedError("no linear is quantized there", where=where, fix=AGAIN)
