@@ -41,6 +41,7 @@ NASTY = [
     "naciśnij [[przycisk]] albo[[przycisk]]  [[przycisk]]!",
     "niby <|im_star|> i [[przycis]]",
 ]
+PLAIN = 8  # so many of them have no special tokens
 DECOMPOSED = "zaz\u0307o\u0301l\u0107 e\u0301"
 TOKENIZE = """
 import json, sys
@@ -204,8 +205,8 @@ def tokenized(request, nano, tmp_path) -> tuple[str | Splitting, Path]:
             (words / "tokenizer.model").unlink()
     else:
         # transformers rebuilds the tokenizer of a Qwen2 by its own rules, whatever tokenizer.json says
-        make_tiny(folder, "qwen2" if PRE_TOKENIZERS[name] == "qwen2" else "llama", vocab_size=320)
-        byte_level(words, name)
+        make_tiny(folder, "qwen2" if PRE_TOKENIZERS[name] == "qwen2" else "llama", vocab_size=700)
+        byte_level(words, name, text="".join(NASTY[:PLAIN]), vocab_size=600)
     content = read_json(words / "tokenizer.json")
     token = max([*content["model"]["vocab"].values(), *(entry["id"] for entry in content["added_tokens"])])
     if name not in SENTENCEPIECE:

@@ -680,8 +680,8 @@ def test_a_folder_of_somebody_else_is_told_by_its_files(damaged, sources, text):
     assert result["variants"][0]["results"][0]["mean_kld"] < 1e-3
 
 
-def byte_level(folder: Path, splitting: Splitting, *, special: bool = True, changes: dict | None = None) -> Path:
-    """A byte-level tokenizer that splits so; `changes` are of tokenizer.json's model."""
+def byte_level(folder: Path, splitting: Splitting, *, text: str = WORDS, vocab_size: int = 300) -> Path:
+    """A byte-level tokenizer that splits so; its merges know no splitting, so that how text is split shows in the ids."""
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.BPE())
     steps = [
@@ -692,18 +692,17 @@ def byte_level(folder: Path, splitting: Splitting, *, special: bool = True, chan
         if step != OWN_PATTERN
     ]
     own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=OWN_PATTERN in splitting.steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([text] * 4, trainer)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, own])
     tokenizer.normalizer = normalizers.NFC()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    # digits too, so that how they are split shows
-    tokenizer.train_from_iterator([WORDS + " 1234567890 1000 2024" * 4] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    if special:
-        fast.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    fast.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
     fast.save_pretrained(folder)
-    change_json(folder / "tokenizer.json", model=(changes or {}) | {"ignore_merges": splitting.ignore_merges})
+    change_json(folder / "tokenizer.json", model={"ignore_merges": splitting.ignore_merges})
     return folder
 
 
@@ -754,6 +753,7 @@ def test_an_unknown_pre_tokenizer_says_how_to_add_it(tmp_path):
         ({"model": {"dropout": 0.1}}, "dropout is 0.1"),
         ({"post_processor": {"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]}}, "it puts tokens around"),
         ({"added_tokens": [{"id": 7, "content": "<x>", "lstrip": True}]}, "'<x>' has lstrip = true"),
+        ({"added_tokens": [{"id": 310, "content": "a"}]}, "and 310 are both 'a'"),
     ],
 )
 def test_what_llama_cpp_would_do_otherwise_is_refused(changes, reason, tmp_path):

@@ -122,7 +122,11 @@ def vocabulary(folder: Path, config: dict[str, Any], num_rows: int) -> Vocabular
             where=str(folder),
             fix="tokenizer and weights are of different models; download both again",
         )
-    special = _special(settings, config, {text: token for token, (text, _, _) in pieces.items()})
+    ids: dict[str, int] = {}
+    for token, (text, _, _) in sorted(pieces.items()):
+        if (before := ids.setdefault(text, token)) != token:
+            raise _unlike([f"tokens {before} and {token} are both {text!r}"], folder / "tokenizer.json")
+    special = _special(settings, config, ids)
     if kind == "llama" and (unknown := pieces.get(special.get("unknown", -1))):
         pieces[special["unknown"]] = (unknown[0], unknown[1], UNKNOWN)
     if kind == "llama":
