@@ -13,7 +13,7 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.engines.env import find_engine, installed_facts, why_not
 from quantkit.engines.runtime import evaluate
 from quantkit.errors import RefusedError, RunFailedError
-from quantkit.formats import READERS, detect, open_variants
+from quantkit.formats import READERS, detect, open_variants, require_same_model
 from quantkit.formats.contract import Artifact
 from quantkit.machine import deciding_versions, device_model, use_threads
 from quantkit.nano import NAME as NANO
@@ -123,6 +123,8 @@ def judge(
         progress: told what is going on.
         earlier: a validation of the same bytes; on the same text its results of other runtimes are kept.
     """
+    for artifact in variants.values():
+        require_same_model(recipe.format, artifact, source.checkpoint)
     tokenizer = source.tokenizer()
     section = recipe.validation
     dtype = getattr(torch, recipe.compute.dtype)

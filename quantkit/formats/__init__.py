@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from quantkit.checkpoint.index import read_json
+from quantkit.checkpoint.index import Checkpoint, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats import awq, compressed_tensors, exl2, gguf, gptq, hqq, mlx
 from quantkit.formats.contract import Artifact, Reading
@@ -53,3 +53,20 @@ def open_variants(name: str, folder: Path) -> dict[str, Artifact]:
         where = str(artifact.tensors.folder / artifact.tensors.files[0])
         require_weights(artifact.weights, artifact.config, artifact.family, where=where)
     return found
+
+
+def require_same_model(name: str, artifact: Artifact, checkpoint: Checkpoint) -> None:
+    """Stop where an artifact of the format `name` contradicts the checkpoint whose config it would be run by.
+
+    Raises:
+        RefusedError: naming the differences.
+    """
+    differences = READERS[name].differences
+    found = differences(artifact, checkpoint) if differences else []
+    if found:
+        raise RefusedError(
+            f"the artifact is not of the reference model: {'; '.join(found[:4])}"
+            + (f"; and {len(found) - 4} more" if len(found) > 4 else ""),
+            where=str(artifact.tensors.folder / artifact.tensors.files[0]),
+            fix="give the model that it was made from with --model, or make the artifact anew",
+        )

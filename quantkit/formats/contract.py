@@ -158,6 +158,8 @@ class Reading:
         use: how the card says it is loaded, given the repository's name, the recipe's [quantize], and the variants
             that are to be had there, one at least.
         variants: the folder's variants by name, where it may hold several; None where the folder is the one variant.
+        differences: what an artifact says otherwise than the checkpoint it is held against, one line each; None where
+            it says nothing that config.json does not.
     """
 
     recognizes: Callable[[Path, dict[str, Any]], bool]
@@ -167,6 +169,7 @@ class Reading:
     library: str | None
     use: Callable[[str, dict[str, Any], Sequence[str]], str]
     variants: "Callable[[Path], Mapping[str, Artifact]] | None" = None
+    differences: "Callable[[Any, Checkpoint], list[str]] | None" = None
 
 
 class Artifact(WeightSource, Protocol):

@@ -14,13 +14,14 @@ from transformers import AutoTokenizer
 
 from quantkit.checkpoint.index import read_json
 from quantkit.engines.env import environment_of, environment_python
+from quantkit.engines.runtime import evaluate
 from quantkit.formats.gguf.mixtures import MIXTURES
 from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS, Splitting
 from quantkit.grids.blocks import TYPES, error_weights, quantize
 from quantkit.judgement import validate
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe, find_recipe, load_recipe
-from tests.formats.test_gguf import byte_level
+from tests.formats.test_gguf import byte_level, rewritten
 from tests.tiny import VARIANTS, WORDS, make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -280,6 +281,42 @@ def test_llama_cpp_computes_what_our_decode_computes(kind, engine, text, tmp_pat
         # llama.cpp rounds activations to 8 bits in front of every product, which a random model makes much of
         assert theirs["ppl_per_token"] == pytest.approx(ours["ppl_per_token"], rel=1e-2)
         assert theirs["mean_kld"] == pytest.approx(ours["mean_kld"], rel=0.03, abs=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_factor": 1.5}, {"rope_type": "linear"}])
+def test_llama_cpp_turns_scaled_heads_as_transformers_does(changes, engine, text, tmp_path):
+    """Unquantized, on windows longer than the original context; each setting counts, so that a lost one shows."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    rope = linear if "rope_type" in changes else yarn | changes
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 416, "sharded": False}
+    source = make_tiny(tmp_path / "model", "mistral", **sizes, rope_parameters=rope)
+    recipe = Recipe.of(
+        {
+            "format": "gguf",
+            "model": {"id": str(source)},
+            "quantize": {"types": ("F16",), "imatrix": False},
+            "validation": {"texts": (str(text),), "window_tokens": 200, "generated_tokens": 0},
+        }
+    )
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    (variant,) = validate(out, model=str(source), texts=(str(text),), runtime="native", device=CPU)["variants"]
+    right = variant["results"][0]
+    assert right["mean_kld"] < 1e-5
+    (path,) = out.glob("*.gguf")
+    lost = "attn_factor" if "attention_factor" in rope else "factor"
+    rewritten(path, tmp_path / "other.gguf", keys={f"llama.rope.scaling.{lost}": None})
+    (logits,), (wrong,) = (
+        evaluate(engine, folder, [Longest()], files=[name])
+        for folder, name in ((out, path.name), (tmp_path, "other.gguf"))
+    )
+    assert np.abs(logits - wrong).max() > 0.05
+
+
+class Longest:
+    """A window of any tokens."""
+
+    inputs = targets = tuple(range(3, 203))
 
 
 def test_llama_cpp_reads_a_split_file_as_the_whole(engine, text, tmp_path):

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from quantkit.checkpoint.index import open_checkpoint, read_json
+from quantkit.checkpoint.layer import Decoder
 from quantkit.errors import RefusedError, UnavailableError
-from quantkit.formats import detect
+from quantkit.formats import detect, require_same_model
 from quantkit.formats.gguf import write
-from quantkit.formats.gguf.metadata import rope_factors
+from quantkit.formats.gguf.metadata import architecture_keys, rope_factors
 from quantkit.formats.gguf.mixtures import MIXTURES, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, interleave
 from quantkit.formats.gguf.read import open_file, open_variants
@@ -31,6 +32,8 @@ from quantkit.pipeline import build, plan
 from quantkit.progress import Progress
 from quantkit.quantize import NEED_IMPORTANCE, GgufSection
 from quantkit.recipe import GatesSection, Recipe
+from quantkit.validation.perplexity import final_states
+from quantkit.validation.text import EvaluationText, Window
 from quantkit.workdir import hash_files, work_folder
 from tests.tiny import VARIANTS, WORDS, make_tiny
 
@@ -617,6 +620,7 @@ def small(tmp_path_factory, text) -> Path:
     return out / "tiny.Q8_0.gguf"
 
 
+FUZZED = EvaluationText("fuzz", "", (Window((1, 5, 6), (5, 6, 7), 0),), 1, 1, 1)
 EXTREMES = (0, 1, 2, 7, 31, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -645,17 +649,190 @@ def test_a_damaged_head_is_read_or_refused_in_bounded_memory(small, edits, where
         at = low + int(share * (high - low - 9))
         struct.pack_into(code, hostile, at, value % 256 ** struct.calcsize(code))
     path.write_bytes(hostile)
+    source = open_checkpoint(small.parent.parent / "model")
     tracemalloc.start()
     try:
         for artifact in open_variants(path.parent).values():
             for item in ("embedding", "layers.0", "layers.1", "head"):
                 artifact.read(item)
+            # what passes these can be run by the model's config
+            require_same_model("gguf", artifact, source)
+            decoder = Decoder(source.config, source.family, device=CPU, dtype=torch.float32)
+            final_states(artifact, FUZZED, decoder, windows_per_batch=1)
     except RefusedError:
         pass
     finally:
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert most < 20 * len(content)
+
+
+def rewritten(source: Path, target: Path, *, keys: dict | None = None, tensors: dict | None = None) -> Path:
+    """A GGUF file with other values of some keys, and other tensors; None leaves one out."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, reader.get_field("general.architecture").contents())
+    fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    for name, field in fields.items():
+        value = (keys or {}).get(name, field.contents())
+        if name != "general.architecture" and value is not None:
+            kinds = field.types if isinstance(value, list) else [field.types[-1], None]
+            writer.add_key_value(name, value, kinds[0], kinds[1] if len(kinds) > 1 else None)
+    for name, value in (keys or {}).items():
+        if name not in fields and value is not None:
+            kind = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}
+            writer.add_key_value(name, value, kind[type(value)])
+    held = {tensor.name: (tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    held |= {name: (value, None) for name, value in (tensors or {}).items()}
+    for name, (value, kind) in held.items():
+        if value is not None:
+            writer.add_tensor(name, value, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+NOISE = np.random.default_rng(0).standard_normal((256, 256), dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"tensors": {"output_norm.weight": None}}, "output_norm.weight is missing"),
+        ({"tensors": {"blk.1.ffn_up.weight": None}}, "blk.1.ffn_up.weight is missing"),
+        ({"tensors": {"blk.0.attn_norm.weight": None}}, "blk.0.attn_norm.weight is missing"),
+        ({"tensors": {"blk.0.attn_v.weight": NOISE[:96]}}, "blk.0.attn_v.weight is [96, 256] instead of [128, 256]"),
+        ({"tensors": {"blk.0.attn_q.weight": NOISE[:128]}}, "blk.0.attn_q.weight is [128, 256] instead of [256, 256]"),
+        ({"tensors": {"blk.1.attn_output.weight": NOISE[:, :64]}}, "blk.1.attn_output.weight is [256, 64] instead of"),
+        ({"tensors": {"blk.0.attn_q.bias": NOISE[0, :32]}}, "blk.0.attn_q.bias is [32] instead of [256]"),
+        ({"tensors": {"blk.0.attn_q.scale": NOISE[0, :1]}}, "blk.0.attn_q.scale is unknown"),
+        ({"tensors": {"output.weight": NOISE[:100]}}, "output.weight is [100, 256] instead of [416, 256]"),
+        ({"keys": {"llama.attention.head_count": 8}}, "attn_q.weight is [256, 256] instead of [512, 256]"),
+        ({"keys": {"llama.attention.head_count_kv": 4}}, "attn_k.weight is [128, 256] instead of [256, 256]"),
+        ({"keys": {"llama.attention.key_length": 32}}, "keys and values have heads of different widths"),
+        ({"keys": {"llama.rope.dimension_count": 32}}, "the rotary code turns a part of each head"),
+        ({"keys": {"llama.attention.head_count_kv": 3}}, "4 query heads share 3 key heads"),
+        ({"keys": {"llama.block_count": 2**31}}, "block_count is 2147483648"),
+    ],
+)
+def test_what_contradicts_the_files_own_metadata_is_refused_before_any_work(
+    changes, reason, artifacts, sources, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("quantkit.judgement.run_reference", None)
+    (tmp_path / "a").mkdir()
+    rewritten(artifacts["mistral"] / "tiny.Q8_0.gguf", tmp_path / "a" / "other.Q8_0.gguf", **changes)
+    with pytest.raises(RefusedError) as caught:
+        validate(tmp_path / "a", model=str(sources["mistral"]), texts=(str(text),), runtime="reference", device=CPU)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("mistral", {"keys": {"llama.rope.freq_base": 5e5}}, "llama.rope.freq_base is 500000.0, the model's 10000.0"),
+        ("mistral", {"keys": {"llama.context_length": 512}}, "llama.context_length is 512, the model's 256"),
+        (
+            "mistral",
+            {"keys": {"llama.attention.layer_norm_rms_epsilon": 1e-6}},
+            "llama.attention.layer_norm_rms_epsilon is",
+        ),
+        (
+            "mistral",
+            {"keys": {"llama.rope.scaling.factor": 4.0}},
+            "llama.rope.scaling.type is linear, the model's none",
+        ),
+        ("mistral", {"tensors": {"blk.0.attn_v.bias": NOISE[0, :128]}}, "and the model has no such tensor"),
+        ("mistral", {"tensors": {"rope_freqs.weight": NOISE[0, :32]}}, "rope_freqs.weight scales the rotary"),
+        ("llama", {"tensors": {"rope_freqs.weight": None}}, "rope_freqs.weight scales the rotary"),
+        ("qwen2", {"tensors": {"blk.0.attn_q.bias": None}}, "model.layers.0.self_attn.q_proj.bias is missing"),
+        ("qwen3", {"tensors": {"blk.1.attn_k_norm.weight": None}}, "model.layers.1.self_attn.k_norm.weight is missing"),
+    ],
+)
+def test_what_contradicts_the_model_it_is_held_against_is_refused_before_any_work(
+    kind, changes, reason, artifacts, sources, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("quantkit.judgement.run_reference", None)
+    (tmp_path / "a").mkdir()
+    rewritten(artifacts[kind] / "tiny.Q8_0.gguf", tmp_path / "a" / "other.Q8_0.gguf", **changes)
+    with pytest.raises(RefusedError) as caught:
+        validate(tmp_path / "a", model=str(sources[kind]), texts=(str(text),), runtime="reference", device=CPU)
+    assert reason in str(caught.value)
+
+
+def test_a_file_of_another_architecture_or_a_rewritten_one(artifacts, sources, text, tmp_path):
+    for name, kind in (("same", "llama"), ("other", "mistral")):
+        (tmp_path / name).mkdir()
+        rewritten(artifacts["llama"] / "tiny.Q8_0.gguf", tmp_path / name / "other.Q8_0.gguf")
+        if name == "same":
+            found = open_file(tmp_path / name / "other.Q8_0.gguf")
+            require_same_model("gguf", found, open_checkpoint(sources[kind]))
+            continue
+        with pytest.raises(RefusedError, match="rope_freqs"):
+            validate(tmp_path / name, model=str(sources[kind]), texts=(str(text),), runtime="reference", device=CPU)
+    with pytest.raises(RefusedError, match=r"general\.architecture is llama, the model's qwen2"):
+        require_same_model("gguf", found, open_checkpoint(sources["qwen2"]))
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (LINEAR, {"type": "linear", "factor": 4.0}),
+        (YARN, {"type": "yarn", "factor": 4.0, "original_context_length": 64}),
+        (
+            YARN | {"beta_fast": 32, "beta_slow": 1.0, "attention_factor": 1.5, "truncate": True},
+            {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_context_length": 64,
+                "attn_factor": pytest.approx(1.5 / (1 + 0.1 * np.log(4))),
+            },
+        ),
+        (
+            YARN | {"mscale": 0.5, "mscale_all_dim": 1.0},
+            {
+                "type": "yarn",
+                "factor": 4.0,
+                "original_context_length": 64,
+                "attn_factor": pytest.approx((1 + 0.05 * np.log(4)) / (1 + 0.1 * np.log(4)) ** 2),
+            },
+        ),
+    ],
+)
+def test_rotary_scaling_in_the_file(rope, expected, text, tmp_path):
+    source = make_tiny(tmp_path / "model", "mistral", **SHAPE, rope_parameters=rope)
+    recipe = recipe_of(source, text, types=("Q8_0",), imatrix=False)
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    fields = gguf.GGUFReader(out / "tiny.Q8_0.gguf").fields
+    start = "llama.rope.scaling."
+    assert {name.removeprefix(start): field.contents() for name, field in fields.items() if start in name} == expected
+    assert require_same_model("gguf", open_file(out / "tiny.Q8_0.gguf"), open_checkpoint(source)) is None
+    factor = next(name for name in fields if name.endswith("rope.scaling.factor"))
+    other = rewritten(out / "tiny.Q8_0.gguf", tmp_path / "other.Q8_0.gguf", keys={factor: 2.0})
+    with pytest.raises(RefusedError, match=r"rope\.scaling\.factor is 2\.0, the model's 4\.0"):
+        require_same_model("gguf", open_file(other), open_checkpoint(source))
+
+
+@pytest.mark.parametrize(
+    ("rope", "reason"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "GGUF has no keys for the rotary scaling 'dynamic'"),
+        (YARN | {"beta_fast": 16, "beta_slow": 2.0}, "GGUF cannot say beta_fast = 16, beta_slow = 2.0 of yarn rotary"),
+        (YARN | {"truncate": False}, "GGUF cannot say truncate = False of yarn rotary scaling"),
+        (LINEAR | {"beta_fast": 16}, "GGUF cannot say beta_fast = 16 of linear rotary scaling"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "GGUF cannot say partial_rotary_factor = 0.5"),
+    ],
+)
+def test_rotary_scaling_that_cannot_be_said(rope, reason, sources):
+    config = read_json(sources["mistral"] / "config.json") | {"rope_parameters": rope}
+    with pytest.raises(RefusedError, match=reason):
+        architecture_keys(config, Model.of(config))
+    plain = {"rope_type": "default", "rope_theta": 5.0, "partial_rotary_factor": 1.0}
+    assert architecture_keys(config | {"rope_parameters": plain}, Model.of(config))["rope.freq_base"] == 5.0
 
 
 def test_a_head_beyond_all_measure_is_refused(small, monkeypatch):
@@ -681,7 +858,7 @@ def test_a_folder_of_somebody_else_is_told_by_its_files(damaged, sources, text):
 
 
 def byte_level(folder: Path, splitting: Splitting, *, text: str = WORDS, vocab_size: int = 300) -> Path:
-    """A byte-level tokenizer that splits so; its merges know no splitting, so that how text is split shows in the ids."""
+    """A byte-level tokenizer that splits so; its merges know no splitting, so that how a text is split shows."""
     folder.mkdir(parents=True)
     tokenizer = Tokenizer(models.BPE())
     steps = [

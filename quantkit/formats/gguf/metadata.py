@@ -1,6 +1,7 @@
 """What a GGUF file says of the model, beside its tensors."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,22 @@ from quantkit.formats.gguf.names import Model
 from quantkit.formats.gguf.tokenizer import Vocabulary
 
 QUANTIZATION_VERSION = 2
+ROPE_FACTORS = "rope_freqs.weight"
+SAYABLE = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+    ),
+}
+"""Keys of each rotary scaling that GGUF has a way to say to llama.cpp."""
+FIXED = {"partial_rotary_factor": 1.0, "truncate": True, "beta_fast": 32, "beta_slow": 1}
+"""What llama.cpp goes by in any case; it has keys for the betas, but reads them for other architectures only."""
 
 
 @dataclass(frozen=True)
@@ -89,34 +106,81 @@ def write_model(writer: gguf.GGUFWriter, config: dict[str, Any], model: Model, a
         writer.add_languages(list(about.languages))
     if about.quantized_by:
         writer.add_quantized_by(about.quantized_by)
-    writer.add_context_length(int(config["max_position_embeddings"]))
-    writer.add_embedding_length(int(config["hidden_size"]))
-    writer.add_block_count(model.layers)
-    writer.add_feed_forward_length(int(config["intermediate_size"]))
-    writer.add_head_count(model.heads)
-    writer.add_head_count_kv(model.key_heads)
-    writer.add_key_length(head_dim_of(config))
-    writer.add_value_length(head_dim_of(config))
-    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-    writer.add_vocab_size(int(config["vocab_size"]))
-    writer.add_rope_dimension_count(head_dim_of(config))
-    _write_rope(writer, rope_of(config))
+    add: dict[type, Callable[[str, Any], None]] = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+    }
+    for key, value in architecture_keys(config, model).items():
+        add[type(value)](f"{model.architecture}.{key}", value)
     writer.add_quantization_version(QUANTIZATION_VERSION)
 
 
-def _write_rope(writer: gguf.GGUFWriter, rope: dict[str, Any]) -> None:
-    writer.add_rope_freq_base(float(rope["rope_theta"]))
+def architecture_keys(config: dict[str, Any], model: Model) -> dict[str, int | float | str]:
+    """How the model computes: what goes under the architecture's name, in the order of the file.
+
+    Args:
+        config: config.json of the source.
+        model: the same as GGUF sees it.
+
+    Raises:
+        RefusedError: a rotary scaling that GGUF has no keys for.
+    """
+    width = head_dim_of(config)
+    return {
+        "context_length": int(config["max_position_embeddings"]),
+        "embedding_length": int(config["hidden_size"]),
+        "block_count": model.layers,
+        "feed_forward_length": int(config["intermediate_size"]),
+        "attention.head_count": model.heads,
+        "attention.head_count_kv": model.key_heads,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "vocab_size": int(config["vocab_size"]),
+        "rope.dimension_count": width,
+        **_rope_keys(rope_of(config)),
+    }
+
+
+def _rope_keys(rope: dict[str, Any]) -> dict[str, int | float | str]:
     kind = rope["rope_type"]
-    if kind in ("default", "llama3"):
-        return
-    if kind not in ("linear", "yarn"):
+    if kind not in SAYABLE:
         raise RefusedError(
-            f"GGUF has no keys for the rotary scaling {kind!r}", where="config.json", fix="known: linear, yarn, llama3"
+            f"GGUF has no keys for the rotary scaling {kind!r}",
+            where="config.json",
+            fix=f"known: {', '.join(SAYABLE)}",
         )
-    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
-    writer.add_rope_scaling_factor(float(rope["factor"]))
-    if kind == "yarn" and "original_max_position_embeddings" in rope:
-        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+    sayable = ("rope_type", "rope_theta", *SAYABLE[kind])
+    odd = {key: value for key, value in rope.items() if key not in sayable and value not in (None, FIXED.get(key))}
+    if odd:
+        raise RefusedError(
+            f"GGUF cannot say {', '.join(f'{key} = {value!r}' for key, value in odd.items())} of {kind} rotary scaling",
+            where="config.json",
+            fix="publish the model in another format",
+        )
+    keys: dict[str, int | float | str] = {"rope.freq_base": float(rope["rope_theta"])}
+    if kind in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    return keys | (_yarn_keys(rope) if kind == "yarn" else {})
+
+
+def _yarn_keys(rope: dict[str, Any]) -> dict[str, int | float | str]:
+    keys: dict[str, int | float | str] = {}
+    if rope.get("original_max_position_embeddings"):
+        keys["rope.scaling.original_context_length"] = int(rope["original_max_position_embeddings"])
+    factor = float(rope["factor"])
+    # cosines and sines grow by this in llama.cpp, and by it times attn_factor where that is given
+    usual, wanted = _yarn_growth(factor, 1.0), rope.get("attention_factor")
+    if wanted is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        wanted = _yarn_growth(factor, float(rope["mscale"])) / _yarn_growth(factor, float(rope["mscale_all_dim"]))
+    if wanted is not None and float(wanted) != usual:
+        keys["rope.scaling.attn_factor"] = float(wanted) / usual
+    return keys
+
+
+def _yarn_growth(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, words: Vocabulary) -> None:

@@ -14,29 +14,20 @@ from quantkit.checkpoint.families import Family, family_of, item_of
 from quantkit.checkpoint.index import TensorFolder, TensorInfo
 from quantkit.errors import RefusedError
 from quantkit.formats.contract import Reading
+from quantkit.formats.gguf.agreement import differences
 from quantkit.formats.gguf.header import SPLIT_NAME, Header, read_split
+from quantkit.formats.gguf.metadata import ROPE_FACTORS
 from quantkit.formats.gguf.names import ARCHITECTURES, Model, checkpoint_name, halves, heads_of
 from quantkit.formats.gguf.write import NAME
 
 NATIVE_ENGINE = "llama-cpp"
 USUAL = "Q4_K_M"  # the type the card shows how to load
 SUFFIX = ".gguf"
-SHAPES = {
-    "token_embd": ("any", "hidden"),
-    "output": ("any", "hidden"),
-    "output_norm": ("hidden",),
-    "attn_norm": ("hidden",),
-    "ffn_norm": ("hidden",),
-    "attn_q": ("any", "hidden"),
-    "attn_k": ("any", "hidden"),
-    "attn_v": ("any", "hidden"),
-    "attn_output": ("hidden", "any"),
-    "ffn_gate": ("inner", "hidden"),
-    "ffn_up": ("inner", "hidden"),
-    "ffn_down": ("hidden", "inner"),
-}
-"""Sides of a weight, by its role: of the hidden size, of the feed-forward's, or any."""
 EMBEDDING = "token_embd.weight"
+LAYER_ROLES = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+REQUIRED = (EMBEDDING, "output_norm.weight", *(f".{role}.weight" for role in LAYER_ROLES))
+"""Endings of the names that every model has."""
+TOKENS = "tokenizer.ggml.tokens"
 USE = """```sh
 # llama.cpp, or any program built on it
 llama-cli --hf-repo {repo}:{type} --conversation
@@ -126,17 +117,10 @@ def open_file(path: Path) -> GgufArtifact:
     header = read_split(path)
     config = config_of(header)
     model = Model.of(config)
-    names = [name for name in header.tensors if checkpoint_name(name)]
-    layers = {name.split(".")[1] for name in names if name.startswith("blk.")}
-    if EMBEDDING not in names or len(layers) != model.layers:
+    if problems := _problems(header, config):
         raise RefusedError(
-            f"{path.name} holds {len(layers)} of {model.layers} layers",
-            where=str(path.parent),
-            fix="it is damaged; download it again",
-        )
-    if problems := _odd_shapes(header, config):
-        raise RefusedError(
-            f"{path.name}: tensors are not of the shape that the metadata calls for: {', '.join(problems[:4])}",
+            f"{path.name}: tensors are not what the metadata calls for: {'; '.join(problems[:4])}"
+            + (f"; and {len(problems) - 4} more" if len(problems) > 4 else ""),
             where=str(path.parent),
             fix="it is damaged; download it again",
         )
@@ -146,22 +130,52 @@ def open_file(path: Path) -> GgufArtifact:
     return GgufArtifact(TensorFolder(path.parent, infos), config, family_of(config, where=str(path)), header, model)
 
 
-def _odd_shapes(header: Header, config: dict[str, Any]) -> list[str]:
-    """Names of tensors whose shape contradicts the metadata."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    pairs = {"attn_q": 2 * config["num_attention_heads"], "attn_k": 2 * config["num_key_value_heads"]}
-    odd = []
-    for name, entry in header.tensors.items():
-        *_, role, part = name.split(".") if checkpoint_name(name) else ("", "")
-        if role not in SHAPES or part != "weight":
-            continue
-        expected = [{"hidden": hidden, "inner": inner}.get(side) for side in SHAPES[role]]
-        fits = len(entry.shape) == len(expected) and all(
-            side in (None, found) for side, found in zip(expected, entry.shape, strict=True)
-        )
-        if not fits or entry.shape[0] % pairs.get(role, 1):
-            odd.append(name)
-    return odd
+def _problems(header: Header, config: dict[str, Any]) -> list[str]:
+    """Tensors that are missing, unknown, or of a shape that contradicts the metadata, one line each."""
+    expected = _expected(config, len(header.metadata.get(TOKENS) or ()) or None)
+    found = {name: entry.shape for name, entry in header.tensors.items()}
+    problems = [f"{name} is missing" for name in expected if name.endswith(REQUIRED) and name not in found]
+    for name, shape in found.items():
+        if name not in expected:
+            problems.append(f"{name} is unknown")
+        elif len(shape) != len(expected[name]) or any(
+            side not in (None, length) for side, length in zip(expected[name], shape, strict=True)
+        ):
+            problems.append(f"{name} is {list(shape)} instead of {list(expected[name])}")
+    return problems
+
+
+def _expected(config: dict[str, Any], rows: int | None) -> dict[str, tuple[int | None, ...]]:
+    """Shapes by name of all that a file may hold; a side that nothing tells is None.
+
+    Args:
+        config: what the metadata says.
+        rows: entries of the vocabulary.
+    """
+    hidden, inner, width = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    queries, keys = width * config["num_attention_heads"], width * config["num_key_value_heads"]
+    matrices = {
+        "attn_q": (queries, hidden),
+        "attn_k": (keys, hidden),
+        "attn_v": (keys, hidden),
+        "attn_output": (hidden, queries),
+        "ffn_gate": (inner, hidden),
+        "ffn_up": (inner, hidden),
+        "ffn_down": (hidden, inner),
+    }
+    layer: dict[str, tuple[int | None, ...]] = {f"{role}.weight": shape for role, shape in matrices.items()}
+    layer |= {f"{role}.bias": shape[:1] for role, shape in matrices.items()}
+    layer |= {f"{role}.weight": (hidden,) for role in ("attn_norm", "ffn_norm")}
+    layer |= {f"{role}.weight": (width,) for role in ("attn_q_norm", "attn_k_norm")}
+    outside: dict[str, tuple[int | None, ...]] = {
+        EMBEDDING: (rows, hidden),
+        "output.weight": (rows, hidden),
+        "output_norm.weight": (hidden,),
+        ROPE_FACTORS: (width // 2,),
+    }
+    return outside | {
+        f"blk.{index}.{name}": shape for index in range(config["num_hidden_layers"]) for name, shape in layer.items()
+    }
 
 
 def config_of(header: Header) -> dict[str, Any]:
@@ -181,7 +195,7 @@ def config_of(header: Header) -> dict[str, Any]:
         )
     try:
         heads = int(data[f"{architecture}.attention.head_count"])
-        config = {
+        config: dict[str, Any] = {
             "model_type": types[architecture],
             "hidden_size": int(data[f"{architecture}.embedding_length"]),
             "intermediate_size": int(data[f"{architecture}.feed_forward_length"]),
@@ -191,10 +205,20 @@ def config_of(header: Header) -> dict[str, Any]:
             "max_position_embeddings": int(data[f"{architecture}.context_length"]),
             "tie_word_embeddings": "output.weight" not in header.tensors,
         }
+        width = int(data.get(f"{architecture}.attention.key_length", config["hidden_size"] // heads))
+        config["head_dim"] = width
+        if int(data.get(f"{architecture}.attention.value_length", width)) != width:
+            raise ValueError("keys and values have heads of different widths")
+        if int(data.get(f"{architecture}.rope.dimension_count", width)) != width or width % 2:
+            raise ValueError("the rotary code turns a part of each head")
+        if heads % config["num_key_value_heads"]:
+            raise ValueError(f"{heads} query heads share {config['num_key_value_heads']} key heads")
+        if config["num_hidden_layers"] > len(header.tensors):
+            raise ValueError(f"block_count is {config['num_hidden_layers']} of {len(header.tensors)} tensors")
         if any(isinstance(value, int) and value < 1 for key, value in config.items() if key != "tie_word_embeddings"):
             raise ValueError("a size is not positive")
         return config
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
         raise RefusedError(
             f"{header.path.name}: metadata is missing or odd: {error}",
             where=str(header.path.parent),
@@ -251,4 +275,5 @@ READING = Reading(
     None,
     _use,
     open_variants,
+    differences,
 )

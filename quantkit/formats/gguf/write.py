@@ -21,7 +21,7 @@ from quantkit.checkpoint.index import Checkpoint, read_json
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.formats.gguf.files import DENSE, Planned, TypedFiles, head_of, lay_out, parts_of, write_head
 from quantkit.formats.gguf.header import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_name
-from quantkit.formats.gguf.metadata import About, rope_factors, write_model, write_tokenizer
+from quantkit.formats.gguf.metadata import ROPE_FACTORS, About, rope_factors, write_model, write_tokenizer
 from quantkit.formats.gguf.mixtures import MIXTURES, block_of, columns_of, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, heads_of, interleave
 from quantkit.formats.gguf.ollama import chat_pieces, modelfile, parameters, written_for
@@ -32,7 +32,6 @@ from quantkit.qtensor import Item
 from quantkit.workdir import write_text
 
 NAME = "gguf"
-ROPE_FACTORS = "rope_freqs.weight"
 IMPORTANCE, TOKENS = "importance", "tokens"
 CHUNKS = 1  # the statistics are one sum over all windows
 COPIED = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
