@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from quantkit import __version__
 from quantkit.errors import RefusedError, UnavailableError
 
 DECIDING_PACKAGES = ("torch", "numba", "transformers", "tokenizers", "safetensors")
+ON_A_GPU = ("triton",)
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
@@ -55,7 +57,8 @@ def device_model(device: torch.device) -> str:
 
 def deciding_versions() -> dict[str, str]:
     """Versions of everything whose change may change bytes."""
-    return {"quantkit": __version__} | {package: metadata.version(package) for package in DECIDING_PACKAGES}
+    packages = [*DECIDING_PACKAGES, *(name for name in ON_A_GPU if torch.version.cuda and find_spec(name))]
+    return {"quantkit": __version__} | {package: metadata.version(package) for package in packages}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

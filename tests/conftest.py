@@ -9,6 +9,10 @@ import torch
 
 from tests.tiny import make_tiny
 
+# without a GPU its kernels are interpreted; Triton asks for this when it is first imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 THREADS = 2
 # what is expensive to make, and the same for every run: bielik-nano and the engines' environments
 KEPT = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "quantkit-tests"

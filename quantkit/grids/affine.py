@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.kernels import rounding_errors
+from quantkit.kernels import dequantize, rounding_errors
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros still needs a scale
 LARGEST_ZERO = 1024
@@ -50,8 +50,7 @@ class AffineGrid:
 
     def decode(self, codes_OI: Tensor) -> Tensor:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
-        group_I = self.group_I.long()
-        return (codes_OI.float() - self.zero_OG[:, group_I]) * self.scale_OG[:, group_I]
+        return dequantize(codes_OI, self.scale_OG, self.zero_OG, self.group_I)
 
     def to(self, device: torch.device | str) -> "AffineGrid":
         return AffineGrid(self.bits, self.scale_OG.to(device), self.zero_OG.to(device), self.group_I.to(device))

@@ -5,22 +5,24 @@ of 32 (the older types) has the float16 numbers alone. The search minimizes the 
 ggml's own encoder uses (ggml-quants.c, MIT), so that the two can be compared; where that one fits scales, then rounds
 them, this one goes on: with rounded scales it tries their neighbours, refits d and dmin to the codes and encodes again.
 
-Shape legend: O rows, I columns, N blocks, S sub-blocks of a block, L weights of a sub-block.
+Shape legend: O rows, I columns, N blocks, S sub-blocks of a block, L weights of a sub-block, M = N S sub-blocks,
+C candidates.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, repeat
 
 import torch
 from torch import Tensor
 
 from quantkit.errors import RefusedError
+from quantkit.kernels import block_errors, fit_offset, fit_ranges
 
 K_BLOCK = 256
 BLOCK = 32
 CHUNK_WEIGHTS = 1 << 21  # searched together; bounds memory, and is fixed because it could decide rounding
 REFINEMENTS = 2
+WHOLE_REFITS = 3  # of step and subtrahend, where no rounding of scales follows
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,13 @@ def fit(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> Fitted:
     """
     # a sub-block whose errors weigh nothing would have no best scale
     w_NSL = w_NSL + 1e-6 * w_NSL.mean((1, 2), keepdim=True) + 1e-30
-    step_NS, less_NS = _fit_offset(x_NSL, w_NSL, kind) if kind.offset else _fit_ranges(x_NSL, w_NSL, kind)
+    x_LM, w_LM = (part_NSL.flatten(0, 1).t().contiguous() for part_NSL in (x_NSL, w_NSL))
+    if kind.offset:
+        step_M = _fit_offset(x_LM, w_LM, kind)
+        less_M = torch.zeros_like(step_M)
+    else:
+        step_M, less_M = _fit_ranges(x_LM, w_LM, kind)
+    step_NS, less_NS = step_M.view(x_NSL.shape[:2]), less_M.view(x_NSL.shape[:2])
     if not kind.has_sub_scales:
         ones_NS = torch.ones_like(step_NS)
         return _half(step_NS[:, 0]), _half(less_NS[:, 0]), ones_NS, ones_NS if kind.min_top else ones_NS * 0
@@ -224,91 +232,47 @@ def fit(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> Fitted:
         dmin_N, min_NS = torch.zeros_like(d_N), torch.zeros_like(scale_NS)
     found = d_N, dmin_N, scale_NS, min_NS
     for _ in range(REFINEMENTS):
-        found = _refit(x_NSL, w_NSL, _neighbours(x_NSL, w_NSL, found, kind), kind)
+        found = _refit(x_NSL, w_NSL, x_LM, w_LM, _neighbours(x_LM, w_LM, found, kind), kind)
     return found
 
 
-def _fit_offset(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
-    """Steps [N, S] of sub-blocks without a min; of either sign, because one more code lies below zero than above."""
+def _fit_offset(x_LM: Tensor, w_LM: Tensor, kind: BlockType) -> Tensor:
+    """Steps [M] of sub-blocks without a min; of either sign, because one more code lies below zero than above."""
     most = kind.offset
     if kind.name == "Q8_0":
         # 127 on either side as every writer does it; the gain of a search is below what float16 loses
-        step_NS = x_NSL.abs().amax(2) / (most - 1)
-        return step_NS, torch.zeros_like(step_NS)
-    at = x_NSL.abs().argmax(2, keepdim=True)
-    largest_NS = x_NSL.gather(2, at).squeeze(2)
-    xw_NSL = x_NSL * w_NSL
-    best_NS, gain_NS = torch.zeros_like(largest_NS), torch.zeros_like(largest_NS)
-    for code in [-(most + 0.1 * step) for step in range(-9, 10)] + [most - 1 + 0.1 * step for step in range(-9, 10, 3)]:
-        inverse_NS = torch.where(largest_NS == 0, 0.0, code / largest_NS)
-        codes_NSL = (x_NSL * inverse_NS.unsqueeze(2)).round_().clamp_(-most, most - 1)
-        along_NS = (xw_NSL * codes_NSL).sum(2)
-        length_NS = codes_NSL.square_().mul_(w_NSL).sum(2)
-        tried_NS = along_NS.square() / length_NS
-        better_NS = (length_NS > 0) & (tried_NS > gain_NS)
-        gain_NS = torch.where(better_NS, tried_NS, gain_NS)
-        best_NS = torch.where(better_NS, along_NS / length_NS, best_NS)
-    return best_NS, torch.zeros_like(best_NS)
+        return x_LM.abs().amax(0) / (most - 1)
+    largest_M = x_LM.gather(0, x_LM.abs().argmax(0, keepdim=True)).squeeze(0)
+    codes = [-(most + 0.1 * step) for step in range(-9, 10)] + [most - 1 + 0.1 * step for step in range(-9, 10, 3)]
+    return fit_offset(x_LM, w_LM, largest_M, x_LM.new_tensor(codes), most, kind.top)
 
 
-def _fit_ranges(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
-    """Steps and what is subtracted [N, S] of sub-blocks with a min; an integer min is not negative."""
+def _fit_ranges(x_LM: Tensor, w_LM: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
+    """Steps and what is subtracted [M] of sub-blocks with a min; an integer min is not negative."""
     signed = kind.min_top == 1
-    low_NS, high_NS = x_NSL.amin(2), x_NSL.amax(2)
+    low_M, high_M = x_LM.amin(0), x_LM.amax(0)
     if not signed:
-        low_NS = low_NS.clamp(max=0)
-    best = (high_NS - low_NS) / kind.top, -low_NS
-    error_NS = _error(x_NSL, w_NSL, *best, kind)
-    xw_NSL = x_NSL * w_NSL
-    sum_w_NS, sum_x_NS = w_NSL.sum(2), xw_NSL.sum(2)
-    starts = _starts(low_NS, high_NS, kind)
-    # codes that a fit gives may call for another fit
-    for start in chain(starts, repeat(None, 0 if kind.has_sub_scales else 3)):
-        codes_NSL = _codes(x_NSL, *(start or best), kind)
-        tried = _least_squares(codes_NSL, w_NSL, xw_NSL, sum_w_NS, sum_x_NS, signed=signed)
-        tried_NS = _error(x_NSL, w_NSL, *tried, kind)
-        better_NS = tried_NS < error_NS
-        error_NS = torch.where(better_NS, tried_NS, error_NS)
-        best = torch.where(better_NS, tried[0], best[0]), torch.where(better_NS, tried[1], best[1])
-    return best
+        low_M = low_M.clamp(max=0)
+    starts = [((high_M - low_M) / kind.top, -low_M), *_starts(low_M, high_M, kind)]
+    step_CM, less_CM = (torch.stack([start[part] for start in starts]) for part in (0, 1))
+    return fit_ranges(
+        x_LM, w_LM, step_CM, less_CM, kind.top, signed=signed, refits=0 if kind.has_sub_scales else WHOLE_REFITS
+    )
 
 
-def _starts(low_NS: Tensor, high_NS: Tensor, kind: BlockType) -> Iterator[tuple[Tensor, Tensor]]:
+def _starts(low_M: Tensor, high_M: Tensor, kind: BlockType) -> Iterator[tuple[Tensor, Tensor]]:
     """Steps and subtrahends whose codes are worth fitting."""
     # where no rounding of scales follows that would swamp it, a finer search pays
     fineness = 2 if kind.has_sub_scales else 4
-    zero_NS = torch.zeros_like(low_NS)
+    zero_M = torch.zeros_like(low_M)
     # one weight far from all others, which then are best called the same: that code must stand for about 0
     for low, high, count in (
-        (low_NS, high_NS, 10 * fineness),
-        (zero_NS, high_NS.clamp(min=0), 4),
-        (low_NS.clamp(max=0), zero_NS, 4),
+        (low_M, high_M, 10 * fineness),
+        (zero_M, high_M.clamp(min=0), 4),
+        (low_M.clamp(max=0), zero_M, 4),
     ):
         for candidate in range(count):
-            yield (high - low) / (kind.top - 0.9 + 2.0 / count * candidate), zero_NS - low
-
-
-def _least_squares(
-    codes_NSL: Tensor, w_NSL: Tensor, xw_NSL: Tensor, sum_w_NS: Tensor, sum_x_NS: Tensor, *, signed: bool
-) -> tuple[Tensor, Tensor]:
-    """The step and the subtrahend [N, S] that fit given codes best."""
-    wl_NSL = w_NSL * codes_NSL
-    sum_l_NS, sum_ll_NS = wl_NSL.sum(2), (wl_NSL * codes_NSL).sum(2)
-    sum_xl_NS = (xw_NSL * codes_NSL).sum(2)
-    determinant_NS = sum_w_NS * sum_ll_NS - sum_l_NS.square()
-    solvable_NS = determinant_NS > 1e-7 * sum_w_NS * sum_ll_NS
-    safe_NS = torch.where(solvable_NS, determinant_NS, 1.0)
-    step_NS = (sum_w_NS * sum_xl_NS - sum_x_NS * sum_l_NS) / safe_NS
-    less_NS = (sum_l_NS * sum_xl_NS - sum_ll_NS * sum_x_NS) / safe_NS
-    if not signed:
-        # the min that the type cannot hold is left out, and the step fitted alone
-        alone_NS = torch.where(sum_ll_NS > 0, sum_xl_NS / sum_ll_NS, 0.0).clamp(min=0)
-        bad_NS = (less_NS < 0) | ~solvable_NS
-        step_NS, less_NS = torch.where(bad_NS, alone_NS, step_NS), torch.where(bad_NS, 0.0, less_NS)
-    else:
-        step_NS = torch.where(solvable_NS, step_NS, 0.0)
-        less_NS = torch.where(solvable_NS, less_NS, -sum_x_NS / sum_w_NS)
-    return step_NS, less_NS
+            yield (high - low) / (kind.top - 0.9 + 2.0 / count * candidate), zero_M - low
 
 
 def _round_scales(value_NS: Tensor, weight_NS: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -329,22 +293,23 @@ def _round_scales(value_NS: Tensor, weight_NS: Tensor, low: int, high: int) -> t
     return best_N, best_NS
 
 
-def _neighbours(x_NSL: Tensor, w_NSL: Tensor, found: Fitted, kind: BlockType) -> Fitted:
+def _neighbours(x_LM: Tensor, w_LM: Tensor, found: Fitted, kind: BlockType) -> Fitted:
     """The same with each sub-block's scale and min moved to the best of their neighbours."""
     d_N, dmin_N, scale_NS, min_NS = found
-    best = scale_NS, min_NS
-    error_NS = _error(x_NSL, w_NSL, *steps_of(found), kind)
-    moves = [(a, b) for a in (-1, 0, 1) for b in ((-1, 0, 1) if kind.min_top else (0,)) if (a, b) != (0, 0)]
-    for scale_move, min_move in moves:
-        tried = (scale_NS + scale_move).clamp(*kind.scale_range), (min_NS + min_move).clamp(0, kind.min_top)
-        tried_NS = _error(x_NSL, w_NSL, *steps_of((d_N, dmin_N, *tried)), kind)
-        better_NS = tried_NS < error_NS
-        error_NS = torch.where(better_NS, tried_NS, error_NS)
-        best = torch.where(better_NS, tried[0], best[0]), torch.where(better_NS, tried[1], best[1])
-    return d_N, dmin_N, *best
+    moves = [(0, 0), *((a, b) for a in (-1, 0, 1) for b in ((-1, 0, 1) if kind.min_top else (0,)) if (a, b) != (0, 0))]
+    tried = [
+        ((scale_NS + scale_move).clamp(*kind.scale_range), (min_NS + min_move).clamp(0, kind.min_top))
+        for scale_move, min_move in moves
+    ]
+    scale_CNS, min_CNS = (torch.stack([each[part] for each in tried]) for part in (0, 1))
+    step_CNS, less_CNS = d_N.unsqueeze(1) * scale_CNS, dmin_N.unsqueeze(1) * min_CNS
+    error_CM = block_errors(x_LM, w_LM, step_CNS.flatten(1), less_CNS.flatten(1), kind.offset, kind.top)
+    # on a tie it stays where it is
+    best_1NS = error_CM.argmin(0).view_as(scale_NS).unsqueeze(0)
+    return d_N, dmin_N, scale_CNS.gather(0, best_1NS)[0], min_CNS.gather(0, best_1NS)[0]
 
 
-def _refit(x_NSL: Tensor, w_NSL: Tensor, found: Fitted, kind: BlockType) -> Fitted:
+def _refit(x_NSL: Tensor, w_NSL: Tensor, x_LM: Tensor, w_LM: Tensor, found: Fitted, kind: BlockType) -> Fitted:
     """The same with d and dmin fitted to the codes, where that helps once they are float16 again."""
     d_N, dmin_N, scale_NS, min_NS = found
     a_NSL = (_codes(x_NSL, *steps_of(found), kind) - kind.offset) * scale_NS.unsqueeze(2)
@@ -364,8 +329,10 @@ def _refit(x_NSL: Tensor, w_NSL: Tensor, found: Fitted, kind: BlockType) -> Fitt
     else:
         fitted = torch.where(aa_N > 0, xa_N / aa_N, d_N), dmin_N
     tried = _half(fitted[0]), _half(fitted[1]), scale_NS, min_NS
-    before_N = _error(x_NSL, w_NSL, *steps_of(found), kind).sum(1)
-    better_N = _error(x_NSL, w_NSL, *steps_of(tried), kind).sum(1) < before_N
+    step_CNS, less_CNS = (torch.stack(both) for both in zip(steps_of(found), steps_of(tried), strict=True))
+    error_CM = block_errors(x_LM, w_LM, step_CNS.flatten(1), less_CNS.flatten(1), kind.offset, kind.top)
+    before_N, after_N = error_CM.view_as(step_CNS).sum(2)
+    better_N = after_N < before_N
     return torch.where(better_N, tried[0], d_N), torch.where(better_N, tried[1], dmin_N), scale_NS, min_NS
 
 
@@ -379,13 +346,6 @@ def _codes(x_NSL: Tensor, step_NS: Tensor, less_NS: Tensor, kind: BlockType) -> 
     """The nearest codes, float32 whole numbers 0 .. top; the code of zero where the step is 0."""
     inverse_NS1 = _ratio(torch.ones_like(step_NS), step_NS).unsqueeze(2)
     return ((x_NSL + less_NS.unsqueeze(2)) * inverse_NS1).round_().add_(kind.offset).clamp_(0, kind.top)
-
-
-def _error(x_NSL: Tensor, w_NSL: Tensor, step_NS: Tensor, less_NS: Tensor, kind: BlockType) -> Tensor:
-    """The weighted squared error [N, S] of the nearest codes."""
-    codes_NSL = _codes(x_NSL, step_NS, less_NS, kind).sub_(kind.offset)
-    off_NSL = codes_NSL.mul_(step_NS.unsqueeze(2)).sub_(less_NS.unsqueeze(2)).sub_(x_NSL)
-    return off_NSL.square_().mul_(w_NSL).sum(2)
 
 
 def _ratio(value: Tensor, divisor: Tensor) -> Tensor:

@@ -1,14 +1,21 @@
 """The inner loops that decide how long a build takes, each as plain torch and compiled; what runs follows the device.
 
-Shape legend: O out features (rows), I in features of a group, P channels of a panel, C candidates.
+Shape legend: O out features (rows), I in features of a group, P channels of a panel, C candidates, G groups; L weights
+of each of M small blocks; N codes of each of X streams, W words.
 """
 
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from quantkit.kernels import reference
-from quantkit.kernels.levels import Levels
+from quantkit.kernels.levels import CODES_PER_RUN, Levels
+
+BY_DEVICE = {"cpu": "compiled", "cuda": "gpu"}
 
 
 def solve_panel(
@@ -42,9 +49,85 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     return _fitting(weight_IO).rounding_errors(weight_IO, importance_I, scale_CO, zero_CO, top)
 
 
-def _fitting(tensor: Tensor) -> ModuleType:
-    if tensor.device.type != "cpu":
-        return reference
-    from quantkit.kernels import compiled
+def pack(codes_NX: Tensor, bits: int) -> Tensor:
+    """int32 [N * bits / 32, X]: codes as one little-endian bitstream along the first dimension, the first lowest.
 
-    return compiled
+    Args:
+        codes_NX: integer codes 0 .. 2**bits - 1, [N, X], N a multiple of 32; not modified.
+        bits: bits per code, 1 to 8; codes of 3, 5, 6 and 7 straddle words.
+    """
+    assert len(codes_NX) % CODES_PER_RUN == 0, f"{len(codes_NX)} codes are no multiple of {CODES_PER_RUN}"
+    return _fitting(codes_NX).pack(codes_NX, bits)
+
+
+def unpack(words_WX: Tensor, bits: int) -> Tensor:
+    """uint8 [W * 32 / bits, X]: the codes that `pack` packed."""
+    return _fitting(words_WX).unpack(words_WX, bits)
+
+
+def dequantize(
+    codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """scale * (code - zero) [O, I], taken in float32.
+
+    Args:
+        codes_OI: uint8 [O, I].
+        scale_OG, zero_OG: float32 [O, G].
+        group_I: integers [I], the group of every channel.
+        dtype: of the result: float32, float16 or bfloat16.
+    """
+    return _fitting(codes_OI).dequantize(codes_OI, scale_OG, zero_OG, group_I, dtype)
+
+
+def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
+    """Weighted squared error [C, M] of the nearest codes on each candidate grid; all float32.
+
+    Args:
+        x_LM: [L, M] the weights of M small blocks, the first of all blocks first; not modified.
+        w_LM: [L, M] the weight of each squared error.
+        step_CM, less_CM: the candidates; code q stands for step * (q - offset) - less.
+        offset, top: see above; the largest code.
+    """
+    return _fitting(x_LM).block_errors(x_LM, w_LM, step_CM, less_CM, offset, top)
+
+
+def fit_ranges(
+    x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, top: int, *, signed: bool, refits: int
+) -> tuple[Tensor, Tensor]:
+    """Step and subtrahend [M] of small blocks whose codes q stand for step * q - less: the best that was seen.
+
+    The first candidate is taken as it is. Of each other the codes are taken, and step and subtrahend fitted to them by
+    least squares; at last to the codes of the best, several times.
+
+    Args:
+        x_LM, w_LM: see `block_errors`.
+        step_CM, less_CM: candidates.
+        top: the largest code.
+        signed: what is subtracted may be negative.
+        refits: how many times at last.
+    """
+    return _fitting(x_LM).fit_ranges(x_LM, w_LM, step_CM, less_CM, top, signed=signed, refits=refits)
+
+
+def fit_offset(x_LM: Tensor, w_LM: Tensor, largest_M: Tensor, code_C: Tensor, offset: int, top: int) -> Tensor:
+    """Step [M], of either sign, of small blocks whose codes q stand for step * (q - offset): the best that was seen.
+
+    Args:
+        x_LM, w_LM: see `block_errors`.
+        largest_M: each block's weight of the largest size.
+        code_C: what that weight's code less the offset is tried as; fractions too. Steps are fitted to the codes.
+        offset, top: see above; the largest code.
+    """
+    return _fitting(x_LM).fit_offset(x_LM, w_LM, largest_M, code_C, offset, top)
+
+
+@cache
+def _implementation(device: str) -> ModuleType:
+    """Compiled by numba on a CPU, by Triton on CUDA where it is installed, as it is with torch on Linux."""
+    if device == "cuda" and find_spec("triton") is None:
+        return reference
+    return import_module(f"quantkit.kernels.{BY_DEVICE[device]}") if device in BY_DEVICE else reference
+
+
+def _fitting(tensor: Tensor) -> ModuleType:
+    return _implementation(tensor.device.type)

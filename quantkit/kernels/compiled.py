@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quantkit.kernels import reference
 from quantkit.kernels.levels import Levels
 
 BLOCK = 128  # rows at a time: a panel of 128 channels then takes 64 kB
@@ -39,8 +40,35 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     return error_CO
 
 
+# whole-tensor torch is as fast as memory allows
+pack, unpack, dequantize = reference.pack, reference.unpack, reference.dequantize
+
+
+def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
+    """See `quantkit.kernels.block_errors`."""
+    error_CM = torch.empty_like(step_CM, memory_format=torch.contiguous_format)
+    _over_rows(_block_errors, (x_LM, w_LM, step_CM, less_CM), (error_CM,), top, offset)
+    return error_CM
+
+
+def fit_ranges(
+    x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, top: int, *, signed: bool, refits: int
+) -> tuple[Tensor, Tensor]:
+    """See `quantkit.kernels.fit_ranges`."""
+    best = torch.empty_like(x_LM[0]), torch.empty_like(x_LM[0])
+    _over_rows(_fit_ranges, (x_LM, w_LM, step_CM, less_CM), best, top, signed, refits)
+    return best
+
+
+def fit_offset(x_LM: Tensor, w_LM: Tensor, largest_M: Tensor, code_C: Tensor, offset: int, top: int) -> Tensor:
+    """See `quantkit.kernels.fit_offset`."""
+    step_M = torch.empty_like(largest_M)
+    _over_rows(_fit_offset, (x_LM, w_LM, largest_M, code_C), (step_M,), top, offset)
+    return step_M
+
+
 def _over_rows(
-    kernel: Callable[..., None], read: tuple[Tensor, ...], filled: tuple[Tensor, ...], top: int, *further: bool
+    kernel: Callable[..., None], read: tuple[Tensor, ...], filled: tuple[Tensor, ...], top: int, *further: bool | int
 ) -> None:
     """Run a kernel on all rows, which are the last dimension of what it fills; some in each thread."""
     # one layout, so one compilation; a copy of what is to be filled would be lost
@@ -147,3 +175,133 @@ def _round_rows(  # type: ignore[no-untyped-def]
             for o in range(stop - start):
                 step = scale[candidate, start + o]
                 error[candidate, start + o] = total[o] * (step * step)
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _grid_error(near, weigh, step, less, inverse, bottom, highest, error):  # type: ignore[no-untyped-def]
+    """Weighted squared error of the nearest codes; `inverse` is filled with that of the steps."""
+    for o in range(BLOCK):
+        inverse[o] = np.float32(0) if step[o] == 0 else np.float32(1) / step[o]
+        error[o] = 0
+    for i in range(near.shape[0]):
+        for o in range(BLOCK):
+            code = min(max(np.rint((near[i, o] + less[o]) * inverse[o]), bottom), highest)
+            off = code * step[o] - less[o] - near[i, o]
+            error[o] += off * off * weigh[i, o]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _block_errors(x, w, step, less, error, top, offset, first, last):  # type: ignore[no-untyped-def]
+    length = x.shape[0]
+    bottom, highest = np.float32(-offset), np.float32(top - offset)
+    near, weigh = np.zeros((length, BLOCK), np.float32), np.zeros((length, BLOCK), np.float32)
+    size, minus = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    inverse, found = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for start in range(first, last, BLOCK):
+        width = min(BLOCK, last - start)
+        near[:, :width] = x[:, start : start + width]
+        weigh[:, :width] = w[:, start : start + width]
+        for candidate in range(step.shape[0]):
+            size[:width] = step[candidate, start : start + width]
+            minus[:width] = less[candidate, start : start + width]
+            _grid_error(near, weigh, size, minus, inverse, bottom, highest, found)
+            error[candidate, start : start + width] = found[:width]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _fit_ranges(  # type: ignore[no-untyped-def]
+    x, w, step, less, best_step, best_less, top, signed, refits, first, last
+):
+    length, candidates = x.shape[0], step.shape[0]
+    bottom, zero, one, few = np.float32(0), np.float32(0), np.float32(1), np.float32(1e-7)
+    near, weigh = np.zeros((length, BLOCK), np.float32), np.zeros((length, BLOCK), np.float32)
+    best, under = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    size, minus = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
+    inverse, found, least = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    sum_w, sum_x = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    sum_l, sum_ll, sum_xl = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for start in range(first, last, BLOCK):
+        width = min(BLOCK, last - start)
+        near[:, :width] = x[:, start : start + width]
+        weigh[:, :width] = w[:, start : start + width]
+        best[:width] = step[0, start : start + width]
+        under[:width] = less[0, start : start + width]
+        _grid_error(near, weigh, best, under, inverse, bottom, top, least)
+        sum_w[:] = 0
+        sum_x[:] = 0
+        for i in range(length):
+            for o in range(BLOCK):
+                sum_w[o] += weigh[i, o]
+                sum_x[o] += near[i, o] * weigh[i, o]
+        for candidate in range(1, candidates + refits):
+            if candidate < candidates:
+                size[:width] = step[candidate, start : start + width]
+                minus[:width] = less[candidate, start : start + width]
+            else:
+                size[:] = best
+                minus[:] = under
+            for o in range(BLOCK):
+                inverse[o] = zero if size[o] == 0 else one / size[o]
+                sum_l[o] = 0
+                sum_ll[o] = 0
+                sum_xl[o] = 0
+            for i in range(length):
+                for o in range(BLOCK):
+                    code = min(max(np.rint((near[i, o] + minus[o]) * inverse[o]), bottom), top)
+                    weighted = weigh[i, o] * code
+                    sum_l[o] += weighted
+                    sum_ll[o] += weighted * code
+                    sum_xl[o] += near[i, o] * weigh[i, o] * code
+            for o in range(BLOCK):
+                determinant = sum_w[o] * sum_ll[o] - sum_l[o] * sum_l[o]
+                solvable = determinant > few * sum_w[o] * sum_ll[o]
+                safe = determinant if solvable else one
+                slope = (sum_w[o] * sum_xl[o] - sum_x[o] * sum_l[o]) / safe
+                shift = (sum_l[o] * sum_xl[o] - sum_ll[o] * sum_x[o]) / safe
+                if signed:
+                    slope = slope if solvable else zero
+                    shift = shift if solvable else -sum_x[o] / sum_w[o]
+                elif shift < 0 or not solvable:
+                    # the min that the type cannot hold is left out, and the step fitted alone
+                    slope = max(sum_xl[o] / sum_ll[o], zero) if sum_ll[o] > 0 else zero
+                    shift = zero
+                size[o], minus[o] = slope, shift
+            _grid_error(near, weigh, size, minus, inverse, bottom, top, found)
+            for o in range(BLOCK):
+                if found[o] < least[o]:
+                    least[o], best[o], under[o] = found[o], size[o], minus[o]
+        best_step[start : start + width] = best[:width]
+        best_less[start : start + width] = under[:width]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _fit_offset(x, w, largest, codes, best_step, top, offset, first, last):  # type: ignore[no-untyped-def]
+    length = x.shape[0]
+    bottom, highest, zero = np.float32(-offset), np.float32(top - offset), np.float32(0)
+    near, weigh = np.zeros((length, BLOCK), np.float32), np.zeros((length, BLOCK), np.float32)
+    most, times = np.zeros(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    along, squares = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    best, gain = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    for start in range(first, last, BLOCK):
+        width = min(BLOCK, last - start)
+        near[:, :width] = x[:, start : start + width]
+        weigh[:, :width] = w[:, start : start + width]
+        most[:width] = largest[start : start + width]
+        best[:] = 0
+        gain[:] = 0
+        for candidate in range(len(codes)):
+            for o in range(BLOCK):
+                times[o] = zero if most[o] == 0 else codes[candidate] / most[o]
+                along[o] = 0
+                squares[o] = 0
+            for i in range(length):
+                for o in range(BLOCK):
+                    code = min(max(np.rint(near[i, o] * times[o]), bottom), highest)
+                    along[o] += near[i, o] * weigh[i, o] * code
+                    squares[o] += code * code * weigh[i, o]
+            for o in range(BLOCK):
+                if squares[o] > 0:
+                    found = along[o] * along[o] / squares[o]
+                    if found > gain[o]:
+                        gain[o], best[o] = found, along[o] / squares[o]
+        best_step[start : start + width] = best[:width]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CODES_PER_RUN = 32  # codes of b bits that fill b whole 32-bit words
+
 
 @dataclass(frozen=True)
 class Levels:

@@ -1,9 +1,11 @@
 """The inner loops as plain torch, on any device: what the compiled ones are held against."""
 
+from itertools import chain, repeat
+
 import torch
 from torch import Tensor
 
-from quantkit.kernels.levels import Levels
+from quantkit.kernels.levels import CODES_PER_RUN, Levels
 
 
 def solve_panel(
@@ -29,3 +31,118 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
         torch.round(ratio_IO, out=nearest_IO).clamp_(0, top)
         torch.mv(ratio_IO.sub_(nearest_IO).square_().t(), importance_I, out=error_O)
     return error_CO.mul_(scale_CO.square())
+
+
+def pack(codes_NX: Tensor, bits: int) -> Tensor:
+    """See `quantkit.kernels.pack`."""
+    width = codes_NX.shape[1]
+    runs = codes_NX.to(torch.int32).view(-1, CODES_PER_RUN, width)
+    words = torch.zeros((runs.shape[0], bits, width), dtype=torch.int32, device=codes_NX.device)
+    for i in range(CODES_PER_RUN):
+        word, shift = divmod(i * bits, 32)
+        words[:, word] |= runs[:, i] << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= runs[:, i] >> (32 - shift)
+    return words.view(-1, width)
+
+
+def unpack(words_WX: Tensor, bits: int) -> Tensor:
+    """See `quantkit.kernels.unpack`."""
+    width = words_WX.shape[1]
+    runs = words_WX.view(-1, bits, width)
+    codes = torch.empty((runs.shape[0], CODES_PER_RUN, width), dtype=torch.uint8, device=words_WX.device)
+    mask = 2**bits - 1
+    for i in range(CODES_PER_RUN):
+        word, shift = divmod(i * bits, 32)
+        # the shift is arithmetic; the mask drops the copied sign bits unless the code straddles words
+        code = runs[:, word] >> shift
+        if shift + bits > 32:
+            low_bits = 32 - shift
+            code = (code & (2**low_bits - 1)) | (runs[:, word + 1] << low_bits)
+        codes[:, i] = (code & mask).to(torch.uint8)
+    return codes.view(-1, width)
+
+
+def dequantize(
+    codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """See `quantkit.kernels.dequantize`."""
+    group_I = group_I.long()
+    return ((codes_OI.float() - zero_OG[:, group_I]) * scale_OG[:, group_I]).to(dtype)
+
+
+def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
+    """See `quantkit.kernels.block_errors`."""
+    return torch.stack(
+        [_block_error(x_LM, w_LM, step_M, less_M, offset, top) for step_M, less_M in zip(step_CM, less_CM, strict=True)]
+    )
+
+
+def fit_ranges(
+    x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, top: int, *, signed: bool, refits: int
+) -> tuple[Tensor, Tensor]:
+    """See `quantkit.kernels.fit_ranges`."""
+    best = step_CM[0], less_CM[0]
+    error_M = _block_error(x_LM, w_LM, *best, 0, top)
+    xw_LM = x_LM * w_LM
+    sum_w_M, sum_x_M = w_LM.sum(0), xw_LM.sum(0)
+    # codes that a fit gives may call for another fit
+    for start in chain(zip(step_CM[1:], less_CM[1:], strict=True), repeat(None, refits)):
+        step_M, less_M = start or best
+        code_LM = _block_codes(x_LM, step_M, less_M, 0, top)
+        tried = _least_squares(code_LM, w_LM, xw_LM, sum_w_M, sum_x_M, signed=signed)
+        tried_M = _block_error(x_LM, w_LM, *tried, 0, top)
+        better_M = tried_M < error_M
+        error_M = torch.where(better_M, tried_M, error_M)
+        best = torch.where(better_M, tried[0], best[0]), torch.where(better_M, tried[1], best[1])
+    return best
+
+
+def fit_offset(x_LM: Tensor, w_LM: Tensor, largest_M: Tensor, code_C: Tensor, offset: int, top: int) -> Tensor:
+    """See `quantkit.kernels.fit_offset`."""
+    xw_LM = x_LM * w_LM
+    best_M, gain_M = torch.zeros_like(largest_M), torch.zeros_like(largest_M)
+    for code in code_C:
+        inverse_M = torch.where(largest_M == 0, 0.0, code / largest_M)
+        code_LM = (x_LM * inverse_M).round_().clamp_(-offset, top - offset)
+        along_M = (xw_LM * code_LM).sum(0)
+        length_M = code_LM.square_().mul_(w_LM).sum(0)
+        tried_M = along_M.square() / length_M
+        better_M = (length_M > 0) & (tried_M > gain_M)
+        gain_M = torch.where(better_M, tried_M, gain_M)
+        best_M = torch.where(better_M, along_M / length_M, best_M)
+    return best_M
+
+
+def _least_squares(
+    code_LM: Tensor, w_LM: Tensor, xw_LM: Tensor, sum_w_M: Tensor, sum_x_M: Tensor, *, signed: bool
+) -> tuple[Tensor, Tensor]:
+    """The step and the subtrahend [M] that fit given codes best."""
+    wl_LM = w_LM * code_LM
+    sum_l_M, sum_ll_M = wl_LM.sum(0), (wl_LM * code_LM).sum(0)
+    sum_xl_M = (xw_LM * code_LM).sum(0)
+    determinant_M = sum_w_M * sum_ll_M - sum_l_M.square()
+    solvable_M = determinant_M > 1e-7 * sum_w_M * sum_ll_M
+    safe_M = torch.where(solvable_M, determinant_M, 1.0)
+    step_M = (sum_w_M * sum_xl_M - sum_x_M * sum_l_M) / safe_M
+    less_M = (sum_l_M * sum_xl_M - sum_ll_M * sum_x_M) / safe_M
+    if not signed:
+        # the min that the type cannot hold is left out, and the step fitted alone
+        alone_M = torch.where(sum_ll_M > 0, sum_xl_M / sum_ll_M, 0.0).clamp(min=0)
+        bad_M = (less_M < 0) | ~solvable_M
+        step_M, less_M = torch.where(bad_M, alone_M, step_M), torch.where(bad_M, 0.0, less_M)
+    else:
+        step_M = torch.where(solvable_M, step_M, 0.0)
+        less_M = torch.where(solvable_M, less_M, -sum_x_M / sum_w_M)
+    return step_M, less_M
+
+
+def _block_codes(x_LM: Tensor, step_M: Tensor, less_M: Tensor, offset: int, top: int) -> Tensor:
+    """The nearest codes less the offset; 0 where the step is."""
+    inverse_M = torch.where(step_M == 0, 0.0, 1.0 / torch.where(step_M == 0, 1.0, step_M))
+    return ((x_LM + less_M) * inverse_M).round_().clamp_(-offset, top - offset)
+
+
+def _block_error(x_LM: Tensor, w_LM: Tensor, step_M: Tensor, less_M: Tensor, offset: int, top: int) -> Tensor:
+    off_LM = _block_codes(x_LM, step_M, less_M, offset, top).mul_(step_M).sub_(less_M).sub_(x_LM)
+    return off_LM.square_().mul_(w_LM).sum(0)

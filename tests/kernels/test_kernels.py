@@ -1,11 +1,34 @@
-"""The compiled inner loops against plain torch, at shapes that fill no block, and against other numbers of threads."""
+"""Every implementation of the inner loops against plain torch, at shapes that fill no block, and on other threads.
+
+`numba` is what a CPU runs; `triton` what a GPU runs: interpreted here, compiled where there is one (`make test-gpu`).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 import torch
 
+from quantkit.grids.blocks import TYPES
 from quantkit.kernels import compiled, reference
 from quantkit.kernels.levels import Levels
 
+CUDA = torch.cuda.is_available()
+TRITON = pytest.param(
+    "gpu",
+    "cuda" if CUDA else "cpu",
+    marks=[pytest.mark.gpu] if CUDA else [pytest.mark.skipif(find_spec("triton") is None, reason="no triton here")],
+    id="triton" if CUDA else "triton, interpreted",
+)
+each_implementation = pytest.mark.parametrize(
+    ("module", "device"), [pytest.param("compiled", "cpu", id="numba"), TRITON]
+)
+SHAPES = ((1, 1), (8, 63), (5, 20), (33, 40), (128, 3))  # an interpreter takes a second for a hundred channels
+LARGE = ((64, 500), (128, 300), (100, 129))  # for numba, which has blocks of rows
 ROWS = (1, 7, 128, 129, 300)
 # the decoded value is a difference of products, so its last bits depend on the order of operations
 CLOSE = {torch.float64: {"rtol": 1e-9, "atol": 1e-12}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
@@ -36,29 +59,60 @@ def levels_of(kind: str, channels: int, rows: int, dtype: torch.dtype) -> Levels
 
 
 def solved(kernels, weight, feedback, upper, levels):
-    codes = torch.full(weight.shape, 255, dtype=torch.uint8)
+    codes = torch.full(weight.shape, 255, dtype=torch.uint8, device=weight.device)
     error = torch.full_like(weight, torch.nan)
     return codes, error, kernels.solve_panel(weight, feedback, upper, levels, codes, error)
 
 
+def on(device: str, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.to(device) for tensor in tensors]
+
+
+def levels_on(device: str, levels: Levels) -> Levels:
+    return Levels(*on(device, levels.step_PO, levels.shift_PO, levels.less_PO), levels.top, levels.half)
+
+
+@each_implementation
 @pytest.mark.parametrize("kind", ["zero per row", "step and minimum per channel", "products of float16"])
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("channels", [1, 5, 32, 128])
-def test_a_panel_is_solved_as_in_plain_torch(channels, rows, kind):
+@pytest.mark.parametrize(("channels", "rows"), SHAPES)
+def test_a_panel_is_solved_as_in_plain_torch(channels, rows, kind, module, device):
     arguments = panel(channels, rows, torch.float64)
     levels = levels_of(kind, channels, rows, torch.float64)
-    codes, error, lost = solved(compiled, *arguments, levels)
+    found = solved(import_module(f"quantkit.kernels.{module}"), *on(device, *arguments), levels_on(device, levels))
+    codes, error, lost = on("cpu", *found)
     expected_codes, expected_error, expected_lost = solved(reference, *arguments, levels)
     assert torch.equal(codes, expected_codes)
     torch.testing.assert_close(error, expected_error, **CLOSE[torch.float64])
     torch.testing.assert_close(lost, expected_lost, **CLOSE[torch.float64])
 
 
-def test_errors_are_of_what_a_reader_decodes():
+@pytest.mark.parametrize("kind", ["zero per row", "step and minimum per channel", "products of float16"])
+@pytest.mark.parametrize(("channels", "rows"), LARGE)
+def test_a_large_panel_is_solved_as_in_plain_torch(channels, rows, kind):
+    test_a_panel_is_solved_as_in_plain_torch(channels, rows, kind, "compiled", "cpu")
+
+
+@each_implementation
+def test_a_panel_may_lie_inside_a_larger_matrix(module, device):
+    """As the solvers hand it on: rows of what is larger, filled where they lie and nowhere else."""
+    kernels = import_module(f"quantkit.kernels.{module}")
+    weight, feedback, upper = on(device, *panel(40, 70, torch.float32))
+    levels = levels_on(device, levels_of("zero per row", 40, 70, torch.float32))
+    here = slice(8, 24)
+    codes = torch.full((40, 70), 255, dtype=torch.uint8, device=device)
+    error = torch.full((40, 70), 7.0, device=device)
+    lost = kernels.solve_panel(weight[here], feedback[here], upper[here, here], levels, codes[here], error[here])
+    alone = solved(kernels, *(part[here].clone() for part in (weight, feedback)), upper[here, here].clone(), levels)
+    assert all(torch.equal(one, two) for one, two in zip((codes[here], error[here], lost), alone, strict=True))
+    assert bool((codes[:8] == 255).all() and (error[24:] == 7).all())
+
+
+@each_implementation
+def test_errors_are_of_what_a_reader_decodes(module, device):
     """In float32, bit for bit: what the solver fed forward is what the file stands for."""
-    weight, feedback, upper = panel(64, 200, torch.float32)
-    levels = levels_of("zero per row", 64, 200, torch.float32)
-    codes, error, _ = solved(compiled, weight, feedback, upper, levels)
+    weight, feedback, upper = on(device, *panel(16, 40, torch.float32))
+    levels = levels_on(device, levels_of("zero per row", 16, 40, torch.float32))
+    codes, error, _ = solved(import_module(f"quantkit.kernels.{module}"), weight, feedback, upper, levels)
     decoded = (codes.float() - levels.shift_PO) * levels.step_PO
     assert torch.equal(error, weight - decoded)
 
@@ -79,16 +133,108 @@ def test_lost_is_the_image_of_the_errors_and_the_feedback():
     torch.testing.assert_close(lost, (feedback + upper.T @ error).square().sum(0))
 
 
+@each_implementation
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", CLOSE)
-def test_rounding_errors_are_those_of_plain_torch(dtype, rows):
-    weight, importance = random(40, rows, dtype=dtype), random(40, dtype=dtype, seed=1).abs()
+def test_rounding_errors_are_those_of_plain_torch(dtype, rows, module, device):
+    kernels = import_module(f"quantkit.kernels.{module}")
+    weight, importance = random(41, rows, dtype=dtype), random(41, dtype=dtype, seed=1).abs()
     scale = random(3, rows, dtype=dtype, seed=2).abs() + 0.1
     zero = random(3, rows, dtype=dtype, seed=3) + 3
-    found = compiled.rounding_errors(weight, importance, scale, zero, 7)
-    torch.testing.assert_close(found, reference.rounding_errors(weight, importance, scale, zero, 7), **CLOSE[dtype])
+    there = on(device, weight, importance, scale, zero)
+    found = kernels.rounding_errors(*there, 7)
+    expected = reference.rounding_errors(weight, importance, scale, zero, 7)
+    torch.testing.assert_close(found.cpu(), expected, **CLOSE[dtype])
     # weights that lie apart in memory are the same weights
-    assert torch.equal(found, compiled.rounding_errors(weight.t().contiguous().t(), importance, scale, zero, 7))
+    assert torch.equal(found, kernels.rounding_errors(there[0].t().contiguous().t(), *there[1:], 7))
+
+
+@each_implementation
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(("runs", "width"), [(1, 1), (3, 63), (2, 1030)])
+def test_packing_is_that_of_plain_torch_and_is_undone(runs, width, bits, module, device):
+    kernels = import_module(f"quantkit.kernels.{module}")
+    codes = torch.randint(
+        0, 2**bits, (32 * runs, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
+    )
+    codes[0], codes[-1] = 2**bits - 1, 2**bits - 1  # the sign bit of the words, too
+    words = kernels.pack(codes.to(device), bits)
+    assert torch.equal(words.cpu(), reference.pack(codes, bits))
+    assert torch.equal(kernels.unpack(words, bits).cpu(), codes)
+    # as AWQ and GPTQ pack along rows
+    assert torch.equal(kernels.pack(codes.t().contiguous().t().to(device), bits), words)
+
+
+@each_implementation
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns", "groups"), [(1, 1, 1), (8, 63, 4), (3, 1500, 12)])
+def test_decoding_is_that_of_plain_torch(rows, columns, groups, dtype, module, device):
+    codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    scale = random(rows, groups, dtype=torch.float32, seed=2).abs() * 0.01
+    zero = random(rows, groups, dtype=torch.float32, seed=3) * 8
+    group = torch.randint(0, groups, (columns,), dtype=torch.int32, generator=torch.Generator().manual_seed(4))
+    found = import_module(f"quantkit.kernels.{module}").dequantize(*on(device, codes, scale, zero, group), dtype)
+    assert found.dtype == dtype
+    # the interpreter cuts bfloat16 off where a GPU rounds
+    cut = 2.0**-7 if (dtype, module, device) == (torch.bfloat16, "gpu", "cpu") else 0.0
+    expected = reference.dequantize(codes, scale, zero, group, dtype)
+    torch.testing.assert_close(found.cpu(), expected, rtol=cut, atol=0.0)
+
+
+# of ggml's types those whose sub-blocks differ in length, codes or what is searched
+BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q5_0", "Q5_1", "Q8_0")
+
+
+def small_blocks(kind, count: int) -> list[torch.Tensor]:
+    """Weights, and how their errors weigh; one block all zero, one all alike, one with a far outlier."""
+    weight = random(kind.sub, count, dtype=torch.float32) * 0.05
+    weight[:, :1] = 0
+    weight[:, 1:2] = 0.25
+    weight[3, 2:3] = 40.0
+    return [weight, random(kind.sub, count, dtype=torch.float32, seed=1).abs() + 0.01]
+
+
+@each_implementation
+@pytest.mark.parametrize("count", [1, 63, 300])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_errors_of_blocks_are_those_of_plain_torch(name, count, module, device):
+    kind = TYPES[name]
+    weight, importance = small_blocks(kind, count)
+    step = random(4, count, dtype=torch.float32, seed=2) * 0.02
+    step[1] = 0
+    less = random(4, count, dtype=torch.float32, seed=3).abs() * 0.05
+    arguments = (weight, importance, step, less)
+    found = import_module(f"quantkit.kernels.{module}").block_errors(*on(device, *arguments), kind.offset, kind.top)
+    expected = reference.block_errors(*arguments, kind.offset, kind.top)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-6)
+
+
+@each_implementation
+@pytest.mark.parametrize("count", [1, 63, 300])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_fitted_blocks_are_as_good_as_those_of_plain_torch(name, count, module, device):
+    """A step may come out another where two are as good; its error may not."""
+    kind = TYPES[name]
+    kernels = import_module(f"quantkit.kernels.{module}")
+    weight, importance = small_blocks(kind, count)
+    if kind.offset:
+        largest = weight.gather(0, weight.abs().argmax(0, keepdim=True))[0]
+        arguments = (weight, importance, largest, torch.tensor([-kind.offset - 0.4, -kind.offset, kind.offset - 1.3]))
+        step = kernels.fit_offset(*on(device, *arguments), kind.offset, kind.top).cpu()
+        expected_step = reference.fit_offset(*arguments, kind.offset, kind.top)
+        less = expected_less = torch.zeros_like(step)
+    else:
+        span, low = weight.amax(0) - weight.amin(0), weight.amin(0).clamp(max=0)
+        steps = torch.stack([span / (kind.top + extra) for extra in (0.0, -0.5, 0.4, 1.0)])
+        arguments = (weight, importance, steps, -low.expand_as(steps))
+        wanted = {"top": kind.top, "signed": kind.min_top == 1, "refits": 2}
+        step, less = on("cpu", *kernels.fit_ranges(*on(device, *arguments), **wanted))
+        expected_step, expected_less = reference.fit_ranges(*arguments, **wanted)
+    both = torch.stack([step, expected_step]), torch.stack([less, expected_less])
+    error, expected = reference.block_errors(weight, importance, *both, kind.offset, kind.top)
+    assert torch.isfinite(step).all()
+    assert bool((error <= 1.001 * expected + 1e-6).all()), f"{(error - expected).max()} above"
+    assert ((step - expected_step).abs() <= 1e-4 * expected_step.abs()).float().mean() > 0.97
 
 
 def test_threads_change_no_bit():
@@ -109,3 +255,19 @@ def test_threads_change_no_bit():
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="no triton here")
+def test_every_kernel_compiles_for_gpus_and_fuses_nothing(tmp_path):
+    """To machine code, where there is no GPU too: what is interpreted above are the same functions."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_for_gpus"],
+        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) >= 24
+    assert all(each["bytes"] > 1000 and each["fused"] == 0 for each in found.values()), found

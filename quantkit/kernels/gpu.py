@@ -1,0 +1,439 @@
+"""The inner loops in Triton, for a GPU: one launch for each call, rows side by side, errors in registers.
+
+Every sum has one order and nothing is left to chance, so the same GPU model gives the same bits. Addresses are 64-bit.
+No product is fused with a sum: what is fed forward is the error of the value that a reader decodes.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quantkit.kernels.levels import Levels
+
+ROWS = 16  # of one program of a panel: 128 channels of them fill the registers of four warps
+COLUMNS = 128  # of one program that keeps a candidate or two for each
+CODES = 1024  # in one program that packs or decodes
+# x + MAGIC - MAGIC rounds to even what lies between -2^22 and 2^22, or 2^51
+MAGIC = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
+PLAIN: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def solve_panel(
+    weight_PO: Tensor, feedback_PO: Tensor, upper_PP: Tensor, levels: Levels, codes_PO: Tensor, error_PO: Tensor
+) -> Tensor:
+    """See `quantkit.kernels.solve_panel`."""
+    channels, rows = weight_PO.shape
+    lost_O = torch.empty_like(weight_PO[0])
+    parts = (levels.step_PO, levels.shift_PO, levels.less_PO)
+    read = [_rows_lie_whole(tensor) for tensor in (weight_PO, feedback_PO, upper_PP, *parts)]
+    filled = (codes_PO, error_PO)
+    assert all(tensor.stride(1) == 1 or rows == 1 for tensor in filled), "a copy of what is to be filled would be lost"
+    # one row of levels serves every channel
+    strides = [0 if len(tensor) == 1 else tensor.stride(0) for tensor in (*read, *filled)]
+    _solve_rows[(triton.cdiv(rows, ROWS),)](
+        *read,
+        *filled,
+        lost_O,
+        channels,
+        rows,
+        *strides,
+        TOP=levels.top,
+        HALF=levels.half,
+        MAGIC=MAGIC[weight_PO.dtype],
+        CHANNELS=triton.next_power_of_2(channels),
+        ROWS=ROWS,
+        **PLAIN,
+    )
+    return lost_O
+
+
+def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, zero_CO: Tensor, top: int) -> Tensor:
+    """See `quantkit.kernels.rounding_errors`."""
+    channels, rows = weight_IO.shape
+    error_CO = torch.empty_like(scale_CO, memory_format=torch.contiguous_format)
+    _round_rows[(triton.cdiv(rows, COLUMNS), len(scale_CO))](
+        weight_IO,
+        importance_I.contiguous(),
+        scale_CO.contiguous(),
+        zero_CO.contiguous(),
+        error_CO,
+        channels,
+        rows,
+        *weight_IO.stride(),
+        TOP=top,
+        MAGIC=MAGIC[weight_IO.dtype],
+        CHANNELS=8,
+        ROWS=COLUMNS,
+        **PLAIN,
+    )
+    return error_CO
+
+
+def pack(codes_NX: Tensor, bits: int) -> Tensor:
+    """See `quantkit.kernels.pack`."""
+    num_codes, width = codes_NX.shape
+    words_WX = torch.empty((num_codes * bits // 32, width), dtype=torch.int32, device=codes_NX.device)
+    _pack_words[(len(words_WX), triton.cdiv(width, CODES))](
+        codes_NX,
+        words_WX,
+        width,
+        *codes_NX.stride(),
+        BITS=bits,
+        OVERLAP=-(-32 // bits) + (32 % bits > 0),
+        WIDTH=CODES,
+        **PLAIN,
+    )
+    return words_WX
+
+
+def unpack(words_WX: Tensor, bits: int) -> Tensor:
+    """See `quantkit.kernels.unpack`."""
+    num_words, width = words_WX.shape
+    codes_NX = torch.empty((num_words * 32 // bits, width), dtype=torch.uint8, device=words_WX.device)
+    _unpack_words[(len(codes_NX), triton.cdiv(width, CODES))](
+        words_WX, codes_NX, num_words, width, *words_WX.stride(), BITS=bits, WIDTH=CODES, **PLAIN
+    )
+    return codes_NX
+
+
+def dequantize(
+    codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """See `quantkit.kernels.dequantize`."""
+    rows, columns = codes_OI.shape
+    weight_OI = torch.empty((rows, columns), dtype=dtype, device=codes_OI.device)
+    _decode_rows[(rows, triton.cdiv(columns, CODES))](
+        codes_OI,
+        scale_OG.contiguous(),
+        zero_OG.contiguous(),
+        group_I.contiguous(),
+        weight_OI,
+        columns,
+        scale_OG.shape[1],
+        *codes_OI.stride(),
+        WIDTH=CODES,
+        **PLAIN,
+    )
+    return weight_OI
+
+
+def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
+    """See `quantkit.kernels.block_errors`."""
+    length, blocks = x_LM.shape
+    error_CM = torch.empty_like(step_CM, memory_format=torch.contiguous_format)
+    _block_errors[(triton.cdiv(blocks, COLUMNS), len(step_CM))](
+        x_LM.contiguous(),
+        w_LM.contiguous(),
+        step_CM.contiguous(),
+        less_CM.contiguous(),
+        error_CM,
+        length,
+        blocks,
+        **_block_constants(length, top),
+        OFFSET=offset,
+    )
+    return error_CM
+
+
+def fit_ranges(
+    x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, top: int, *, signed: bool, refits: int
+) -> tuple[Tensor, Tensor]:
+    """See `quantkit.kernels.fit_ranges`."""
+    length, blocks = x_LM.shape
+    step_M, less_M = torch.empty_like(x_LM[0]), torch.empty_like(x_LM[0])
+    _fit_ranges[(triton.cdiv(blocks, COLUMNS),)](
+        x_LM.contiguous(),
+        w_LM.contiguous(),
+        step_CM.contiguous(),
+        less_CM.contiguous(),
+        step_M,
+        less_M,
+        length,
+        blocks,
+        len(step_CM),
+        refits,
+        SIGNED=signed,
+        **_block_constants(length, top),
+    )
+    return step_M, less_M
+
+
+def fit_offset(x_LM: Tensor, w_LM: Tensor, largest_M: Tensor, code_C: Tensor, offset: int, top: int) -> Tensor:
+    """See `quantkit.kernels.fit_offset`."""
+    length, blocks = x_LM.shape
+    step_M = torch.empty_like(largest_M)
+    _fit_offset[(triton.cdiv(blocks, COLUMNS),)](
+        x_LM.contiguous(),
+        w_LM.contiguous(),
+        largest_M.contiguous(),
+        code_C.contiguous(),
+        step_M,
+        length,
+        blocks,
+        len(code_C),
+        OFFSET=offset,
+        **_block_constants(length, top),
+    )
+    return step_M
+
+
+def _block_constants(length: int, top: int) -> dict[str, Any]:
+    return {
+        "TOP": top,
+        "MAGIC": MAGIC[torch.float32],
+        "LENGTH": triton.next_power_of_2(length),
+        "BLOCKS": COLUMNS,
+        **PLAIN,
+    }
+
+
+def _rows_lie_whole(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+@triton.jit
+def _nearest(ratio, LOW: tl.constexpr, HIGH: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The nearest whole number from LOW to HIGH."""
+    return (tl.minimum(tl.maximum(ratio, LOW * 1.0), HIGH * 1.0) + MAGIC) - MAGIC
+
+
+@triton.jit
+def _inverse(step):  # type: ignore[no-untyped-def]
+    """1 / step, and 0 where the step is."""
+    return tl.where(step == 0, 0.0, 1.0 / tl.where(step == 0, 1.0, step))
+
+
+@triton.jit
+def _solve_rows(  # type: ignore[no-untyped-def]
+    weight, feedback, upper, step, shift, less, codes, error, lost, channels, rows,
+    weight_stride, feedback_stride, upper_stride, step_stride, shift_stride, less_stride, codes_stride, error_stride,
+    TOP: tl.constexpr, HALF: tl.constexpr, MAGIC: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = at < rows
+    channel = tl.arange(0, CHANNELS)
+    here = channel < channels
+    tile = channel.to(tl.int64)[:, None] * feedback_stride + at[None, :]
+    pull = tl.load(feedback + tile, mask=here[:, None] & inside[None, :], other=0.0)
+    image = tl.zeros([ROWS], dtype=pull.dtype)
+    total = image
+    weight_at, step_at, shift_at, less_at, codes_at, error_at = at, at, at, at, at, at
+    upper_at = channel.to(tl.int64)
+    for i in range(channels):
+        factor = tl.load(upper + upper_at, mask=here, other=0.0)
+        pivot = tl.sum(tl.where(channel == i, factor, 0.0), axis=0)
+        pulled = tl.sum(tl.where(channel[:, None] == i, pull, 0.0), axis=0)
+        own = tl.load(weight + weight_at, mask=inside, other=0.0)
+        size = tl.load(step + step_at, mask=inside, other=0.0)
+        zero = tl.load(shift + shift_at, mask=inside, other=0.0)
+        minus = tl.load(less + less_at, mask=inside, other=0.0)
+        wanted = own + pulled / pivot
+        code = _nearest(
+            tl.where(size == 0, 0.0, (wanted + minus) / tl.where(size == 0, 1.0, size)) + zero, 0, TOP, MAGIC
+        )
+        product = (code - zero) * size
+        if HALF:
+            product = product.to(tl.float16).to(pull.dtype)
+        missed = own - (product - minus)
+        tl.store(codes + codes_at, code.to(tl.int32).to(tl.uint8), mask=inside)
+        tl.store(error + error_at, missed, mask=inside)
+        image = pulled + missed * pivot
+        total += image * image
+        pull += factor[:, None] * missed[None, :]
+        weight_at += weight_stride
+        step_at += step_stride
+        shift_at += shift_stride
+        less_at += less_stride
+        codes_at += codes_stride
+        error_at += error_stride
+        upper_at += upper_stride
+    tl.store(lost + at, total, mask=inside)
+
+
+@triton.jit
+def _round_rows(  # type: ignore[no-untyped-def]
+    weight, importance, scale, zero, error, channels, rows, channel_stride, row_stride,
+    TOP: tl.constexpr, MAGIC: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = at < rows
+    tried = tl.program_id(1).to(tl.int64) * rows + at
+    size = tl.load(scale + tried, mask=inside, other=1.0)
+    shift = tl.load(zero + tried, mask=inside, other=0.0)
+    times = 1.0 / size
+    total = tl.zeros([ROWS], dtype=size.dtype)
+    for first in range(0, channels, CHANNELS):
+        channel = first + tl.arange(0, CHANNELS)
+        here = channel < channels
+        tile = channel.to(tl.int64)[:, None] * channel_stride + at[None, :] * row_stride
+        values = tl.load(weight + tile, mask=here[:, None] & inside[None, :], other=0.0)
+        share = tl.load(importance + channel, mask=here, other=0.0)
+        ratio = values * times[None, :] + shift[None, :]
+        miss = ratio - _nearest(ratio, 0, TOP, MAGIC)
+        total += tl.sum(share[:, None] * (miss * miss), axis=0)
+    tl.store(error + tried, total * (size * size), mask=inside)
+
+
+@triton.jit
+def _pack_words(  # type: ignore[no-untyped-def]
+    codes, words, width, code_stride, width_stride, BITS: tl.constexpr, OVERLAP: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    inside = at < width
+    run = row // BITS
+    # the run's bits that this word begins with, and the code that holds them
+    begin = (row % BITS) * 32
+    first = begin // BITS
+    word = tl.zeros([WIDTH], dtype=tl.int64)
+    for step in tl.static_range(OVERLAP):
+        place = first + step
+        there = at < tl.where(place < 32, width, 0)
+        code = tl.load(codes + (run * 32 + place) * code_stride + at * width_stride, mask=there, other=0).to(tl.int64)
+        shift = place * BITS - begin
+        left, right = tl.maximum(shift, 0), tl.maximum(-shift, 0)
+        # what lies beyond the word's 32 bits is the next one's
+        word |= tl.where(shift < 32, (code << tl.minimum(left, 31)) >> right, 0)
+    tl.store(words + row * width + at, word.to(tl.int32), mask=inside)
+
+
+@triton.jit
+def _unpack_words(  # type: ignore[no-untyped-def]
+    words, codes, num_words, width, word_stride, width_stride, BITS: tl.constexpr, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    inside = at < width
+    begin = row * BITS
+    word = begin // 32
+    place = words + word * word_stride + at * width_stride
+    low = tl.load(place, mask=inside, other=0).to(tl.int64) & 0xFFFFFFFF
+    there = at < tl.where(word + 1 < num_words, width, 0)
+    high = tl.load(place + word_stride, mask=there, other=0).to(tl.int64) & 0xFF
+    code = (((high << 32) | low) >> (begin % 32)) & ((1 << BITS) - 1)
+    tl.store(codes + row * width + at, code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _decode_rows(  # type: ignore[no-untyped-def]
+    codes, scale, zero, group, weight, columns, groups, row_stride, column_stride, WIDTH: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    inside = at < columns
+    own = row * groups + tl.load(group + at, mask=inside, other=0).to(tl.int64)
+    code = tl.load(codes + row * row_stride + at * column_stride, mask=inside, other=0).to(tl.float32)
+    size = tl.load(scale + own, mask=inside, other=0.0)
+    value = (code - tl.load(zero + own, mask=inside, other=0.0)) * size
+    tl.store(weight + row * columns + at, value.to(weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tile(x, length, blocks, LENGTH: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A program's columns of [L, M], and 0 beyond them."""
+    at = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    place = tl.arange(0, LENGTH)
+    mask = (place < length)[:, None] & (at < blocks)[None, :]
+    return tl.load(x + place.to(tl.int64)[:, None] * blocks + at[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _error_of(x, w, step, less, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    code = _codes_of(x, step, less, OFFSET, TOP, MAGIC)
+    off = code * step[None, :] - less[None, :] - x
+    return tl.sum(off * off * w, axis=0)
+
+
+@triton.jit
+def _codes_of(x, step, less, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    return _nearest((x + less[None, :]) * _inverse(step)[None, :], -OFFSET, TOP - OFFSET, MAGIC)
+
+
+@triton.jit
+def _block_errors(  # type: ignore[no-untyped-def]
+    x, w, step, less, error, length, blocks,
+    TOP: tl.constexpr, MAGIC: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = at < blocks
+    tried = tl.program_id(1).to(tl.int64) * blocks + at
+    own = _tile(x, length, blocks, LENGTH, BLOCKS)
+    weigh = _tile(w, length, blocks, LENGTH, BLOCKS)
+    size = tl.load(step + tried, mask=inside, other=0.0)
+    minus = tl.load(less + tried, mask=inside, other=0.0)
+    tl.store(error + tried, _error_of(own, weigh, size, minus, OFFSET, TOP, MAGIC), mask=inside)
+
+
+@triton.jit
+def _fit_ranges(  # type: ignore[no-untyped-def]
+    x, w, step, less, best_step, best_less, length, blocks, candidates, refits,
+    SIGNED: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = at < blocks
+    own = _tile(x, length, blocks, LENGTH, BLOCKS)
+    weigh = _tile(w, length, blocks, LENGTH, BLOCKS)
+    sum_w = tl.sum(weigh, axis=0)
+    sum_x = tl.sum(own * weigh, axis=0)
+    size = tl.load(step + at, mask=inside, other=0.0)
+    minus = tl.load(less + at, mask=inside, other=0.0)
+    least = _error_of(own, weigh, size, minus, 0, TOP, MAGIC)
+    tried = at
+    for candidate in range(1, candidates + refits):
+        # codes that a fit gives may call for another fit
+        tried += blocks
+        from_list = at < tl.where(candidate < candidates, blocks, 0)
+        start = tl.where(candidate < candidates, tl.load(step + tried, mask=from_list, other=0.0), size)
+        below = tl.where(candidate < candidates, tl.load(less + tried, mask=from_list, other=0.0), minus)
+        code = _codes_of(own, start, below, 0, TOP, MAGIC)
+        sum_l = tl.sum(weigh * code, axis=0)
+        sum_ll = tl.sum(weigh * code * code, axis=0)
+        sum_xl = tl.sum(own * weigh * code, axis=0)
+        determinant = sum_w * sum_ll - sum_l * sum_l
+        solvable = determinant > 1e-7 * sum_w * sum_ll
+        safe = tl.where(solvable, determinant, 1.0)
+        slope = (sum_w * sum_xl - sum_x * sum_l) / safe
+        offset = (sum_l * sum_xl - sum_ll * sum_x) / safe
+        if SIGNED:
+            slope = tl.where(solvable, slope, 0.0)
+            offset = tl.where(solvable, offset, -sum_x / tl.where(sum_w == 0, 1.0, sum_w))
+        else:
+            alone = tl.maximum(tl.where(sum_ll > 0, sum_xl / tl.where(sum_ll > 0, sum_ll, 1.0), 0.0), 0.0)
+            bad = (offset < 0) | (determinant <= 1e-7 * sum_w * sum_ll)
+            slope = tl.where(bad, alone, slope)
+            offset = tl.where(bad, 0.0, offset)
+        found = _error_of(own, weigh, slope, offset, 0, TOP, MAGIC)
+        better = found < least
+        least = tl.where(better, found, least)
+        size = tl.where(better, slope, size)
+        minus = tl.where(better, offset, minus)
+    tl.store(best_step + at, size, mask=inside)
+    tl.store(best_less + at, minus, mask=inside)
+
+
+@triton.jit
+def _fit_offset(  # type: ignore[no-untyped-def]
+    x, w, largest, codes, best_step, length, blocks, candidates,
+    OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = at < blocks
+    own = _tile(x, length, blocks, LENGTH, BLOCKS)
+    weigh = _tile(w, length, blocks, LENGTH, BLOCKS)
+    divisor = _inverse(tl.load(largest + at, mask=inside, other=0.0))
+    best = tl.zeros([BLOCKS], dtype=tl.float32)
+    gain = tl.zeros([BLOCKS], dtype=tl.float32)
+    for candidate in range(candidates):
+        times = tl.load(codes + candidate) * divisor
+        code = _nearest(own * times[None, :], -OFFSET, TOP - OFFSET, MAGIC)
+        along = tl.sum(own * weigh * code, axis=0)
+        squares = tl.sum(code * code * weigh, axis=0)
+        safe = tl.where(squares > 0, squares, 1.0)
+        found = along * along / safe
+        better = (squares > 0) & (found > gain)
+        gain = tl.where(better, found, gain)
+        best = tl.where(better, along / safe, best)
+    tl.store(best_step + at, best, mask=inside)

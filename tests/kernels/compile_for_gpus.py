@@ -1,0 +1,104 @@
+"""Compile every Triton kernel to machine code for GPUs that need not be here; run as a program, without an interpreter.
+
+Prints JSON: by kernel, variant and architecture the bytes of machine code and how many products were fused with sums.
+"""
+
+import json
+import re
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from quantkit.kernels import gpu
+
+TYPES = {torch.float32: "fp32", torch.float64: "fp64"}
+ARCHITECTURES = (80, 90)  # A100; H100, H200 and GH200
+BLOCK = {"TOP": 15, "MAGIC": gpu.MAGIC[torch.float32], "LENGTH": 32, "BLOCKS": gpu.COLUMNS}
+
+
+def pointers(names: str, kind: str) -> dict[str, str]:
+    return dict.fromkeys(names.split(), f"*{kind}")
+
+
+def whole(names: str, kind: str = "i32") -> dict[str, str]:
+    return dict.fromkeys(names.split(), kind)
+
+
+def solve(dtype: torch.dtype, half: bool):
+    strides = "weight feedback upper step shift less codes error"
+    return gpu._solve_rows, (
+        pointers("weight feedback upper step shift less", TYPES[dtype])
+        | pointers("codes", "u8")
+        | pointers("error lost", TYPES[dtype])
+        | whole("channels rows")
+        | whole(" ".join(f"{name}_stride" for name in strides.split()))
+    ), {"TOP": 15, "HALF": half, "MAGIC": gpu.MAGIC[dtype], "CHANNELS": 128, "ROWS": gpu.ROWS}  # fmt: skip
+
+
+def decode(kind: str):
+    signature = pointers("codes", "u8") | pointers("scale zero", "fp32") | pointers("group", "i32")
+    signature |= pointers("weight", kind) | whole("columns groups row_stride column_stride")
+    return gpu._decode_rows, signature, {"WIDTH": gpu.CODES}
+
+
+def ranges(signed: bool):
+    signature = pointers("x w step less best_step best_less", "fp32") | whole("length blocks candidates refits")
+    return gpu._fit_ranges, signature, {"SIGNED": signed, **BLOCK}
+
+
+CASES = {
+    "solve float32": solve(torch.float32, False),
+    "solve float32, products of float16": solve(torch.float32, True),
+    "solve float64": solve(torch.float64, False),
+    "round": (
+        gpu._round_rows,
+        pointers("weight importance scale zero error", "fp32") | whole("channels rows channel_stride row_stride"),
+        {"TOP": 15, "MAGIC": gpu.MAGIC[torch.float32], "CHANNELS": 8, "ROWS": gpu.COLUMNS},
+    ),
+    "pack": (
+        gpu._pack_words,
+        pointers("codes", "u8") | pointers("words", "i32") | whole("width code_stride width_stride"),
+        {"BITS": 3, "OVERLAP": 12, "WIDTH": gpu.CODES},
+    ),
+    "unpack": (
+        gpu._unpack_words,
+        pointers("words", "i32") | pointers("codes", "u8") | whole("num_words width word_stride width_stride"),
+        {"BITS": 3, "WIDTH": gpu.CODES},
+    ),
+    "decode float32": decode("fp32"),
+    "decode float16": decode("fp16"),
+    "decode bfloat16": decode("bf16"),
+    "block errors": (
+        gpu._block_errors,
+        pointers("x w step less error", "fp32") | whole("length blocks"),
+        {**BLOCK, "OFFSET": 0},
+    ),
+    "fit ranges": ranges(False),
+    "fit ranges, signed": ranges(True),
+    "fit offset": (
+        gpu._fit_offset,
+        pointers("x w largest codes best_step", "fp32") | whole("length blocks candidates"),
+        {"OFFSET": 8, **BLOCK},
+    ),
+}
+
+
+def compiled(case, architecture: int) -> dict[str, int]:
+    kernel, signature, constants = case
+    full = signature | dict.fromkeys(constants, "constexpr")
+    order = {name: full[name] for name in kernel.arg_names}
+    source = ASTSource(
+        kernel, order, constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(gpu.PLAIN))
+    return {"bytes": len(made.asm["cubin"]), "fused": len(re.findall(r"\bfma\.rn", made.asm["ptx"]))}
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps(
+            {f"{name}, sm_{each}": compiled(case, each) for name, case in CASES.items() for each in ARCHITECTURES}
+        )
+    )
