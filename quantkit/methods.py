@@ -1,18 +1,21 @@
 """Which solver and which layout a recipe's format means: one row per format."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.index import read_json
+from quantkit.errors import RefusedError
 from quantkit.formats.awq import BITS as AWQ_BITS
 from quantkit.formats.awq import AwqFormat
 from quantkit.formats.compressed_tensors import CompressedTensorsFormat
 from quantkit.formats.contract import Format
-from quantkit.formats.exl2 import Exl2Format, expected_biases
+from quantkit.formats.exl2 import Exl2Format, expected_biases, sublayers
 from quantkit.formats.gguf.metadata import About
 from quantkit.formats.gguf.names import Model
 from quantkit.formats.gguf.write import GgufFormat
@@ -35,13 +38,14 @@ from quantkit.solvers.awq import ChannelScaling
 from quantkit.solvers.blocks import BlockSolver
 from quantkit.solvers.contract import Solver
 from quantkit.solvers.exl2 import Exl2Solver
-from quantkit.solvers.exl2_measure import OptionTrial, allocate, with_allocations
+from quantkit.solvers.exl2_measure import OptionTrial, allocate, measured_before, measurement_file, worthwhile
 from quantkit.solvers.ggml import ENGINE as GGML
 from quantkit.solvers.gptq import GptqSolver
 from quantkit.solvers.hqq import HalfQuadratic
 from quantkit.solvers.rtn import RoundToNearest
 from quantkit.solvers.weights import ByWidth, WeightSolver, WhereCalibrated
 from quantkit.stream import Measuring, Solvers
+from quantkit.workdir import sha256_of
 
 # where a recipe has no key for them
 GPTQ_DAMPING = 0.01
@@ -55,10 +59,13 @@ class Survey:
     Attributes:
         measuring: finds out something about every decoder layer.
         settle: the method as it is once everything was measured, given all layers' findings in order.
+        earlier: findings of an earlier survey that are to be used instead, given (name, out, in) of the decoder
+            layers' linears, and what is to be said of them; None where there are none.
     """
 
     measuring: Measuring
     settle: Callable[[list[dict[str, Any]]], "Method"]
+    earlier: Callable[[list[tuple[str, int, int]]], tuple[dict[str, Any], str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,12 +76,16 @@ class Method:
         solvers, format: what works together.
         engine: names an engine whose library the solvers call.
         survey: comes first, and changes both before the first item is solved.
+        read: SHA-256 of further files that decide the bytes, by the recipe's key.
+        allotments: of each variant, for the record, where a survey decided something.
     """
 
     solvers: Solvers
     format: Format
     engine: str | None = None
     survey: Survey | None = None
+    read: Mapping[str, str] = field(default_factory=dict)
+    allotments: Mapping[str, dict[str, float]] = field(default_factory=dict)
 
 
 def gptq(section: GptqSection, config: dict[str, Any]) -> Method:
@@ -204,15 +215,35 @@ def exl2(section: Exl2Section, config: dict[str, Any]) -> Method:
         return Solvers(solver, ends=solver, unties_head=True)
 
     def settle(layers: list[dict[str, Any]]) -> Method:
-        measured = {key: rows for layer in layers for key, rows in layer["measured"].items()}
+        measured = {key: worthwhile(rows) for layer in layers for key, rows in layer["measured"].items()}
         weights = sum(layer["weights"] for layer in layers)
-        found = [allocate(measured, weights, bits) for bits in section.bits]
-        chosen = {name: tuple(each.mixtures[name] for each in found) for name in found[0].mixtures}
-        settled = replace(written, measurement=with_allocations(measured, found, written.variants))
-        return Method(solvers(lambda name: chosen.get(name, (head,) * len(found))), settled)
+        targets = zip(written.variants, section.bits, strict=True)
+        found = {variant: allocate(measured, weights, bits) for variant, bits in targets}
+        several = [allocation.mixtures for allocation in found.values()]
+        chosen = {name: tuple(each[name] for each in several) for name in several[0]}
+        settled = replace(written, measurement=measurement_file(measured, found))
+        allotments = {variant: allocation.facts for variant, allocation in found.items()}
+        solver = solvers(lambda name: chosen.get(name, (head,) * len(found)))
+        return Method(solver, settled, read=read, allotments=allotments)
 
+    def earlier(shapes: list[tuple[str, int, int]]) -> tuple[dict[str, Any], str]:
+        linears = sublayers({name: (rows, columns) for name, rows, columns in shapes})
+        return measured_before(content, linears, where=str(section.measurement))
+
+    read, content = {}, {}
+    if section.measurement is not None:
+        path = Path(section.measurement)
+        if not path.is_file():
+            raise RefusedError(
+                f"no such file: {path}",
+                where="quantize.measurement",
+                fix="give the measurement.json of an artifact, or of exllamav2",
+            )
+        content = read_json(path)
+        read = {"quantize.measurement": sha256_of(path)}
     unsettled = solvers(lambda name: (head,) * len(section.bits))
-    return Method(unsettled, written, survey=Survey(trial, settle))
+    survey = Survey(trial, settle, None if section.measurement is None else earlier)
+    return Method(unsettled, written, survey=survey, read=read)
 
 
 METHODS: dict[str, Callable[[Any, dict[str, Any]], Method]] = {

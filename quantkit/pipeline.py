@@ -1,6 +1,7 @@
 """The one place that joins the stages: recipe, checkpoint, calibration, stream, format, validation, record, card."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +87,7 @@ def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress,
     recipe = settled(recipe)
     use_threads(recipe.compute.threads)
     checkpoint = describe_checkpoint(recipe.model.id, recipe.model.revision, progress)
-    return _planned(recipe, checkpoint, _method(recipe, checkpoint), out, device, here=here)
+    return _planned(recipe, checkpoint, _method(recipe, checkpoint, progress), out, device, here=here)
 
 
 def build(
@@ -118,13 +119,14 @@ def build(
         source = open_source(recipe.model.id, recipe.model.revision, progress)
         _refuse_other_licence(recipe, source)
         unpinned = source.revision if recipe.model.revision is None else None
-        method = _method(recipe, source.checkpoint)
+        method = _method(recipe, source.checkpoint, progress)
         texts = {}
         if _reads_text(recipe, method):
             texts = {
                 name: load_text_set(name, "calibration") for name, wanted in recipe.calibration.texts.items() if wanted
             }
-        identity = _identity(recipe, source, texts, device, recipe.engine if method.engine is None else method.engine)
+        engine = recipe.engine if method.engine is None else method.engine
+        identity = _identity(recipe, source, texts, device, engine, method.read)
         record = _finished(out, identity, fresh=fresh)
         reused = record is not None
         if record is None:
@@ -139,8 +141,14 @@ def build(
     return Build(out, record, reused, unpinned)
 
 
-def _method(recipe: Recipe, checkpoint: Checkpoint) -> Method:
-    return METHODS[recipe.format](recipe.quantize, checkpoint.config)
+def _method(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Method:
+    """The recipe's method; one whose survey was made before is settled by it at once."""
+    method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
+    if method.survey is None or method.survey.earlier is None:
+        return method
+    findings, word = method.survey.earlier(list(checkpoint.linear_shapes()))
+    progress.stage(word)
+    return method.survey.settle([findings])
 
 
 def _planned(
@@ -195,19 +203,27 @@ def _reads_text(recipe: Recipe, method: Method) -> bool:
 
 
 def _identity(
-    recipe: Recipe, source: Source, texts: dict[str, TextSet], device: torch.device, engine: str
+    recipe: Recipe,
+    source: Source,
+    texts: dict[str, TextSet],
+    device: torch.device,
+    engine: str,
+    read: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything that decides the artifact's bytes; the same identity gives the same files."""
     deciding = recipe.deciding()
     # what it was resolved to: a recipe that is pinned to it afterwards means the same build
     deciding["model"] = deciding["model"] | {"revision": source.revision}
-    return {
+    identity = {
         "recipe": deciding,
         "source": source.sha256,
         "texts": {public_name(name): text_set.sha256 for name, text_set in texts.items()},
         "versions": deciding_versions(),
         "device": device_model(device),
-    } | ({} if engine == OWN_ENGINE else {"engine": find_engine(engine).pins})
+    }
+    if engine != OWN_ENGINE:
+        identity["engine"] = find_engine(engine).pins
+    return identity | ({"read": dict(read)} if read else {})
 
 
 def _finished(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
@@ -302,6 +318,8 @@ def _make(
         },
         "peak_memory_bytes": peak_memory_bytes(device),
     }
+    if method.allotments:
+        record["build"]["allotments"] = dict(method.allotments)
     record = keep(work.artifact, record)
     work.publish()
     return record

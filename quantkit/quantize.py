@@ -1,6 +1,6 @@
 """The [quantize] table of a recipe: one closed class per format, and the table that names them."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -9,6 +9,8 @@ class Section(BaseModel):
     """A table of a recipe: frozen, strictly typed, closed."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    files: ClassVar[tuple[str, ...]] = ()
+    """Keys that name local files."""
 
 
 class GptqSection(Section):
@@ -295,6 +297,12 @@ class Exl2Section(Section):
         ge=4,
         description="Tokens that options are compared on, the beginnings of four calibration windows.",
     )
+    measurement: str | None = Field(
+        default=None,
+        description="Path of a measurement.json of the same model or of one that it was tuned from, quantkit's or "
+        "exllamav2's: widths are then allotted by it, and nothing is measured.",
+    )
+    files: ClassVar[tuple[str, ...]] = ("measurement",)
 
     @field_validator("bits")
     @classmethod

@@ -161,6 +161,8 @@ class Recipe(Section):
         """Every key with its value, defaults included, ready for JSON; local paths are cut to their last part."""
         content = self.model_dump(mode="json")
         content["model"]["id"] = public_name(self.model.id)
+        for key in getattr(self.quantize, "files", ()):
+            content["quantize"][key] = content["quantize"][key] and public_name(content["quantize"][key])
         calibration, validation = content["calibration"], content["validation"]
         calibration["texts"] = {public_name(name): number for name, number in calibration["texts"].items()}
         validation["texts"] = [public_name(name) for name in validation["texts"]]

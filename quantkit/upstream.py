@@ -70,6 +70,8 @@ def quantize_upstream(
     """
     shutil.rmtree(scratch, ignore_errors=True)
     settings = recipe.quantize.model_dump(mode="json")
+    # the engine works in a folder of its own
+    settings |= {key: str(Path(settings[key]).resolve()) for key in recipe.quantize.files if settings[key]}
     return build(
         engine,
         recipe.format,

@@ -18,11 +18,13 @@ from quantkit.upstream import adopt, settled
 from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
+SHORT = {"calibration": {"window_tokens": 64}, "validation": {"window_tokens": 64}}
 MAKERS = [name for name in ENGINES if "gptq" in find_engine(name).builds]
 
 
 def recipe_of(engine: str, model="bielik-nano", **quantize) -> Recipe:
-    return Recipe.of({"format": "gptq", "engine": engine, "model": {"id": str(model)}, "quantize": quantize})
+    content = {"format": "gptq", "engine": engine, "model": {"id": str(model)}, "quantize": quantize}
+    return Recipe.of(content | SHORT)
 
 
 def test_quantkits_own_recipes_are_left_alone():
@@ -131,7 +133,7 @@ def test_a_folder_of_each_variant_is_kept(tiny_mistral, tmp_path):
 
 def test_an_engine_for_cuda_is_refused_without_it(tiny_mistral, tmp_path, monkeypatch):
     monkeypatch.setattr(env, "has_cuda", lambda: False)
-    content = {"format": "exl2", "engine": "exllamav2", "model": {"id": str(tiny_mistral)}}
+    content = {"format": "exl2", "engine": "exllamav2", "model": {"id": str(tiny_mistral)}} | SHORT
     recipe = Recipe.of(content | {"quantize": {"bits": [4.0, 5.0]}})
     for run in (
         lambda: plan(recipe, out=tmp_path / "out", device=CPU, progress=Progress()),

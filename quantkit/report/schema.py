@@ -83,6 +83,14 @@ class ItemFacts(Part):
     )
 
 
+class Allotment(Part):
+    """How the bits of a variant were spread, where they were measured to be."""
+
+    bits_per_weight: float = Field(description="Over the linears of the decoder layers, all that the file stores.")
+    noise: float = Field(description="What the choice costs by the measurement.")
+    bound: float = Field(description="No choice within the target costs less; equal to `noise` where that is proven.")
+
+
 class BuildFacts(Part):
     """What the build cost; of a build that was continued, items count in full and the stages since the restart."""
 
@@ -97,6 +105,7 @@ class BuildFacts(Part):
         default={}, description="`read`: of the source's weights; `written`: of the artifact."
     )
     peak_memory_bytes: dict[str, int] = Field(description="`host`: resident; `device`: of the GPU's tensors.")
+    allotments: dict[str, Allotment] = Field(default={}, description="By variant, for a format that measures first.")
 
 
 class AnswerFacts(Part):

@@ -6,6 +6,7 @@ Figures have the shape of exllamav2's measurement.json, so that either program c
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from quantkit.checkpoint.families import Stage
 from quantkit.checkpoint.layer import DecoderLayer
 from quantkit.costs import Cost, LayerWork, Shape, StageWork, total
 from quantkit.errors import RefusedError
-from quantkit.grids.exl2 import SCALE_BITS, Mixture, Part
+from quantkit.grids.exl2 import SCALE_BITS, UNIT, WIDTHS, Mixture, Part
 from quantkit.grids.exl2_options import ATTENTION, LINEARS, MLP, OPTIONS, Option
 from quantkit.qtensor import QuantizedLinear
 from quantkit.solvers.exl2 import activation_factor, solve_exl2
@@ -23,6 +24,7 @@ from quantkit.solvers.gptq import feedback_cost
 from quantkit.solvers.knapsack import Choice, choose
 
 LEAST_ACCURACY = 1e-6
+UNMEASURED = ("model.norm.norm", "lm_head.linear")  # as exllamav2's measurement.json names the last modules
 WINDOWS = 4
 Measured = dict[str, list[dict[str, Any]]]
 """Options with their accuracy, by the sub-layer's full name."""
@@ -89,8 +91,7 @@ class OptionTrial:
                     closing_BTF = layer.closing_input(stages[0], inputs_BTD, rope)
                 share_B = _norms(layer.block_output(stages[1], closing_BTF, rope) - exact_BTD) / norm_B
                 accuracy = max(LEAST_ACCURACY, 1 - float(share_B.mean()))
-                described_by = {linear: described(mixture) for linear, mixture in option.mixtures}
-                rows.append({"accuracy": accuracy, "total_bits": option.stored_bits(shapes)} | described_by)
+                rows.append(option_row(accuracy, option.stored_bits(shapes), held))
             for linear, weight in weights.items():
                 weight.data = exact[linear]
         return {"weights": sum(linear.weight.numel() for linear in layer.linears.values()), "measured": found}
@@ -178,20 +179,90 @@ def mixture_of(entry: Mapping[str, Any]) -> Mixture:
     """A mixture from its description; the inverse of `described`.
 
     Raises:
-        RefusedError: scales of another number of bits, or widths that no file holds.
+        ValueError: it is none that EXL2 holds, or not described so.
     """
     try:
-        if entry["scale_bits"] != SCALE_BITS:
-            raise ValueError(f"scales of {entry['scale_bits']} bits")
+        sizes, widths, shares = entry["group_size"], entry["bits"], entry["bits_prop"]
+        scale_bits = entry["scale_bits"]
         parts = tuple(
-            Part(bits, share, int(entry["group_size"][str(bits)]))
-            for bits, share in zip(entry["bits"], entry["bits_prop"], strict=True)
+            Part(int(bits), float(share), int(sizes[str(bits)])) for bits, share in zip(widths, shares, strict=True)
         )
-        return Mixture(parts)
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise RefusedError(
-            f"not a mixture that EXL2 holds: {error}", where="measurement.json", fix="measure again"
-        ) from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a mixture: {error}") from None
+    if scale_bits != SCALE_BITS:
+        raise ValueError(f"scales of {scale_bits} bits")
+    if not parts or sorted(widths, reverse=True) != widths or not set(widths) <= set(WIDTHS):
+        raise ValueError(f"widths of {widths}")
+    if any(part.group_size <= 0 or part.group_size % UNIT or not 0 < part.share <= 1 for part in parts):
+        raise ValueError(f"shares of {shares} in groups of {sizes}")
+    return Mixture(parts)
+
+
+def measured_before(
+    content: Mapping[str, Any], linears: Mapping[str, Mapping[str, tuple[int, int]]], *, where: str
+) -> tuple[dict[str, Any], str]:
+    """What `OptionTrial` would find out of all layers, taken from a measurement.json, and a word on it.
+
+    Options of another table are taken, too, where the format can hold them; the bits that they take are counted anew.
+
+    Args:
+        content: of the file, quantkit's or exllamav2's.
+        linears: (out, in) of each sub-layer's linears, by the sub-layer's full name.
+        where: the file, for errors.
+
+    Raises:
+        RefusedError: it is none, or a sub-layer was not measured.
+    """
+    rows_by_key = content.get("measurement")
+    found: Measured = {}
+    ignored = 0
+    for key, shapes in linears.items():
+        rows = rows_by_key.get(key) if isinstance(rows_by_key, Mapping) else None
+        usable = [row for row in map(partial(_usable, shapes), rows if isinstance(rows, list) else []) if row]
+        if not usable:
+            raise RefusedError(
+                f"no option of {key} was measured",
+                where=where,
+                fix="give the measurement.json of this model, or leave quantize.measurement out",
+            )
+        ignored += len(rows) - len(usable)  # type: ignore[arg-type]
+        found[key] = usable
+    word = f"using the measurement of {sum(map(len, found.values()))} options"
+    weights = sum(rows * columns for shapes in linears.values() for rows, columns in shapes.values())
+    return {"weights": weights, "measured": found}, word + (
+        f"; {ignored} that do not fit are ignored" if ignored else ""
+    )
+
+
+def _usable(shapes: Mapping[str, tuple[int, int]], row: Any) -> dict[str, Any] | None:
+    """An option of a measurement.json for linears of these shapes; None if it is none."""
+    try:
+        accuracy = float(row["accuracy"])
+        mixtures = {linear: mixture_of(row[linear]) for linear in shapes}
+    except (KeyError, TypeError, ValueError):
+        return None
+    if not 0 < accuracy <= 1:
+        return None
+    bits = sum(mixture.stored_bits(*shapes[linear]) for linear, mixture in mixtures.items())
+    return option_row(accuracy, bits, mixtures)
+
+
+def option_row(accuracy: float, bits: int, mixtures: Mapping[str, Mixture]) -> dict[str, Any]:
+    """An option as measurement.json has it."""
+    described_by = {linear: described(mixture) for linear, mixture in mixtures.items()}
+    return {"accuracy": accuracy, "total_bits": bits, **described_by}
+
+
+def worthwhile(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Options by rising bits, without those that another is no larger than and as accurate as.
+
+    exllamav2 steps through an option's followers while bits are left, so each must be the better one.
+    """
+    kept: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (row["total_bits"], -row["accuracy"])):
+        if not kept or row["accuracy"] > kept[-1]["accuracy"]:
+            kept.append(row)
+    return kept
 
 
 @dataclass(frozen=True)
@@ -207,6 +278,11 @@ class Allocation:
     mixtures: dict[str, Mixture]
     choice: Choice
     bits_per_weight: float
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """For the record, see `quantkit.report.schema.Allotment`."""
+        return {"bits_per_weight": self.bits_per_weight, "noise": self.choice.cost, "bound": self.choice.bound}
 
 
 def allocate(measured: Measured, weights: int, target: float, *, norm: float = 2.0) -> Allocation:
@@ -242,18 +318,20 @@ def allocate(measured: Measured, weights: int, target: float, *, norm: float = 2
     return Allocation(mixtures, choice, choice.size / weights)
 
 
-def with_allocations(measured: Measured, found: Sequence[Allocation], variants: Sequence[str]) -> dict[str, Any]:
-    """measurement.json: exllamav2's keys, and what was chosen for each variant and how well that is proven."""
+def measurement_file(measured: Measured, found: Mapping[str, Allocation]) -> dict[str, Any]:
+    """measurement.json: exllamav2's keys, and what was chosen for each variant and how well that is proven.
+
+    exllamav2 counts its modules: the embedding, two of each layer, the norm and the head, of which it measures neither.
+
+    Args:
+        measured: options of every sub-layer, by rising bits.
+        found: by variant.
+    """
     return {
-        "measurement": measured,
-        "last_module_idx": len(measured) - 1,
+        "measurement": {**measured, **dict.fromkeys(UNMEASURED)},
+        "last_module_idx": len(measured) + len(UNMEASURED),
         "allocations": {
-            variant: {
-                "bits_per_weight": each.bits_per_weight,
-                "options": dict(zip(measured, each.choice.options, strict=True)),
-                "noise": each.choice.cost,
-                "bound": each.choice.bound,
-            }
-            for variant, each in zip(variants, found, strict=True)
+            variant: each.facts | {"options": dict(zip(measured, each.choice.options, strict=True))}
+            for variant, each in found.items()
         },
     }

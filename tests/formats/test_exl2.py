@@ -24,11 +24,13 @@ from quantkit.formats.exl2 import (
     open_variants,
 )
 from quantkit.grids.exl2 import Exl2Grid, Mixture
-from quantkit.grids.exl2_options import ATTENTION, HEADS, MLP, OPTIONS
+from quantkit.grids.exl2_options import HEADS
 from quantkit.pipeline import build
 from quantkit.qtensor import QuantizedLinear
 from quantkit.recipe import Recipe
-from quantkit.workdir import hash_files
+from quantkit.report.record import artifact_files
+from quantkit.solvers.exl2_measure import OptionTrial
+from quantkit.workdir import Workdir, hash_files, sha256_of
 from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
@@ -363,16 +365,21 @@ def test_measurements_have_the_converters_keys_and_choices_keep_to_the_target(bu
     content = json.loads((built.out / "measurement.json").read_text())
     measured = content["measurement"]
     blocks = [f"model.layers.{layer}.{block}" for layer in (0, 1) for block in ("self_attn", "mlp")]
-    assert list(measured) == blocks
-    assert [len(measured[name]) for name in blocks] == 2 * [len(OPTIONS[ATTENTION]), len(OPTIONS[MLP])]
+    assert measured == {name: measured[name] for name in blocks} | {"model.norm.norm": None, "lm_head.linear": None}
+    assert content["last_module_idx"] == len(["embedding", *measured]) - 1, "places of modules as exllamav2 has them"
+    for name in blocks:
+        sizes, accuracies = zip(*((row["total_bits"], row["accuracy"]) for row in measured[name]), strict=True)
+        assert len(sizes) > 8
+        assert sorted(set(sizes)) == list(sizes), "the next option is the larger"
+        assert sorted(set(accuracies)) == list(accuracies), "and the better one"
     assert measured[blocks[1]][0].keys() == {"accuracy", "total_bits", "gate_proj", "up_proj", "down_proj"}
     least, most = (
         {name: choose(measured[name], key=lambda row: row["total_bits"]) for name in blocks} for choose in (min, max)
     )
     listed = {
-        "group_size": {"6": 32, "3": 64, "2": 64},
-        "bits": [6, 3, 2],
-        "bits_prop": [0.05, 0.2, 0.75],
+        "group_size": {"5": 32, "3": 32},
+        "bits": [5, 3],
+        "bits_prop": [0.05, 0.95],
         "scale_bits": 4,
     }
     assert listed in [row["down_proj"] for row in measured[blocks[1]]]
@@ -390,6 +397,8 @@ def test_measurements_have_the_converters_keys_and_choices_keep_to_the_target(bu
         assert stored / weights == pytest.approx(chosen["bits_per_weight"], rel=1e-12)
         assert chosen["bits_per_weight"] <= float(name.removesuffix("bpw"))
         assert chosen["noise"] == chosen["bound"], "the best by proof"
+        recorded = built.record["build"]["allotments"][name]
+        assert recorded == {key: chosen[key] for key in ("bits_per_weight", "noise", "bound")}
 
 
 def test_the_files_hold_what_the_specification_lists(built, source):
@@ -425,6 +434,111 @@ def test_the_files_hold_what_the_specification_lists(built, source):
 def test_one_variant_of_several_is_the_same_as_alone(built, source, text, tmp_path):
     alone = build(recipe_for(source, text, bits=[5.0]), out=tmp_path / "b", device=CPU, validated=False)
     assert hash_files(alone.out, ["5.0bpw/output.safetensors"]) == hash_files(built.out, ["5.0bpw/output.safetensors"])
+
+
+def test_an_earlier_measurement_allots_as_the_first_did(built, source, text, tmp_path):
+    recipe = recipe_for(source, text, bits=[5.0], measurement=str(built.out / "measurement.json"))
+    again = build(recipe, out=tmp_path / "b", device=CPU)
+    assert hash_files(again.out, ["5.0bpw/output.safetensors"]) == hash_files(built.out, ["5.0bpw/output.safetensors"])
+    assert "measure" in built.record["build"]["seconds"]
+    assert "measure" not in again.record["build"]["seconds"]
+    assert again.record["recipe"]["quantize"]["measurement"] == "measurement.json"
+    assert str(tmp_path) not in (again.out / "quantkit.json").read_text()
+    measurement = built.out / "measurement.json"
+    assert again.record["identity"]["read"] == {"quantize.measurement": sha256_of(measurement)}
+
+
+def theirs(content: dict) -> dict:
+    """A measurement as exllamav2 writes it, without choices and with other bits; here with some that are not ours."""
+    rows = content["measurement"]
+    kept = {
+        key: None if options is None else [{**row, "total_bits": row["total_bits"] + 7} for row in options]
+        for key, options in rows.items()
+    }
+    odd = {"group_size": {"7": 128}, "bits": [7], "bits_prop": [1.0], "scale_bits": 4}
+    linears = ("q_proj", "k_proj", "v_proj", "o_proj")
+    plain = {"group_size": {"4": 64}, "bits": [4], "bits_prop": [1.0], "scale_bits": 4}
+    kept["model.layers.0.self_attn"] += [
+        {"accuracy": 0.9999999, "total_bits": 1, **dict.fromkeys(linears, odd)},
+        {"accuracy": 0.9999999, "total_bits": 1, **dict.fromkeys(linears, plain)},
+        {"accuracy": float("nan"), "total_bits": 1, **dict.fromkeys(linears, plain)},
+        {"accuracy": 0.5, "total_bits": 1, "q_proj": plain},
+        "row",
+    ]
+    return {"measurement": kept, "last_module_idx": content["last_module_idx"]}
+
+
+def test_a_measurement_of_exllamav2_is_taken_as_far_as_it_fits(built, source, text, tmp_path):
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps(theirs(json.loads((built.out / "measurement.json").read_text())), indent=4))
+    said: list[str] = []
+    progress = pipeline.Progress(stage=said.append)
+    recipe = recipe_for(source, text, bits=[6.0], measurement=str(path))
+    made = build(recipe, out=tmp_path / "c", device=CPU, validated=False, progress=progress)
+    assert [line for line in said if line.endswith("; 4 that do not fit are ignored")]
+    (artifact,) = open_variants(made.out).values()
+    first = artifact.tensors.read(["model.layers.0.self_attn.q_proj.q_groups"])
+    # the option that claims to be all but exact, at the bits that it really takes
+    assert first["model.layers.0.self_attn.q_proj.q_groups"].tolist() == [4, 0]
+    assert made.record["build"]["allotments"]["6.0bpw"]["bits_per_weight"] <= 6
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("[]", "not a JSON object"),
+        ("{}", r"no option of model\.layers\.0\.self_attn was measured"),
+        (
+            '{"measurement": {"model.layers.0.self_attn": null}}',
+            r"no option of model\.layers\.0\.self_attn was measured",
+        ),
+    ],
+)
+def test_a_file_that_is_no_measurement_is_refused_at_plan(content, message, source, text, tmp_path):
+    path = tmp_path / "measurement.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RefusedError, match=message):
+        pipeline.plan(
+            recipe_for(source, text, measurement=str(path)),
+            out=tmp_path / "c",
+            device=CPU,
+            progress=pipeline.Progress(),
+        )
+
+
+@pytest.mark.parametrize("place", ["measuring", "solving"])
+def test_a_build_of_several_variants_that_was_killed_ends_in_the_same_bytes(
+    place, built, source, text, tmp_path, monkeypatch
+):
+    recipe, out = recipe_for(source, text, bits=[4.0, 5.0, 8.0]), tmp_path / "d"
+    owner, name = {"measuring": (Workdir, "note"), "solving": (pipeline, "write_item")}[place]
+    plain, left, measured = getattr(owner, name), [1], []
+    measure = OptionTrial.measure
+
+    def give_up(*arguments):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        plain(*arguments)
+
+    def counted(self, layer, *arguments):
+        measured.append(layer.index)
+        return measure(self, layer, *arguments)
+
+    monkeypatch.setattr(OptionTrial, "measure", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, give_up)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, out=out, device=CPU, validated=False)
+    assert build(recipe, out=out, device=CPU, validated=False).record["fingerprint"] == built.record["fingerprint"]
+    # of the layer that was measured when it was killed nothing is left
+    assert measured == {"measuring": [0, 1, 1], "solving": [0, 1]}[place]
+    files = [name for name in artifact_files(built.out) if name not in ("README.md", "quantkit.json")]
+    assert len(files) > 3 * 2
+    assert hash_files(out, files) == hash_files(built.out, files)
+    assert artifact_files(out) == artifact_files(built.out)
 
 
 def test_a_variants_folder_is_an_artifact_of_its_own(built):
