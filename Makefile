@@ -19,9 +19,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/quantkit demo
 
-# make release MODEL=bielik-7b-instruct-v0.1 FORMATS="gptq awq": each recipe of the model built, judged and published, and
-# a report of them all; a recipe's gate that fails stops its own publication (exit 3). Every step can be run alone, and
-# again, and several at once (make -j2). See docs/publish.md.
+# make release MODEL=bielik-7b-instruct-v0.1 FORMATS="gptq awq": each recipe of the model built and judged, a report drawn of
+# them all, and what passed published. A recipe that fails stops none of the others; make fails at the end. Every step can
+# be run alone, and again, and several at once (make -j2). See docs/publish.md.
 MODEL ?= bielik-nano
 FORMATS ?= gptq
 OUT ?= artifacts
@@ -32,10 +32,19 @@ JUNIT ?=
 BUILD_FLAGS ?=
 PUBLISH_FLAGS ?=
 RECIPES := $(filter-out base,$(basename $(notdir $(wildcard recipes/$(MODEL)/*.toml))))
+REPORT := $(OUT)/$(MODEL)-report
+# recipes that a goal names, as publish-gptq does; FORMATS where none does
+NAMED := $(patsubst publish-%,%,$(filter publish-%,$(MAKECMDGOALS)))
+# what is to be published is refused before it is built where it could not be
+BOUND := $(if $(filter publish publish-%,$(MAKECMDGOALS)),--release)
 
-.PHONY: setup demo release build validate report publish $(RECIPES) test lint docs docs-check test-engines test-slow test-gpu clean
+.PHONY: setup demo release build validate report publish drawn $(RECIPES) test lint docs docs-check test-engines test-slow \
+	test-gpu clean clean-artifacts
 
-release: publish report
+# what fails, fails at the end: the other recipes, the report and what passed come first
+release:
+	+@$(MAKE) --no-print-directory --keep-going build publish report
+
 build: $(FORMATS:%=build-%)
 validate: $(FORMATS:%=validate-%)
 publish: $(FORMATS:%=publish-%)
@@ -43,18 +52,32 @@ publish: $(FORMATS:%=publish-%)
 # `make gptq` is `make build-gptq`
 $(RECIPES): %: build-%
 
-report: build
-	$(BIN)/quantkit report $(FORMATS:%=$(OUT)/$(MODEL)-%) --out $(OUT)/$(MODEL)-report
+# no file stands for an artifact: quantkit compares the record with recipe and source, and does nothing if they agree.
+# How a step ended stands in a file, so that the steps after it can go on with what there is, and make fails with it.
+built-%: setup
+	@mkdir -p $(OUT)
+	$(BIN)/quantkit build $(MODEL)/$* --out $(OUT)/$(MODEL)-$* $(if $(JUNIT),--junit $(JUNIT)/$(MODEL)-$*.xml) \
+		$(BOUND) $(BUILD_FLAGS); echo $$? > $(OUT)/.$(MODEL)-$*.exit
 
-# no file stands for an artifact: quantkit compares the record with recipe and source, and does nothing if they agree
-build-%: setup
-	$(BIN)/quantkit build $(MODEL)/$* --out $(OUT)/$(MODEL)-$* $(if $(JUNIT),--junit $(JUNIT)/$(MODEL)-$*.xml) $(BUILD_FLAGS)
+build-%: built-%
+	@exit $$(cat $(OUT)/.$(MODEL)-$*.exit)
 
 validate-%: build-%
 	$(BIN)/quantkit validate $(OUT)/$(MODEL)-$* $(if $(JUNIT),--junit $(JUNIT)/$(MODEL)-$*.xml)
 
-publish-%: build-%
-	$(BIN)/quantkit publish $(OUT)/$(MODEL)-$* $(if $(ORG),--repo $(ORG)/$(MODEL)-$*) $(PUBLISH_FLAGS)
+# of every artifact of the model that is there, whether it passed or not
+drawn: $(patsubst %,built-%,$(or $(NAMED),$(FORMATS)))
+	@there=; for one in $(RECIPES:%=$(OUT)/$(MODEL)-%); do if [ -f $$one/quantkit.json ]; then there="$$there $$one"; fi; done; \
+	set -x; $(BIN)/quantkit report $${there:-$(OUT)/$(MODEL)-*} --out $(REPORT); echo $$? > $(OUT)/.$(MODEL)-report.exit
+
+report: drawn
+	@exit $$(cat $(OUT)/.$(MODEL)-report.exit)
+
+# a gate that failed (3) is left to publish, which takes the variants that passed; whatever else failed left nothing to take
+publish-%: built-% drawn
+	@ended=$$(cat $(OUT)/.$(MODEL)-$*.exit); [ $$ended -eq 0 ] || [ $$ended -eq 3 ] || exit $$ended
+	$(BIN)/quantkit publish $(OUT)/$(MODEL)-$* $(if $(ORG),--repo $(ORG)/$(MODEL)-$*) \
+		$$([ "$$(cat $(OUT)/.$(MODEL)-report.exit)" != 0 ] || echo --report $(REPORT)) $(PUBLISH_FLAGS)
 
 test: lint docs-check
 	$(BIN)/pytest
@@ -83,5 +106,9 @@ test-slow: setup
 test-gpu: setup
 	$(BIN)/pytest -m gpu
 
+# artifacts may have taken days: they go by their own name only, those of MODEL in OUT
 clean:
-	rm -rf $(VENV) build dist artifacts .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+
+clean-artifacts:
+	rm -rf $(foreach one,$(RECIPES) report,$(OUT)/$(MODEL)-$(one) $(OUT)/$(MODEL)-$(one).work $(OUT)/.$(MODEL)-$(one).exit)

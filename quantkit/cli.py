@@ -5,7 +5,10 @@ inside the commands, so that `quantkit --help` starts without torch.
 """
 
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +20,8 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     from quantkit.cluster import BuildJob, Resources
     from quantkit.recipe import Recipe
+
+INTERRUPTED = "interrupted; finished layers are kept, the same command goes on"
 
 app = typer.Typer(
     name="quantkit",
@@ -65,6 +70,9 @@ def _start(
 ) -> None:
     from quantkit.conflicts import warn_of_conflicts
 
+    if not sys.stderr.isatty():
+        # read when the Hub's client is imported; progress is plain lines then
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warn_of_conflicts(_say)
 
 
@@ -77,6 +85,9 @@ def build(
     changes: Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier run left.")] = False,
     no_validate: Annotated[bool, typer.Option("--no-validate", help="Do not judge the artifact.")] = False,
+    release: Annotated[
+        bool, typer.Option("--release", help="To be published: refuse now what `publish` would refuse then.")
+    ] = False,
     junit: Junit = None,
     as_json: Json = False,
 ) -> None:
@@ -86,19 +97,23 @@ def build(
     from quantkit.machine import choose_device
     from quantkit.pipeline import build as run
     from quantkit.pipeline import default_out
+    from quantkit.recipe import require_pinned
 
     if junit is not None and no_validate:
         raise RefusedError("there are no gates to write without a validation", where="--junit", fix="validate it too")
-    chosen, stem = _recipe(recipe, changes, model)
-    with Display() as display:
-        done = run(
-            chosen,
-            out=out or default_out(chosen, stem),
-            device=choose_device(device),
-            fresh=fresh,
-            validated=not no_validate,
-            progress=display.progress,
-        )
+    with _errors_in(junit, out.name if out is not None else recipe):
+        chosen, stem = _recipe(recipe, changes, model)
+        if release:
+            require_pinned(chosen)
+        with Display() as display:
+            done = run(
+                chosen,
+                out=out or default_out(chosen, stem),
+                device=choose_device(device),
+                fresh=fresh,
+                validated=not no_validate,
+                progress=display.progress,
+            )
     if done.reused:
         _say(f"{done.out} was complete already")
     if done.unpinned:
@@ -129,7 +144,7 @@ def validate(
     from quantkit.judgement import validate as run
     from quantkit.machine import choose_device
 
-    with Display() as display:
+    with _errors_in(junit, artifact.name), Display() as display:
         result = run(
             artifact,
             model=model,
@@ -137,6 +152,7 @@ def validate(
             runtime=runtime,
             device=choose_device(device),
             progress=display.progress,
+            say=_say,
         )
     _write_junit(junit, result)
     _result(result, as_json, table=result, title=str(artifact))
@@ -191,13 +207,25 @@ def publish(
     sign: Annotated[
         Path | None, typer.Option("--sign", metavar="KEY", help="Sign what goes up with this private key (PEM).")
     ] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", metavar="DIR", help="Report whose plots the card is to show.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Upload the variants of an artifact that passed their gates to the Hub, in one commit for each branch."""
     from quantkit.publish import publication_lines
     from quantkit.publish import publish as run
 
-    found = run(artifact, repo=repo, revision=revision, private=private, dry_run=dry_run, key=sign, say=_say)
+    found = run(
+        artifact,
+        repo=repo,
+        revision=revision,
+        private=private,
+        dry_run=dry_run,
+        key=sign,
+        report=report,
+        say=_say,
+    )
     _print(found if as_json else None, publication_lines(found))
 
 
@@ -267,7 +295,11 @@ def submit(
     """Build artifacts as Slurm jobs, one each, and report on them when all have ended."""
     from quantkit import cluster
     from quantkit.errors import RefusedError
+    from quantkit.recipe import require_pinned
 
+    if publish:
+        for recipe in recipes:
+            require_pinned(_recipe(recipe, changes, model)[0])
     limit = cluster.minutes_of(time_limit)
     asked = cluster.Resources(limit, cpus, memory, gpus, partition=partition, account=account, qos=qos)
     jobs = [_job(recipe, out, changes, model, asked) for recipe in recipes]
@@ -368,12 +400,14 @@ def recipes_check(recipe: Name, changes: Set = None) -> None:
 
 
 @recipes_app.command("pin")
-def recipes_pin(path: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe file to write into.")]) -> None:
-    """Write the commit hash that the model's main branch has now into a recipe file."""
+def recipes_pin(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe file, or base.toml, to write into.")],
+) -> None:
+    """Write the commit hash that the model's main branch has now into a recipe file, or one that recipes extend."""
     from quantkit.hub import resolve_revision
-    from quantkit.recipe import load_recipe, pin_recipe
+    from quantkit.recipe import model_named_in, pin_recipe
 
-    revision = resolve_revision(load_recipe(path).model.id)
+    revision = resolve_revision(model_named_in(path))
     pin_recipe(path, revision)
     _say(f"{path}: model.revision = {revision}")
 
@@ -462,13 +496,31 @@ def _result(document: dict[str, Any], as_json: bool, *, table: dict[str, Any] | 
 
 def _write_junit(path: Path | None, validation: dict[str, Any] | None) -> None:
     from quantkit.report.junit import junit
+
+    if path is not None and validation is not None:
+        _write_below(path, junit(validation))
+
+
+@contextmanager
+def _errors_in(path: Path | None, name: str) -> Iterator[None]:
+    """Write JUnit XML with one error for what ends before there are gates: a CI system shows no missing file."""
+    from quantkit.report.junit import junit_error
+
+    try:
+        yield
+    except (QuantkitError, KeyboardInterrupt) as error:
+        if path is not None:
+            _write_below(path, junit_error(name, str(error) or INTERRUPTED))
+        raise
+
+
+def _write_below(path: Path, text: str) -> None:
+    """Write a file into a folder that is made if it is not there."""
     from quantkit.workdir import disk_errors, write_text
 
-    if path is None or validation is None:
-        return
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, junit(validation))
+        write_text(path, text)
 
 
 def _gate(validation: dict[str, Any] | None, where: Path) -> None:
@@ -502,5 +554,5 @@ def main() -> None:
         _say(f"error: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _say("interrupted; finished layers are kept, the same command goes on")
+        _say(INTERRUPTED)
         sys.exit(1)

@@ -3,8 +3,9 @@
 import errno
 import fnmatch
 import hashlib
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from quantkit.errors import QuantkitError, RefusedError, RunFailedError, Unavail
 T = TypeVar("T")
 
 WEIGHT_FILES = "*.safetensors"
-CHECKPOINT_FILES = (WEIGHT_FILES, "*.json", "tokenizer.model", "*.jinja", "LICENSE*", "README.md")
+CHECKPOINT_FILES = (
+    *(WEIGHT_FILES, "*.json", "tokenizer.model", "merges.txt", "*.jinja", "LICENSE*", "NOTICE", "README.md"),
+)
 # the Hub's client lets errors of its HTTP library through, which is not the same one in every version
 HTTP_LIBRARIES = ("httpx", "httpx2", "requests")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -193,6 +196,18 @@ class Branch:
     commit: str | None
     files: dict[str, RemoteFile]
 
+    def lacks(self, files: dict[str, tuple[Path, str]]) -> dict[str, tuple[Path, str]]:
+        """Those of local files, path and SHA-256 by name, that it does not hold as they are."""
+        return {
+            name: (path, sha256)
+            for name, (path, sha256) in files.items()
+            if name not in self.files or not self.files[name].holds(path, sha256)
+        }
+
+    def is_as(self, files: dict[str, tuple[Path, str]], removed: Sequence[str]) -> bool:
+        """Whether it holds all files as they are and none of those that were to be removed."""
+        return not self.lacks(files) and not any(name in self.files for name in removed)
+
 
 def read_branch(repo: str, revision: str) -> Branch:
     """What a branch holds now; an empty one where repository or branch do not exist.
@@ -216,13 +231,36 @@ def read_branch(repo: str, revision: str) -> Branch:
     return Branch(commit, files)
 
 
-def upload(repo: str, revision: str, files: dict[str, tuple[Path, str]], *, private: bool, message: str) -> str:
+def read_text(repo: str, name: str, commit: str) -> str:
+    """The text of a small file as it is in a commit.
+
+    Raises:
+        RefusedError: the token may not read it.
+        UnavailableError: the Hub cannot be reached.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
+        path = _insist(lambda: hf_hub_download(repo, name, revision=commit, local_dir=scratch), repo)
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def upload(
+    repo: str,
+    revision: str,
+    files: dict[str, tuple[Path, str]],
+    *,
+    removed: Sequence[str] = (),
+    private: bool,
+    message: str,
+) -> str:
     """Put files on a branch by one commit; large ones go up first, one by one, and stay there if the run breaks off.
 
     Args:
         repo: `org/name`; made if it is not there.
         revision: branch; made from main if it is not there.
         files: local path and SHA-256 that it must have, by name in the repository.
+        removed: names of files that the same commit takes away.
         private: of a repository that is made now.
         message: of the commit.
 
@@ -234,7 +272,7 @@ def upload(repo: str, revision: str, files: dict[str, tuple[Path, str]], *, priv
         RefusedError: the token may not write there.
         UnavailableError: the Hub cannot be reached, after several tries.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api = HfApi()
@@ -243,7 +281,7 @@ def upload(repo: str, revision: str, files: dict[str, tuple[Path, str]], *, priv
         if revision != "main":
             _insist(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
         parent = _insist(lambda: api.model_info(repo, revision=revision).sha, repo)
-        operations = []
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
         for name, (path, sha256) in files.items():
             small = path.stat().st_size < SMALL_BYTES
             operation = CommitOperationAdd(name, path.read_bytes() if small else str(path))
@@ -261,16 +299,22 @@ def upload(repo: str, revision: str, files: dict[str, tuple[Path, str]], *, priv
                     fix="build the artifact again, or restore the file",
                 )
             operations.append(operation)
-        return str(
-            _insist(
-                lambda: (
+        operations += [CommitOperationDelete(name) for name in removed]
+        try:
+            return _insist(
+                lambda: str(
                     api.create_commit(
                         repo, operations, commit_message=message, revision=revision, parent_commit=parent
                     ).oid
                 ),
                 repo,
             )
-        )
+        except UnavailableError:
+            # the commit may have been made and its answer lost: a second try is refused then, for its parent is old
+            branch = read_branch(repo, revision)
+            if branch.commit is None or branch.commit == parent or not branch.is_as(files, removed):
+                raise
+            return branch.commit
     except RepositoryNotFoundError as error:
         raise RefusedError(
             f"the Hub has no repository {repo} that this token may write to: {_first_line(error)}",

@@ -1,8 +1,7 @@
 """An artifact judged against its source, for `build` and for `validate`."""
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from quantkit.formats.contract import Artifact
 from quantkit.machine import deciding_versions, device_model, use_threads
 from quantkit.nano import NAME as NANO
 from quantkit.progress import Progress
-from quantkit.recipe import GatesSection, Recipe, fingerprint
-from quantkit.report.card import card
-from quantkit.report.record import CARD, read_record, require_unchanged, write_record
+from quantkit.recipe import Recipe, fingerprint, public_name
+from quantkit.report.card import keep
+from quantkit.report.record import CARD, read_record, require_unchanged
+from quantkit.report.verdict import gates_of, judged_on_own_texts
 from quantkit.sources import Source, open_source
-from quantkit.texts import load_text_set
+from quantkit.texts import TextSet, known_sha256, load_text_set, own_text
 from quantkit.validation.compare import (
     REFERENCE_RUNTIME,
     failed,
@@ -34,7 +34,6 @@ from quantkit.validation.compare import (
 )
 from quantkit.validation.reference import Judged, Settings, run_reference
 from quantkit.validation.text import EvaluationText, evaluation_text
-from quantkit.workdir import write_text
 
 # a record is published: folders of this machine are nobody's business
 DIRECTORIES = re.compile(r"(?<![\w.:/])(?:/[^\s/'\"]+)*/(?=[^\s/'\"])")
@@ -48,8 +47,11 @@ def validate(
     runtime: str,
     device: torch.device,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Judge an artifact of any known format, ours or not; the result goes into its record where there is one.
+
+    The record keeps verdicts on the recipe's own texts alone: what other texts give is returned and not kept.
 
     Args:
         folder: the artifact.
@@ -58,6 +60,7 @@ def validate(
         runtime: "reference", "native", "both", or an engine's name.
         device: where to compute.
         progress: told what is going on.
+        say: told when the result is not kept.
 
     Returns:
         the document of `validate --json`.
@@ -86,10 +89,46 @@ def validate(
         )
     earlier = record["validation"] if record is not None else None
     runtimes = _runtimes(runtime, READERS[name].native_engine)
-    result = judge(variants, source, recipe, device=device, runtimes=runtimes, progress=progress, earlier=earlier)
-    if record is not None:
-        keep(folder, record | {"validation": result})
+    sets = [load_text_set(text, "validation") for text in recipe.validation.texts]
+    result = judge(variants, source, recipe, sets, device=device, runtimes=runtimes, progress=progress, earlier=earlier)
+    if record is not None and _are_own_texts(recipe.validation.texts, sets, record):
+        keep(folder, record | judged_by(sets, result))
+    elif record is not None:
+        say("judged on other texts than the recipe's: the verdict in the record stays as it was")
     return result
+
+
+def judged_by(sets: Sequence[TextSet], result: dict[str, Any]) -> dict[str, Any]:
+    """What a record holds of a judgement by the recipe's own texts."""
+    return {"validation_texts": [{"name": one.name, "sha256": one.sha256} for one in sets], "validation": result}
+
+
+def stated_texts(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Text sets that a recipe names, as a record holds them, without fetching any."""
+    return [{"name": public_name(name), "sha256": known_sha256(name, "validation")} for name in names]
+
+
+def judged_as_stated(record: dict[str, Any], names: Sequence[str]) -> bool:
+    """Whether a record's verdict is on the texts that a recipe names, as they are now; the Hub's go by their names."""
+    stated, recorded = stated_texts(names), record.get("validation_texts") or []
+    return (
+        judged_on_own_texts(record)
+        and [
+            {"name": now["name"], "sha256": now["sha256"] or then["sha256"]}
+            for now, then in zip(stated, recorded, strict=False)
+        ]
+        == recorded
+    )
+
+
+def _are_own_texts(names: Sequence[str], sets: Sequence[TextSet], record: dict[str, Any]) -> bool:
+    """Whether text sets are those of a record's recipe; a file of one's own is known by its content alone."""
+    if [one.name for one in sets] != record["recipe"]["validation"]["texts"]:
+        return False
+    recorded = {text["name"]: text["sha256"] for text in record.get("validation_texts") or []}
+    return all(
+        not own_text(name) or recorded.get(one.name) == one.sha256 for name, one in zip(names, sets, strict=True)
+    )
 
 
 def check_window(num_tokens: int, decoder: Decoder, key: str) -> None:
@@ -106,6 +145,7 @@ def judge(
     variants: Mapping[str, Artifact],
     source: Source,
     recipe: Recipe,
+    sets: Sequence[TextSet],
     *,
     device: torch.device,
     runtimes: Sequence[str],
@@ -118,6 +158,7 @@ def judge(
         variants: the artifact's variants by name, opened for reading.
         source: what it is held against.
         recipe: its validation and compute sections say how.
+        sets: the texts to judge by.
         device: where to compute.
         runtimes: who runs the artifact: "reference", or names of engines; each once.
         progress: told what is going on.
@@ -131,7 +172,7 @@ def judge(
     decoder = Decoder(source.checkpoint.config, source.checkpoint.family, device=device, dtype=dtype)
     check_window(section.window_tokens, decoder, "validation.window_tokens")
     text = evaluation_text(
-        [load_text_set(name, "validation") for name in section.texts],
+        sets,
         tokenizer,
         window_tokens=section.window_tokens,
         max_windows=section.max_windows,
@@ -241,19 +282,7 @@ def _variant(
         "results": results,
     }
     section = recipe.validation
-    gates = section.gates.model_dump() | _given(section.variant_gates.get(name))
-    return gated(variant, expected, gates, section.require)
-
-
-def _given(gates: GatesSection | None) -> dict[str, float]:
-    return {} if gates is None else {key: value for key, value in gates.model_dump().items() if value is not None}
-
-
-def keep(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Card first, then the record: whoever sees the record sees the card that belongs to it. Returns it as written."""
-    text = card(record)
-    write_text(folder / CARD, text)
-    return write_record(folder, record | {"card_sha256": hashlib.sha256(text.encode()).hexdigest()})
+    return gated(variant, expected, gates_of(section, name), section.require)
 
 
 def _recorded_source(record: dict[str, Any] | None, folder: Path) -> str:

@@ -103,10 +103,17 @@ def source_commit() -> str | None:
     return described.stdout.strip() or None
 
 
-def peak_memory_bytes(device: torch.device) -> dict[str, int]:
-    """Largest resident memory of this process so far, and of the GPU's tensors."""
+def peak_memory_bytes(device: torch.device, *, engine: bool = False) -> dict[str, int]:
+    """Largest resident memory of this process so far, and of the GPU's tensors.
+
+    Args:
+        device: where was computed.
+        engine: also of the largest process that this one has started and waited for.
+    """
     unit = 1 if sys.platform == "darwin" else 1024
     facts = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if engine:
+        facts["engine"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     if device.type == "cuda":
         facts["device"] = torch.cuda.max_memory_allocated(device)
     return facts

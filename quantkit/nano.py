@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from quantkit.home import quantkit_home
-from quantkit.recipe import fingerprint
+from quantkit.recipe import DEMONSTRATION, fingerprint
 from quantkit.texts import Document, load_text_set
 
-NAME = "bielik-nano"
+NAME = DEMONSTRATION
 MARKER = "nano.json"
 Progress = Callable[[str, int, int], None]
 

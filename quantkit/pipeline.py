@@ -18,12 +18,13 @@ from quantkit.errors import RefusedError
 from quantkit.formats import open_variants
 from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
 from quantkit.formats.shards import read_item, write_item
-from quantkit.judgement import check_window, judge, keep
+from quantkit.judgement import check_window, judge, judged_as_stated, judged_by, stated_texts
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
 from quantkit.methods import METHODS, Method, Survey
 from quantkit.plan import Plan, make_plan, require_here
 from quantkit.progress import Progress, timed
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
+from quantkit.report.card import keep
 from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
 from quantkit.source_pass import Calibration
 from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
@@ -116,7 +117,9 @@ def build(
     recipe = settled(recipe)
     use_threads(recipe.compute.threads)
     with locked(out):
+        watch = Stopwatch()
         source = open_source(recipe.model.id, recipe.model.revision, progress)
+        stages = {"source": watch.lap()}
         _refuse_other_licence(recipe, source)
         unpinned = source.revision if recipe.model.revision is None else None
         method = _method(recipe, source.checkpoint, progress)
@@ -131,13 +134,16 @@ def build(
         reused = record is not None
         if record is None:
             needed = _planned(recipe, source.checkpoint, method, out, device, validated=validated)
-            record = _make(recipe, source, method, texts, identity, out, device, fresh, progress, needed)
-        if validated and (record["validation"] is None or record["recipe"] != recipe.resolved()):
+            record = _make(recipe, source, method, texts, identity, out, device, fresh, progress, needed, watch, stages)
+        if validated and not (
+            record["recipe"] == recipe.resolved() and judged_as_stated(record, recipe.validation.texts)
+        ):
             record = record | {"recipe": recipe.resolved()}
             variants = open_variants(recipe.format, out)
             runtimes = tuple(dict.fromkeys((REFERENCE_RUNTIME, *recipe.validation.require)))
-            record["validation"] = judge(variants, source, recipe, device=device, runtimes=runtimes, progress=progress)
-            record = keep(out, record)
+            sets = [load_text_set(name, "validation") for name in recipe.validation.texts]
+            result = judge(variants, source, recipe, sets, device=device, runtimes=runtimes, progress=progress)
+            record = keep(out, record | judged_by(sets, result))
     return Build(out, record, reused, unpinned)
 
 
@@ -260,14 +266,17 @@ def _make(
     fresh: bool,
     progress: Progress,
     needed: Plan,
+    watch: Stopwatch,
+    stages: dict[str, float],
 ) -> dict[str, Any]:
     """Quantize, assemble and put the artifact in place; returns its record."""
-    watch = Stopwatch()
     calibration = _calibration(recipe, texts, source.tokenizer())
     decoder = _decoder(recipe, source.checkpoint, device)
     # a recipe that is refused leaves no work that the mended one would be held against
     work = open_workdir(out, identity, fresh=fresh)
-    stages = {"prepare": watch.lap()}
+    stages["prepare"] = watch.lap()
+    if work.earlier_seconds:
+        stages["earlier runs"] = round(work.earlier_seconds, 3)
 
     if recipe.engine == OWN_ENGINE:
         if method.survey is not None:
@@ -316,7 +325,7 @@ def _make(
             "read": needed.source_bytes,
             "written": sum(entry["size_bytes"] for entry in record["outputs"]),
         },
-        "peak_memory_bytes": peak_memory_bytes(device),
+        "peak_memory_bytes": peak_memory_bytes(device, engine=engine is not None),
     }
     if method.allotments:
         record["build"]["allotments"] = dict(method.allotments)
@@ -444,6 +453,7 @@ def _record(
         "source": source.facts(),
         "calibration": facts,
         "environment": environment(device),
+        "validation_texts": stated_texts(recipe.validation.texts),
         "validation": None,
     }
 

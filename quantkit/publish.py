@@ -1,12 +1,14 @@
 """An artifact on the Hub: only variants that passed their gates, only the bytes that passed, one commit per branch.
 
 What goes up is compared with the record before, while and after it is uploaded. A second run finds nothing to do;
-a run that broke off is finished by the same command.
+a run that broke off is finished by the same command. Every branch is an artifact by itself: its record and card name
+the repository, and tell of the variants that are there and of no others, but for a note on what was left out.
 
 Variants whose files lie in folders of their own names go to branches of these names, the rest to main; the variants of
 any other artifact are files of one branch.
 """
 
+import json
 import re
 import shutil
 import tempfile
@@ -16,15 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import GateError, RefusedError, RunFailedError
-from quantkit.hub import Branch, collect, read_branch, upload
-from quantkit.report.record import CARD, read_record, require_unchanged, write_record
+from quantkit.formats import READERS
+from quantkit.hub import Branch, collect, read_branch, read_text, upload
+from quantkit.report.card import PICTURES, keep
+from quantkit.report.page import DATA
+from quantkit.report.record import CARD, read_record, require_unchanged
 from quantkit.report.table import size_text
+from quantkit.report.verdict import judged_on_own_texts, own_failures
 from quantkit.signature import SIGNATURE, problem, public_part, sign
-from quantkit.workdir import RECORD, sha256_of
+from quantkit.workdir import RECORD, sha256_of, write_text
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 MAIN = "main"
-SIGNATURES = ".signatures"  # of branches; the signature of a folder that is one branch lies in it
+SIGNATURES = ".signatures"  # hidden files are no part of an artifact
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Revision:
 
     Attributes:
         branch: its name.
-        folder: links to the files, under their names on the branch, and nothing else.
+        folder: record, card and links to the other files, under their names on the branch, and nothing else.
         sha256: of each, by name.
     """
 
@@ -55,6 +61,7 @@ def publish(
     private: bool,
     dry_run: bool,
     key: Path | None = None,
+    report: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Upload an artifact; see the module.
@@ -66,16 +73,18 @@ def publish(
         private: of a repository that is made now; an existing one stays as it is.
         dry_run: only say what would be done; the Hub is asked what it has.
         key: sign what goes up with this private key.
+        report: folder of a report on this artifact and others; the card shows its plots.
         say: told what is going on.
 
     Returns:
         {"repo", "private", "dry_run", "signed", "variants", "left_out", "collection", "branches": [{"revision",
-        "upload": [{"name", "size_bytes", "sha256"}], "unchanged", "others", "commit"}]}; `others` are files on the
-        branch that the artifact does not have, left alone.
+        "upload": [{"name", "size_bytes", "sha256"}], "remove", "unchanged", "others", "commit"}]}; `remove` are files
+        that an earlier publication put there and this one does not have, `others` those of somebody else, left alone.
 
     Raises:
-        GateError: not validated, or no variant passed.
-        RefusedError: no record, no repository named, an unpinned source, no permission, a bad key.
+        GateError: not validated by the recipe's own texts, or no variant passed.
+        RefusedError: no record, no repository named, an unpinned source, no permission, a bad key, a report on other
+            artifacts.
         RunFailedError: the bytes are not those that passed, or the Hub holds others after the upload.
         UnavailableError: the Hub cannot be reached, or signing needs what is not installed.
     """
@@ -92,6 +101,7 @@ def publish(
         raise RefusedError(f"no repository to publish to: {repo}", where=str(folder), fix="give --repo ORG/NAME")
     passed, left_out = passing_variants(record, folder)
     _require_pinned(record, folder)
+    pictures = {} if report is None else pictures_of(report, record)
     say("checking the artifact's hashes")
     require_unchanged(folder, record)
     found = {
@@ -100,18 +110,14 @@ def publish(
         "dry_run": dry_run,
         "signed": key is not None,
         "variants": passed,
-        "left_out": left_out,
+        "left_out": [*left_out],
         "collection": release["collection"],
     }
     with tempfile.TemporaryDirectory(prefix="quantkit-") as scratch:
-        revisions = stage(folder, record, passed, revision, Path(scratch))
+        revisions = stage(folder, record, Target(repo, revision, passed, left_out, pictures), Path(scratch))
         if key is not None:
             say("signing")
-            alone = len(revisions) == 1
-            revisions = [
-                _signed(staged, folder, key, folder / SIGNATURE if alone else _kept(folder, staged), dry_run=dry_run)
-                for staged in revisions
-            ]
+            revisions = [_signed(staged, key, _kept(folder, repo, staged), dry_run=dry_run) for staged in revisions]
         message = f"{record['format']} {', '.join(passed)}: {record['fingerprint'][:12]}"
         branches = [
             _put(staged, repo, private=private, dry_run=dry_run, message=message, say=say) for staged in revisions
@@ -128,29 +134,38 @@ def _put(
     """Bring one branch to what was staged for it."""
     say(f"asking the Hub what {repo} has on {staged.branch}")
     branch = read_branch(repo, staged.branch)
-    changed = _changed(staged.files, branch)
-    if changed and SIGNATURE in branch.files and SIGNATURE not in staged.sha256:
+    # a branch that is made begins as main is
+    begun = read_branch(repo, MAIN) if branch.commit is None and staged.branch != MAIN else branch
+    changed = begun.lacks(staged.files)
+    if branch.commit is not None and changed and SIGNATURE in branch.files and SIGNATURE not in staged.sha256:
         raise RefusedError(
             f"{repo} is signed, and its signature would not hold for the new files",
             where=staged.branch,
             fix="give the key with --sign, or remove the signature there first",
         )
+    removed = _left_behind(repo, begun, staged) if changed else []
     found = {
         "revision": staged.branch,
         "upload": [
             {"name": name, "size_bytes": path.stat().st_size, "sha256": sha256}
             for name, (path, sha256) in changed.items()
         ],
+        "remove": removed,
         "unchanged": [name for name in staged.sha256 if name not in changed],
-        "others": sorted(name for name in branch.files if name not in staged.sha256 and not name.startswith(".")),
+        "others": sorted(
+            name
+            for name in begun.files
+            if name not in staged.sha256 and name not in removed and not name.startswith(".")
+        ),
         "commit": branch.commit,
     }
     if dry_run or not changed:
         return found
     say(f"uploading {len(changed)} files")
-    found["commit"] = upload(repo, staged.branch, changed, private=private, message=message)
+    found["commit"] = upload(repo, staged.branch, changed, removed=removed, private=private, message=message)
     say("checking what the Hub holds now")
-    wrong = _changed(staged.files, read_branch(repo, staged.branch))
+    now = read_branch(repo, staged.branch)
+    wrong = [*now.lacks(staged.files), *(name for name in removed if name in now.files)]
     if wrong:
         raise RunFailedError(
             "the Hub holds other bytes than were uploaded: " + ", ".join(wrong),
@@ -160,68 +175,130 @@ def _put(
     return found
 
 
-def passing_variants(record: dict[str, Any], folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the variants that passed their gates, and of those that did not.
+def _left_behind(repo: str, branch: Branch, staged: Revision) -> list[str]:
+    """Files of an earlier publication, by the record that lies with them, that what is staged does not have."""
+    if branch.commit is None or RECORD not in branch.files:
+        return []
+    try:
+        earlier = json.loads(read_text(repo, RECORD, branch.commit))
+        ours = {str(entry["name"]) for entry in earlier["outputs"]} | {SIGNATURE}
+    except (ValueError, KeyError, TypeError):
+        raise RefusedError(
+            f"{RECORD} in {repo} is not a record, so what lies beside it may be of anybody",
+            where=staged.branch,
+            fix="remove it there, with the weights that belong to it, and publish again",
+        ) from None
+    return sorted(name for name in ours if name in branch.files and name not in staged.sha256)
+
+
+def pictures_of(report: Path, record: dict[str, Any]) -> dict[str, Path]:
+    """The plots of a report by their names in a published folder.
+
+    Args:
+        report: a folder that `quantkit report` wrote.
+        record: of an artifact that it must show as it is now.
 
     Raises:
-        GateError: none passed.
+        RefusedError: it is no report, or shows the artifact as it was before, or not at all.
+    """
+    path = report / DATA
+    try:
+        shown = {artifact["record"]["seal"] for artifact in json.loads(path.read_text(encoding="utf-8"))["artifacts"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RefusedError(
+            "the folder holds no report", where=str(path), fix="give one that `quantkit report --out` wrote"
+        ) from None
+    if record["seal"] not in shown:
+        raise RefusedError(
+            "the report does not show the artifact as it is now",
+            where=str(path),
+            fix="draw it again: `quantkit report ARTIFACT... --out DIR`",
+        )
+    return {name: report / Path(name).name for name in PICTURES if (report / Path(name).name).is_file()}
+
+
+def passing_variants(record: dict[str, Any], folder: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """Names of the variants that passed their gates, and of those that did not, with the reasons.
+
+    The gates are held against the recorded figures once more, and count only on the texts that the recipe names.
+
+    Raises:
+        GateError: none passed, or it was judged on other texts.
     """
     validation = record["validation"]
     if validation is None:
         raise GateError(
             "the artifact was never validated", where=str(folder), fix=f"quantkit validate {folder}, then publish"
         )
-    verdicts = {variant["name"]: variant["gate"]["passed"] for variant in validation["variants"]}
-    passed = [name for name, good in verdicts.items() if good]
-    left_out = [name for name in record["variants"] if name not in passed]
-    if not passed:
+    if not judged_on_own_texts(record):
         raise GateError(
-            "no variant passed its gates:\n  " + "\n  ".join(validation["gate"]["failures"]),
+            f"the recorded verdict is not on the texts of the recipe, but on {validation['text']['name']}",
+            where=str(folder),
+            fix="run `quantkit build` with the recipe again: it judges anew and keeps the weights",
+        )
+    failures = {variant["name"]: own_failures(variant, record) for variant in validation["variants"]}
+    passed = [name for name in failures if not failures[name]]
+    left_out = {name: failures.get(name, ["not validated"]) for name in record["variants"] if name not in passed}
+    if not passed:
+        told = [f"{name}: {failure}" for name, found in left_out.items() for failure in found]
+        raise GateError(
+            "no variant passed its gates:\n  " + "\n  ".join(told),
             where=str(folder),
             fix="more bits, a smaller group, more calibration text, or other gates in the recipe",
         )
     return passed, left_out
 
 
-def stage(folder: Path, record: dict[str, Any], passed: list[str], revision: str, scratch: Path) -> list[Revision]:
-    """What each branch is to hold, main last; nothing that only variants left out use.
+@dataclass(frozen=True)
+class Target:
+    """What goes where.
+
+    Attributes:
+        repo: `org/name`.
+        revision: branch of an artifact that is one.
+        passed: variants to publish.
+        left_out: the others, with the reasons.
+        pictures: plots for the card, by their names in the repository.
+    """
+
+    repo: str
+    revision: str
+    passed: list[str]
+    left_out: dict[str, list[str]]
+    pictures: dict[str, Path]
+
+
+def stage(folder: Path, record: dict[str, Any], target: Target, scratch: Path) -> list[Revision]:
+    """What each branch is to hold, main last: whole by itself, with a record and a card of what is there.
 
     Args:
         folder: the artifact.
         record: its record.
-        passed: variants to publish.
-        revision: branch of an artifact that is one.
-        scratch: an empty folder for the links.
+        target: where what goes.
+        scratch: an empty folder for links and for what is written anew.
 
     Raises:
         RefusedError: another branch is named for an artifact that has several.
     """
-    outputs = {entry["name"]: entry["sha256"] for entry in record["outputs"]}
-    left_out = [name for name in record["variants"] if name not in passed]
+    outputs = {entry["name"]: (folder / entry["name"], entry["sha256"]) for entry in record["outputs"]}
     if not _has_branches(record):
-        kept = {file for name in passed for file in record["variants"][name]}
-        dropped = {file for name in left_out for file in record["variants"][name]} - kept
-        files = {name: (folder / name, sha256) for name, sha256 in outputs.items() if name not in dropped}
-        files |= {name: (folder / name, sha256_of(folder / name)) for name in (CARD, RECORD)}
-        return [_linked(revision, files, scratch)]
-    if revision != MAIN:
+        own = {name: record["variants"][name] for name in target.passed}
+        files = outputs | _retold(folder, record, target, scratch / ".retold")
+        dropped = {file for name in target.left_out for file in record["variants"][name]} - set().union(*own.values())
+        inside = {name: file for name, file in files.items() if name not in dropped and file[0].exists()}
+        return [_staged(target.revision, inside, own, target.passed, record, target, scratch)]
+    if target.revision != MAIN:
         raise RefusedError(
             "every variant of this artifact has a branch of its own", where="--revision", fix="leave it out"
         )
     staged = []
-    for variant in [*passed, None]:
-        inside = {
-            name if variant is None else name.removeprefix(f"{variant}/"): (folder / name, sha256)
-            for name, sha256 in outputs.items()
-            if (name.partition("/")[0] not in record["variants"] if variant is None else name.startswith(f"{variant}/"))
-        }
-        branch = MAIN if variant is None else variant
-        view = scratch / f"{branch}.record"
-        view.mkdir()
-        write_record(view, _view(record, variant, inside))
-        inside |= {CARD: (folder / CARD, record["card_sha256"]), RECORD: (view / RECORD, sha256_of(view / RECORD))}
-        staged.append(_linked(branch, inside, scratch))
-    return staged
+    for variant in target.passed:
+        start = f"{variant}/"
+        inside = {name.removeprefix(start): file for name, file in outputs.items() if name.startswith(start)}
+        own = {variant: [file.removeprefix(start) for file in record["variants"][variant]]}
+        staged.append(_staged(variant, inside, own, [variant], record, target, scratch))
+    beside = {name: file for name, file in outputs.items() if name.partition("/")[0] not in record["variants"]}
+    return [*staged, _staged(MAIN, beside, {}, target.passed, record, target, scratch)]
 
 
 def _has_branches(record: dict[str, Any]) -> bool:
@@ -230,26 +307,73 @@ def _has_branches(record: dict[str, Any]) -> bool:
     return bool(variants) and all(file.startswith(f"{name}/") for name, files in variants for file in files)
 
 
-def _view(record: dict[str, Any], variant: str | None, files: dict[str, tuple[Path, str]]) -> dict[str, Any]:
-    """The record as it stands on a branch: its files by their names there, everything else as it is."""
-    own = (
-        {} if variant is None else {variant: [file.removeprefix(f"{variant}/") for file in record["variants"][variant]]}
-    )
-    entries = [
-        {"name": name, "size_bytes": path.stat().st_size, "sha256": sha256} for name, (path, sha256) in files.items()
-    ]
-    return record | {"variants": own, "outputs": sorted(entries, key=lambda entry: str(entry["name"]))}
+def _retold(folder: Path, record: dict[str, Any], target: Target, scratch: Path) -> dict[str, tuple[Path, str]]:
+    """Files that name weights, as they are without the variants left out; one with nothing to name is not there."""
+    retell = READERS[record["format"]].retell
+    if retell is None or not target.left_out:
+        return {}
+    scratch.mkdir()
+    texts = retell(folder, {name: record["variants"][name] for name in target.passed})
+    for name, text in texts.items():
+        if text is not None:
+            write_text(scratch / name, text)
+    return {name: (scratch / name, "" if text is None else sha256_of(scratch / name)) for name, text in texts.items()}
 
 
-def _linked(branch: str, files: dict[str, tuple[Path, str]], scratch: Path) -> Revision:
+def _staged(
+    branch: str,
+    files: dict[str, tuple[Path, str]],
+    variants: dict[str, list[str]],
+    judged: list[str],
+    record: dict[str, Any],
+    target: Target,
+    scratch: Path,
+) -> Revision:
+    """A folder of links to files, with the record and the card as they stand on a branch.
+
+    Args:
+        branch: its name.
+        files: path and SHA-256 by the name there.
+        variants: whose weights are there.
+        judged: variants whose figures the card shows.
+        record: of the whole artifact.
+        target: where it goes.
+        scratch: for the folder.
+    """
+    files = files | {name: (path, sha256_of(path)) for name, path in target.pictures.items()}
     folder = scratch / branch
+    folder.mkdir(parents=True)
     for name, (path, _) in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(path.resolve())
-    return Revision(branch, folder, {name: sha256 for name, (_, sha256) in files.items()})
+    validation = record["validation"]
+    keep(
+        folder,
+        record
+        | {
+            "variants": variants,
+            "outputs": [
+                {"name": name, "size_bytes": path.stat().st_size, "sha256": sha256}
+                for name, (path, sha256) in sorted(files.items())
+            ],
+            "validation": validation
+            | {
+                "variants": [variant for variant in validation["variants"] if variant["name"] in judged],
+                "gate": {"passed": True, "failures": []},
+            },
+            "published": {
+                "repo": target.repo,
+                "revision": branch,
+                "left_out": target.left_out,
+                "pictures": [*target.pictures],
+            },
+        },
+    )
+    sha256 = {name: sha256 for name, (_, sha256) in files.items()}
+    return Revision(branch, folder, sha256 | {name: sha256_of(folder / name) for name in (CARD, RECORD)})
 
 
-def _signed(staged: Revision, artifact: Path, key: Path, kept: Path, *, dry_run: bool) -> Revision:
+def _signed(staged: Revision, key: Path, kept: Path, *, dry_run: bool) -> Revision:
     """What was staged, with its signature: the one made before where it still holds, so that nothing changes."""
     scratch = staged.folder.with_name(f"{staged.branch}.signature")
     scratch.mkdir(parents=True)
@@ -259,15 +383,15 @@ def _signed(staged: Revision, artifact: Path, key: Path, kept: Path, *, dry_run:
     if kept.is_file() and problem(staged.folder, kept, public, covers=tuple(staged.sha256)) is None:
         fresh = kept
     elif not dry_run:
-        kept.parent.mkdir(exist_ok=True)
+        kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(fresh, kept)
     (staged.folder / SIGNATURE).symlink_to(fresh.resolve())
     return Revision(staged.branch, staged.folder, staged.sha256 | {SIGNATURE: sha256_of(fresh)})
 
 
-def _kept(folder: Path, staged: Revision) -> Path:
-    """Where the signature of a branch stays, so that the next run finds it."""
-    return folder / SIGNATURES / f"{staged.branch}.sig"
+def _kept(folder: Path, repo: str, staged: Revision) -> Path:
+    """Where the signature of a repository's branch stays, so that the next run finds it."""
+    return folder / SIGNATURES / repo / f"{staged.branch}.sig"
 
 
 def _require_pinned(record: dict[str, Any], folder: Path) -> None:
@@ -277,15 +401,6 @@ def _require_pinned(record: dict[str, Any], folder: Path) -> None:
             where=str(folder),
             fix="write it with `quantkit recipes pin FILE` and build with that recipe",
         )
-
-
-def _changed(files: dict[str, tuple[Path, str]], branch: Branch) -> dict[str, tuple[Path, str]]:
-    """The files that a branch does not hold as they are."""
-    return {
-        name: (path, sha256)
-        for name, (path, sha256) in files.items()
-        if name not in branch.files or not branch.files[name].holds(path, sha256)
-    }
 
 
 def publication_lines(found: dict[str, Any]) -> list[str]:
@@ -298,6 +413,7 @@ def publication_lines(found: dict[str, Any]) -> list[str]:
         size = sum(file["size_bytes"] for file in branch["upload"])
         lines += [f"branch            {branch['revision']}"]
         lines += [f"  {size_text(file['size_bytes']):>13}  {file['name']}" for file in branch["upload"]]
+        lines += [f"  {'removed':>13}  {name}" for name in branch["remove"]]
         lines += [f"on the Hub only   {name}" for name in branch["others"]]
         if not branch["upload"]:
             lines += ["nothing to upload: the Hub has these bytes"]

@@ -22,6 +22,7 @@ from quantkit.quantize import QUANTIZE, Section
 from quantkit.workdir import write_text
 
 DEFAULT_MODEL = "bielik-7b-instruct-v0.1"
+DEMONSTRATION = "bielik-nano"
 OWN_ENGINE = "quantkit"
 ENGINES = tuple(engine.name for engine in list_engines() if engine.builds)
 COMMIT = r"^[0-9a-f]{40}$"
@@ -335,6 +336,38 @@ def copy_recipe(name: str, target: Path) -> None:
     if target.exists():
         raise RefusedError(f"{target} exists", fix="choose another file name")
     write_text(target, as_toml(resolved))
+
+
+def model_named_in(path: Path) -> str:
+    """The model.id of a recipe file, or of a file that recipes extend.
+
+    Raises:
+        RefusedError: it names none.
+    """
+    model = _read(path, seen=()).get("model")
+    named = model.get("id") if isinstance(model, dict) else None
+    if not isinstance(named, str):
+        raise RefusedError("the file names no model", where=f"{path}: model.id", fix="pin the file that has [model] id")
+    return named
+
+
+def is_on_hub(model_id: str) -> bool:
+    """Whether a model.id means a repository on the Hub: neither the demonstration model nor a folder."""
+    return model_id != DEMONSTRATION and not Path(model_id).exists()
+
+
+def require_pinned(recipe: Recipe) -> None:
+    """Stop before the work where publishing would refuse its result.
+
+    Raises:
+        RefusedError: the model is on the Hub and the recipe does not say which revision of it is meant.
+    """
+    if is_on_hub(recipe.model.id) and recipe.model.revision is None:
+        raise RefusedError(
+            f"the recipe does not say which revision of {recipe.model.id} it means, so it could not be published",
+            where="model.revision",
+            fix="write it with `quantkit recipes pin FILE`: the recipe's file, or the base.toml that it extends",
+        )
 
 
 def pin_recipe(path: Path, revision: str) -> None:

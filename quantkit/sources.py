@@ -10,6 +10,7 @@ import yaml
 from quantkit.checkpoint.index import Checkpoint, TensorInfo, open_checkpoint, read_header
 from quantkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from quantkit.errors import RefusedError
+from quantkit.formats.sidecars import COPIED
 from quantkit.hub import fetch_checkpoint, fetch_header
 from quantkit.nano import NAME as NANO
 from quantkit.nano import ensure_nano
@@ -20,13 +21,8 @@ from quantkit.workdir import hash_files
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
 FRONT_MATTER = re.compile(r"\ufeff?---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
-HASHED_SIDECARS = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-)
+# what an artifact is made of beside weights: whatever is read or copied
+HASHED_SIDECARS = ("config.json", *COPIED)
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ class Source:
         id: Hub id, `bielik-nano`, or a local folder's name.
         revision: commit on the Hub, if it is from there.
         license: as its own model card states it: `license`, and `license_name` and `license_link` where it has them.
-        sha256: of every weight, config and tokenizer file, by name.
+        sha256: of every file that goes into an artifact, by name: weights, config, tokenizer, licence.
     """
 
     checkpoint: Checkpoint

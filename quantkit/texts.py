@@ -6,7 +6,7 @@ one is known.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -89,6 +89,25 @@ def load_text_set(name: str, split: Split) -> TextSet:
             fix=f"use one of {known}, or the path of a .jsonl or .txt file that exists",
         )
     return TextSet(path.name, _sha256(path), tuple(read_documents(path)))
+
+
+def own_text(name: str) -> bool:
+    """Whether a name means a file of one's own, so that its content alone says which text it is."""
+    return name not in SHIPPED and name not in HUB_TEXTS
+
+
+def known_sha256(name: str, split: Split) -> str | None:
+    """The hash that `load_text_set` gives; None for a set that it would fetch.
+
+    Raises:
+        RefusedError: as there.
+    """
+    return None if name in HUB_TEXTS else load_text_set(name, split).sha256
+
+
+def joined_sha256(hashes: Sequence[str]) -> str:
+    """The hash of text sets that are judged together, from theirs."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def read_documents(path: Path) -> Iterator[Document]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -116,6 +117,9 @@ class Workdir:
         self.folder = work_folder(out)
         self.identity = identity
         self._journal = journal
+        self._opened = time.perf_counter()
+        self.earlier_seconds = float(journal.get("seconds", 0.0))
+        """Wall time of earlier runs, up to the last that they kept."""
 
     @property
     def artifact(self) -> Path:
@@ -142,7 +146,7 @@ class Workdir:
             with replacing(path) as temporary:
                 write(temporary)
             self._journal["items"][item] = {"size_bytes": path.stat().st_size, "facts": facts}
-            write_json(self.folder / JOURNAL, self._journal)
+            self._write_journal()
 
     def note(self, name: str, content: Any) -> None:
         """Keep something for JSON beside the items."""
@@ -150,6 +154,11 @@ class Workdir:
             path = self.folder / "notes" / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
+            self._write_journal()
+
+    def _write_journal(self) -> None:
+        self._journal["seconds"] = self.earlier_seconds + time.perf_counter() - self._opened
+        write_json(self.folder / JOURNAL, self._journal)
 
     def noted(self, name: str) -> Any:
         """What `note` kept under the name; None if nothing was."""

@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -52,7 +53,10 @@ class HubServer:
     parts: what has arrived of such files, by SHA-256 and number.
     requests: "METHOD /path" of every request, in order.
     served: bytes of files that were sent, by path.
-    faults: [pattern of "METHOD /path", status or "reset" or "slow", how often left]; the first that fits is used up.
+    faults: [pattern of "METHOD /path", what, how often left]; the first that fits is used up. A status is answered
+        instead; "reset" closes the connection, "half" within the answer's body; "slow" waits first, or between the
+        pieces of a body; "lost" and "late" do what was asked, and then close the connection or answer 504.
+    spoils: name of a file that commits keep with other bytes.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -63,6 +67,7 @@ class HubServer:
     requests: list[str] = field(default_factory=list)
     faults: list[list] = field(default_factory=list)
     served: dict[str, int] = field(default_factory=dict)
+    spoils: str | None = None
     url: str = ""
 
     def sent(self, pattern: str) -> list[str]:
@@ -90,20 +95,39 @@ class HubServer:
 class Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+    manner = ""
 
     def log_message(self, *_) -> None:
         pass
 
     def answer(self, status: int, content: object = None, headers: dict[str, str] | None = None) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        if self.manner == "lost":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if self.manner == "late":
+            self.manner = ""
+            self.fail(504)
+            return
         self.send_response(status)
         for key, value in (
             {"Content-Length": str(len(body)), "Content-Type": "application/json"} | (headers or {})
         ).items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if self.manner in ("half", "slow"):
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            if self.manner == "half":
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                return
+            time.sleep(SLOW_S)
+            body = body[len(body) // 2 :]
+        self.wfile.write(body)
 
     def fail(self, status: int, code: str = "", message: str = "failed") -> None:
         self.answer(status, {"error": message}, {"X-Error-Code": code, "X-Error-Message": message} if code else None)
@@ -129,10 +153,11 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         body = self.body()
-        if fault == "slow":
+        self.manner = fault if isinstance(fault, str) else ""
+        if fault == "slow" and self.command != "GET":
             time.sleep(SLOW_S)
-        elif fault is not None:
-            self.fail(int(fault))
+        elif isinstance(fault, int):
+            self.fail(fault)
             return
         self.route(path, body)
 
@@ -304,8 +329,11 @@ class Handler(BaseHTTPRequestHandler):
                 if value.get("parentCommit", repo.branches[branch]) != repo.branches[branch]:
                     self.fail(412, message="A commit has happened since")
                     return
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
             elif line["key"] == "file":
-                files[value["path"]] = (base64.b64decode(value["content"]), False)
+                spoilt = b" " if value["path"] == self.hub.spoils else b""
+                files[value["path"]] = (base64.b64decode(value["content"]) + spoilt, False)
             elif value["oid"] in self.hub.large:
                 files[value["path"]] = (self.hub.large[value["oid"]], True)
             else:

@@ -13,11 +13,11 @@ from tests.tiny import WORDS
 
 ROOT = Path(__file__).parent.parent
 FROZEN = {
-    "build": {"--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--junit", "--json"},
+    "build": {"--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--release", "--junit", "--json"},
     "validate": {"--model", "--text", "--runtime", "--device", "--junit", "--json"},
     "inspect": {"--verify", "--public-key", "--json"},
     "report": {"--out", "--json"},
-    "publish": {"--repo", "--revision", "--private", "--dry-run", "--sign", "--json"},
+    "publish": {"--repo", "--revision", "--private", "--dry-run", "--sign", "--report", "--json"},
     "plan": {"--model", "--out", "--device", "--set", "--json"},
     "demo": {"--out", "--device", "--json"},
     "submit": {
@@ -161,6 +161,27 @@ def test_a_failed_gate_keeps_the_artifact_and_exits_with_3(own_recipe, tmp_path)
     assert "error: the artifact is kept but may not be published:\n  reference: top1_agreement" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "a" / "quantkit.json").exists()
+
+
+def test_what_fails_before_the_gates_is_an_error_in_the_junit_file(own_recipe, tmp_path):
+    junit = tmp_path / "results" / "a.xml"
+    wide = ("--set", "quantize.group_size=128")
+    done = quantkit("build", str(own_recipe), "--out", str(tmp_path / "a"), *wide, "--junit", str(junit))
+    assert done.returncode == 2
+    suite = ElementTree.parse(junit).getroot()
+    assert (suite.get("name"), suite.get("errors")) == ("a", "1")
+    (error,) = suite.iter("error")
+    assert error.get("message") == "14 linear(s) do not fit the format:"
+
+
+def test_a_build_that_could_not_be_published_is_refused_before_it_begins(tmp_path, own_recipe):
+    done = quantkit("build", "gptq", "--release", "--out", str(tmp_path / "a"))
+    assert done.returncode == 2
+    assert "does not say which revision of speakleash/Bielik-7B-Instruct-v0.1 it means" in done.stderr
+    assert "quantkit recipes pin FILE" in done.stderr
+    assert quantkit("submit", "gptq", "--publish", "--dry-run").stderr == done.stderr
+    local = quantkit("build", str(own_recipe), "--release", "--out", str(tmp_path / "b"))
+    assert local.returncode == 0, local.stderr
 
 
 def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantkit.errors import RefusedError, RunFailedError
+from quantkit.formats.sidecars import COPIED
 from quantkit.judgement import validate
+from quantkit.machine import peak_memory_bytes
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
 from quantkit.report.record import read_record
@@ -259,6 +262,41 @@ def test_a_build_killed_at_any_moment_ends_in_the_same_bytes(recipe, tmp_path):
         assert hashes(out) == whole, tenths
 
 
+def test_the_seconds_of_a_build_that_was_killed_count(recipe, tmp_path):
+    """From the source on the disk, and with those of the run that did not come to the end."""
+    assert killed_at(recipe, tmp_path / "a", 7, "before") == -signal.SIGKILL
+    journal = json.loads((work_folder(tmp_path / "a") / "journal.json").read_text())
+    facts = build(recipe, out=tmp_path / "a", device=CPU).record["build"]
+    assert facts["seconds"]["earlier runs"] == round(journal["seconds"], 3) > 0
+    assert facts["wall_seconds"] == pytest.approx(sum(facts["seconds"].values()), abs=0.01)
+    assert facts["seconds"]["source"] > 0
+    whole = build(recipe, out=tmp_path / "b", device=CPU).record["build"]
+    assert "earlier runs" not in whole["seconds"]
+
+
+def test_everything_that_is_copied_is_hashed(recipe, tmp_path, tiny_mistral):
+    source = Path(shutil.copytree(tiny_mistral, tmp_path / "source"))
+    for name in COPIED:
+        if not (source / name).exists() and not name.startswith("tokenizer") and not name.endswith(".json"):
+            (source / name).write_text(f"{name}\n")
+    (source / "generation_config.json").write_text("{}")
+    first = build(changed(recipe, "model", id=str(source)), out=tmp_path / "a", device=CPU, validated=False)
+    copied = [path.name for path in first.out.iterdir() if path.name in COPIED]
+    assert {"LICENSE", "NOTICE", "merges.txt", "generation_config.json"} <= set(copied)
+    known = first.record["source"]["sha256"]
+    assert {name: known[name] for name in copied} == hash_files(first.out, copied)
+    (source / "LICENSE").write_text("another")
+    with pytest.raises(RefusedError, match=r"source\.LICENSE"):
+        build(changed(recipe, "model", id=str(source)), out=tmp_path / "a", device=CPU, validated=False)
+
+
+def test_memory_of_an_engines_process_is_known():
+    program = "held = bytearray(700_000_000); held[::4096] = bytes(len(held[::4096]))"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert peak_memory_bytes(CPU, engine=True)["engine"] > 700_000_000
+    assert "engine" not in peak_memory_bytes(CPU)
+
+
 def test_gates_that_fail_are_in_the_record_and_the_card(recipe, tmp_path):
     from quantkit.recipe import GatesSection
 
@@ -284,6 +322,46 @@ def test_validate_writes_into_the_record(recipe, tmp_path):
     result = validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="reference", device=CPU)
     assert read_record(out)["validation"] == result
     assert result["variants"][0]["results"][0]["status"] == "ok"
+
+
+def test_another_text_shows_its_verdict_and_leaves_the_recorded_one(recipe, tmp_path):
+    """Not by another name, and not by the same name with other content."""
+    out = build(recipe, out=tmp_path / "a", device=CPU).out
+    before = (out / "quantkit.json").read_bytes(), (out / "README.md").read_bytes()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "easy.txt").write_text("la " * 200)
+    (tmp_path / "other" / "text.jsonl").write_text(json.dumps({"text": "la " * 200}))
+    for name in ("easy.txt", "other/text.jsonl"):
+        told: list[str] = []
+        result = validate(
+            out,
+            model=recipe.model.id,
+            texts=(str(tmp_path / name),),
+            runtime="reference",
+            device=CPU,
+            say=told.append,
+        )
+        assert result["text"]["name"] == Path(name).name
+        assert told == ["judged on other texts than the recipe's: the verdict in the record stays as it was"]
+        assert ((out / "quantkit.json").read_bytes(), (out / "README.md").read_bytes()) == before
+
+
+def test_a_build_judges_again_where_the_text_of_its_recipe_has_changed(recipe, tmp_path, text_file):
+    out = build(recipe, out=tmp_path / "a", device=CPU).out
+    extra = tmp_path / "calibration.jsonl"
+    extra.write_bytes(text_file.read_bytes())
+    first = read_record(out)
+    apart = changed(recipe, "calibration", texts={str(extra): 8})
+    out = build(apart, out=tmp_path / "b", device=CPU).out
+    text_file.write_text(json.dumps({"text": WORDS * 9}))
+    assert (
+        build(apart, out=out, device=CPU, validated=False).record["validation"]["text"] == first["validation"]["text"]
+    )
+    again = build(apart, out=out, device=CPU)
+    assert again.reused
+    assert again.record["validation"]["text"]["sha256"] == again.record["validation_texts"][0]["sha256"]
+    assert again.record["validation"]["text"] != first["validation"]["text"]
+    assert build(apart, out=out, device=CPU).record == again.record
 
 
 def test_an_engine_that_is_not_there_is_not_run_and_says_how_to_mend_it(recipe, tmp_path):

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,22 @@ from quantkit.errors import GateError, RefusedError, RunFailedError, Unavailable
 from quantkit.pipeline import build
 from quantkit.publish import publish as publish_here
 from quantkit.recipe import Recipe
+from quantkit.report.card import keep
 from quantkit.report.inspect import inspect_artifact, inspection_lines
+from quantkit.report.page import write_report
 from quantkit.report.record import output_entries, read_record, write_record
 from quantkit.workdir import sha256_of
 from tests.hub_server import READ_ONLY, TOKEN, HubServer, Repo
-from tests.tiny import WORDS
+from tests.tiny import WORDS, make_tiny
 
 ROOT = Path(__file__).parent.parent
 REPO = "an-org/tiny-GPTQ"
 PROGRAM = "from quantkit import hub; hub.FIRST_PAUSE_S = 0.01; from quantkit.cli import main; main()"
+START = "from quantkit.cli import main; main()"
+DOWNLOAD = """
+import sys, huggingface_hub
+huggingface_hub.snapshot_download(sys.argv[1], revision=sys.argv[2], local_dir=sys.argv[3])
+"""
 PLANTED = "hf_plantedSecret0123456789"
 
 
@@ -97,6 +105,36 @@ def on_hub(hub: HubServer, branch: str = "main") -> dict[str, bytes]:
     return {path: content for path, (content, _) in files.items() if path != ".gitattributes"}
 
 
+def arrived_whole(hub: HubServer, artifact: Path, branch: str = "main") -> None:
+    """All files are on a branch, the weights as they are here; record and card are those of the repository."""
+    there = on_hub(hub, branch)
+    here = {path.name: path.read_bytes() for path in artifact.iterdir() if path.is_file()}
+    assert there.keys() == here.keys()
+    own = ("README.md", "quantkit.json")
+    assert {name: there[name] for name in there if name not in own} == {
+        name: here[name] for name in here if name not in own
+    }
+    assert json.loads(there["quantkit.json"])["published"]["repo"] == REPO
+
+
+def fetched(hub: HubServer, folder: Path, branch: str = "main") -> Path:
+    """A branch as somebody downloads it, held against its own record."""
+    done = run(hub, DOWNLOAD, REPO, branch, str(folder))
+    assert done.returncode == 0, done.stderr
+    verified = run(hub, START, "inspect", str(folder), "--verify")
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "files are as recorded" in verified.stdout
+    return folder
+
+
+def judged(hub: HubServer, folder: Path, source: Path, *texts: Path) -> dict:
+    """What `validate --json` makes of a folder, with exit code 0."""
+    options = [option for text in texts for option in ("--text", str(text))]
+    done = run(hub, START, "validate", str(folder), "--model", str(source), *options, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def test_record_and_card_hold_no_secret_and_no_path(built, tiny_mistral):
     text = "".join(path.read_text("utf-8") for path in built.iterdir() if path.suffix in (".json", ".md", ".jinja"))
     assert "fingerprint" in text
@@ -133,7 +171,7 @@ def test_everything_arrives_once_in_one_private_commit_and_comes_back_whole(hub,
     found = json.loads(done.stdout)
     assert found["variants"] == ["gptq"]
     assert hub.repos[REPO].private
-    assert on_hub(hub) == {path.name: path.read_bytes() for path in artifact.iterdir()}
+    arrived_whole(hub, artifact)
     assert len(hub.sent(r"POST .*/commit/")) == 1
     assert len(hub.sent(r"^PUT ")) == 1
 
@@ -143,12 +181,7 @@ def test_everything_arrives_once_in_one_private_commit_and_comes_back_whole(hub,
     assert "nothing to upload" in again.stdout
     assert not [request for request in hub.requests[before:] if not request.startswith("GET ")]
 
-    program = "import sys, huggingface_hub as h; print(h.snapshot_download(sys.argv[1], local_dir=sys.argv[2]))"
-    fetched = run(hub, program, REPO, str(tmp_path / "fetched"))
-    assert fetched.returncode == 0, fetched.stderr
-    verified = run(hub, "from quantkit.cli import main; main()", "inspect", str(tmp_path / "fetched"), "--verify")
-    assert verified.returncode == 0, verified.stdout + verified.stderr
-    assert "files are as recorded" in verified.stdout
+    fetched(hub, tmp_path / "fetched")
 
 
 def test_a_dry_run_prints_the_plan_and_changes_nothing(hub, artifact):
@@ -205,7 +238,7 @@ def test_a_failure_that_passes_is_tried_again(hub, artifact, request_pattern, fa
     done = publish(hub, artifact)
     assert done.returncode == 0, done.stderr
     assert hub.faults[0][2] == 0
-    assert on_hub(hub) == {path.name: path.read_bytes() for path in artifact.iterdir()}
+    arrived_whole(hub, artifact)
 
 
 def test_an_upload_that_breaks_off_publishes_nothing_and_is_finished_by_the_next_run(hub, artifact):
@@ -229,7 +262,7 @@ def test_large_files_go_up_in_parts_and_arrive_whole(hub, artifact):
     assert parts > 2
     assert len(hub.sent("^PUT /part/")) == parts + 1  # one of them twice
     assert len(hub.sent("^POST /complete/")) == 1
-    assert on_hub(hub) == {path.name: path.read_bytes() for path in artifact.iterdir()}
+    arrived_whole(hub, artifact)
 
 
 @pytest.mark.slow
@@ -293,11 +326,11 @@ def test_from_the_hub_to_the_hub(hub, source_on_hub, tmp_path):
     """Fetched, built, refused while no revision is pinned, pinned, published, fetched, judged: the same figures."""
     text = tmp_path / "text.txt"
     text.write_text(WORDS * 20, encoding="utf-8")
-    recipe = tmp_path / "own.toml"
+    base, recipe = tmp_path / "base.toml", tmp_path / "own.toml"
+    base.write_text(f'[model]\nid = "{source_on_hub}"\n', encoding="utf-8")
     recipe.write_text(
-        f"""format = "gptq"
-[model]
-id = "{source_on_hub}"
+        f"""extends = "base.toml"
+format = "gptq"
 [quantize]
 group_size = 32
 [calibration]
@@ -312,12 +345,12 @@ repo = "{REPO}"
 """,
         encoding="utf-8",
     )
-    out, start = tmp_path / "tiny-GPTQ", "from quantkit.cli import main; main()"
+    out, start = tmp_path / "tiny-GPTQ", START
     assert run(hub, start, "build", str(recipe), "--out", str(out)).returncode == 0
     refused = run(hub, start, "publish", str(out))
     assert refused.returncode == 2
     assert "does not say which revision" in refused.stderr
-    assert run(hub, start, "recipes", "pin", str(recipe)).returncode == 0
+    assert run(hub, start, "recipes", "pin", str(base)).returncode == 0
     built = run(hub, start, "build", str(recipe), "--out", str(out))
     assert built.returncode == 0, built.stderr
     assert "was complete already" in built.stderr, "a pin to what it was made from is no other build"
@@ -417,42 +450,48 @@ def test_a_signature_goes_up_holds_and_breaks(hub, artifact, tmp_path):
     pytest.importorskip("model_signing", reason="of the extra `sign`")
     private, public = make_key(tmp_path, "own")
     _, foreign = make_key(tmp_path, "foreign")
+    folder = tmp_path / "fetched"
 
     def inspect(key: Path | None) -> tuple[str, str | None]:
-        found = inspect_artifact(artifact, verify=True, public_key=key)
+        found = inspect_artifact(folder, verify=True, public_key=key)
         assert found["changed"] == []
         assert any(line.startswith("signature") for line in inspection_lines(found))
         return found["signature"], found["signature_problem"]
 
     dry = json.loads(publish(hub, artifact, "--sign", str(private), "--dry-run", "--json").stdout)
     assert "model.sig" in [file["name"] for file in dry["branches"][0]["upload"]]
-    assert not (artifact / "model.sig").exists()
+    assert not (artifact / ".signatures").exists()
     done = publish(hub, artifact, "--sign", str(private))
     assert done.returncode == 0, done.stderr
-    assert on_hub(hub) == {path.name: path.read_bytes() for path in artifact.iterdir()}
-    assert "model.sig" in on_hub(hub)
     again = publish(hub, artifact, "--sign", str(private))
     assert "nothing to upload" in again.stdout, "a signature that holds is kept"
 
+    fetched(hub, folder)
     assert inspect(public) == ("good", None)
     assert inspect(None) == ("not checked", None)
     assert inspect(foreign)[0] == "broken"
     assert "Key mismatch" in inspect(foreign)[1]
+    record = read_record(folder)
+    write_record(folder, record | {"chat": "other"})
+    assert inspect(public)[0] == "broken"
+    assert "quantkit.json" in inspect(public)[1]
 
     record = read_record(artifact)
     write_record(artifact, record | {"chat": "other"})
-    assert inspect(public)[0] == "broken"
-    assert "quantkit.json" in inspect(public)[1]
     refused = publish(hub, artifact)
     assert refused.returncode == 2
     assert "its signature would not hold" in refused.stderr
     assert publish(hub, artifact, "--sign", str(private)).returncode == 0
-    assert inspect(public) == ("good", None)
-    (artifact / "model.sig").unlink()
+    fetched(hub, tmp_path / "again")
+    assert inspect_artifact(tmp_path / "again", verify=True, public_key=public)["signature"] == "good"
+    (folder / "model.sig").unlink()
     assert inspect(public) == ("broken", "model.sig is missing")
-    done = run(hub, PROGRAM, "inspect", str(artifact), "--verify", "--public-key", str(public))
+    done = run(hub, PROGRAM, "inspect", str(folder), "--verify", "--public-key", str(public))
     assert done.returncode == 1
     assert "signature         model.sig is missing" in done.stdout
+
+    assert publish(hub, artifact, "--revision", "unsigned").returncode == 0
+    assert "model.sig" not in on_hub(hub, "unsigned"), "the signature that a branch begins with holds no more"
 
 
 def test_a_key_that_is_none_is_refused(artifact, tmp_path):
@@ -467,45 +506,114 @@ def test_without_the_package_signing_says_what_to_install(artifact, tmp_path, mo
     refuses(artifact, UnavailableError, r'pip install "quantkit\[sign\]"', key=tmp_path / "key.pem")
 
 
-@pytest.mark.slow
-def test_variants_in_folders_of_their_own_get_a_branch_each(hub, artifact, tmp_path):
-    """As EXL2 lays them out: one folder per bpw, one record; a branch is whole by itself."""
-    names = {"4.0bpw": "gptq", "2.5bpw": None, "3.0bpw": "gptq"}
-    inside = [path for path in artifact.iterdir() if path.name not in ("README.md", "quantkit.json")]
-    record = read_record(artifact)
-    for name in names:
-        (artifact / name).mkdir()
-        for path in inside:
-            shutil.copy(path, artifact / name / path.name)
-    (artifact / "3.0bpw" / "generation_config.json").write_text("{}")
-    for path in inside:
-        path.unlink()
-    (artifact / "measurement.json").write_text("[]")
-    (judged,) = record["validation"]["variants"]
-    verdicts = {name: {"passed": good is not None, "failures": [] if good else ["bad"]} for name, good in names.items()}
-    record["validation"]["variants"] = [judged | {"name": name, "gate": gate} for name, gate in verdicts.items()]
-    record["variants"] = {name: [f"{name}/model.safetensors"] for name in names}
-    write_record(artifact, record | {"outputs": output_entries(artifact)})
+def several(folder: Path, source: Path, form: str, quantize: dict, failing: str) -> Path:
+    """A real artifact of several variants, one of which cannot keep its gate."""
+    text = folder / "text.txt"
+    text.write_text(WORDS * 20, encoding="utf-8")
+    recipe = Recipe.of(
+        {
+            "format": form,
+            "model": {"id": str(source)},
+            "quantize": quantize,
+            "calibration": {"texts": {str(text): 4}, "window_tokens": 16, "activations": "float"},
+            "validation": {
+                "texts": (str(text),),
+                "window_tokens": 32,
+                "generated_tokens": 0,
+                "variant_gates": {failing: {"top1_agreement": 1.0, "mean_kld": 0.0}},
+            },
+        }
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTKIT_HOME", str(folder / "home"))
+        return build(recipe, out=folder / f"tiny-{form.upper()}", device=torch.device("cpu")).out
 
+
+@pytest.fixture(scope="module")
+def tiny_exl2(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("exl2")
+    source = make_tiny(folder / "source", "mistral")
+    return source, several(folder, source, "exl2", {"bits": [4.0, 5.0, 8.0]}, "4.0bpw")
+
+
+@pytest.fixture(scope="module")
+def tiny_gguf(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("gguf")
+    source = make_tiny(folder / "source", "mistral", hidden_size=256, intermediate_size=256)
+    quantize = {"name": "tiny", "types": ["Q2_K", "Q4_K_M", "Q8_0"]}
+    return source, several(folder, source, "gguf", quantize, "Q4_K_M")
+
+
+@pytest.mark.slow
+def test_exl2_goes_to_a_branch_for_each_size_that_passed(hub, tiny_exl2, tmp_path):
+    source, built = tiny_exl2
+    artifact = Path(shutil.copytree(built, tmp_path / built.name))
     done = publish(hub, artifact, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [branch["revision"] for branch in found["branches"]] == ["4.0bpw", "3.0bpw", "main"]
-    assert found["left_out"] == ["2.5bpw"]
-    assert set(hub.repos[REPO].branches) == {"4.0bpw", "3.0bpw", "main"}
+    assert [branch["revision"] for branch in found["branches"]] == ["5.0bpw", "8.0bpw", "main"]
+    assert found["left_out"] == ["4.0bpw"]
+    assert set(hub.repos[REPO].branches) == {"5.0bpw", "8.0bpw", "main"}
     assert on_hub(hub).keys() == {"README.md", "quantkit.json", "measurement.json"}
-    assert on_hub(hub, "3.0bpw")["generation_config.json"] == b"{}"
-    program = "import sys, huggingface_hub as h; h.snapshot_download(*sys.argv[1:3], local_dir=sys.argv[3])"
-    program = program.replace("*sys.argv[1:3]", "sys.argv[1], revision=sys.argv[2]")
-    for branch in ("4.0bpw", "3.0bpw"):
-        folder = tmp_path / branch
-        assert run(hub, program, REPO, branch, str(folder)).returncode == 0
-        verified = run(hub, "from quantkit.cli import main; main()", "inspect", str(folder), "--verify")
-        assert verified.returncode == 0, verified.stdout + verified.stderr
-        assert "files are as recorded" in verified.stdout
+    card = on_hub(hub)["README.md"].decode()
+    assert f"hf download {REPO} --revision 5.0bpw" in card
+    assert "| exl2 8.0bpw |" in card
+    assert "* 4.0bpw: reference: " in card
+    for branch in ("5.0bpw", "8.0bpw"):
+        folder = fetched(hub, tmp_path / branch, branch)
+        card = (folder / "README.md").read_text("utf-8")
+        assert f"hf download {REPO} --revision {branch}" in card
+        now = judged(hub, folder, source, built.parent / "text.txt")
+        assert [variant["name"] for variant in now["variants"]] == [branch]
+        then = read_record(folder)["validation"]
+        for validation in (now, then):
+            del validation["variants"][0]["results"][0]["seconds"], validation["artifact"]
+        assert now == then
+        assert (folder / "README.md").read_text("utf-8").splitlines()[-8:] == card.splitlines()[-8:]
+        fetched(hub, tmp_path / f"{branch}-again", branch)
     assert "nothing to upload" in publish(hub, artifact).stdout
     assert len(hub.sent(r"POST .*/commit/")) == 3
     assert publish(hub, artifact, "--revision", "other").returncode == 2
+
+
+@pytest.mark.slow
+def test_a_branch_that_is_added_later_begins_clean(hub, tiny_exl2, artifact, tmp_path):
+    """Its first commit takes away what it has from main: somebody's picture stays, files of ours do not."""
+    other = Path(shutil.copytree(tiny_exl2[1], tmp_path / "exl2"))
+    assert publish(hub, artifact).returncode == 0
+    repo = hub.repos[REPO]
+    repo.commit("main", repo.commits[repo.branches["main"]] | {"logo.png": (b"png", False)})
+    assert publish(hub, other).returncode == 0
+    assert "logo.png" in on_hub(hub, "5.0bpw")
+    assert on_hub(hub).keys() == {"README.md", "quantkit.json", "measurement.json", "logo.png"}
+    fetched_names = on_hub(hub, "8.0bpw").keys()
+    assert not {"measurement.json", "model.safetensors"} & fetched_names
+    assert publish(hub, artifact, "--revision", "later").returncode == 0
+    assert on_hub(hub, "later").keys() == {path.name for path in artifact.iterdir()} | {"logo.png"}
+
+
+@pytest.mark.slow
+def test_gguf_types_that_passed_go_up_as_an_artifact_of_their_own(hub, tiny_gguf, tmp_path):
+    source, built = tiny_gguf
+    artifact = Path(shutil.copytree(built, tmp_path / built.name))
+    assert "tiny.Q4_K_M.gguf" in (artifact / "Modelfile").read_text("utf-8")
+    done = publish(hub, artifact, "--json")
+    assert done.returncode == 0, done.stderr
+    assert (json.loads(done.stdout)["variants"], json.loads(done.stdout)["left_out"]) == (["Q2_K", "Q8_0"], ["Q4_K_M"])
+    folder = fetched(hub, tmp_path / "fetched")
+    assert sorted(path.name for path in folder.glob("tiny.Q*.gguf")) == ["tiny.Q2_K.gguf", "tiny.Q8_0.gguf"]
+    for name in ("README.md", "Modelfile"):
+        text = (folder / name).read_text("utf-8")
+        assert "tiny.Q4_K_M.gguf" not in text
+        assert "tiny.Q8_0.gguf" in text
+    assert f"ollama run hf.co/{REPO}:Q8_0" in (folder / "README.md").read_text("utf-8")
+    assert (folder / "Modelfile").read_text("utf-8").splitlines()[1:] == (artifact / "Modelfile").read_text(
+        "utf-8"
+    ).splitlines()[1:]
+    now = judged(hub, folder, source, built.parent / "text.txt")
+    assert [variant["name"] for variant in now["variants"]] == ["Q2_K", "Q8_0"]
+    assert now["gate"] == {"passed": True, "failures": []}
+    assert "nothing to upload" in publish(hub, artifact).stdout
 
 
 def test_an_edited_file_is_refused_and_named(artifact):
@@ -569,17 +677,223 @@ def test_an_unpinned_source_is_refused(artifact):
     refuses(artifact, RefusedError, "quantkit recipes pin")
 
 
-def test_variants_that_failed_are_left_out_with_their_files(hub, artifact):
-    """Two variants in a folder, one below its gate: its file stays here."""
+@pytest.fixture
+def partly(artifact) -> Path:
+    """An artifact with a second variant in a file of its own, below its gate."""
     (artifact / "worse.safetensors").write_bytes(b"bad")
     record = read_record(artifact)
     entry = {"name": "worse.safetensors", "size_bytes": 3, "sha256": sha256_of(artifact / "worse.safetensors")}
     record["outputs"].append(entry)
     record["variants"]["worse"] = ["worse.safetensors"]
-    failed = record["validation"]["variants"][0] | {"name": "worse", "gate": {"passed": False, "failures": ["bad"]}}
+    failed = record["validation"]["variants"][0] | {"name": "worse", "gate": {"passed": False, "failures": ["too bad"]}}
     record["validation"]["variants"].append(failed)
-    write_record(artifact, record)
-    found = json.loads(publish(hub, artifact, "--json").stdout)
+    record["validation"]["gate"] = {"passed": False, "failures": ["worse: too bad"]}
+    keep(artifact, record)
+    return artifact
+
+
+def test_variants_that_failed_are_left_out_with_their_files(hub, partly, tmp_path):
+    """What goes up is whole by itself: its record and card know of what is there, and say what is not."""
+    found = json.loads(publish(hub, partly, "--json").stdout)
     assert (found["variants"], found["left_out"]) == (["gptq"], ["worse"])
-    assert "worse.safetensors" not in on_hub(hub)
+    folder = fetched(hub, tmp_path / "fetched")
+    record = read_record(folder)
+    assert record["variants"] == {"gptq": ["model.safetensors"]}
+    assert "worse.safetensors" not in [entry["name"] for entry in record["outputs"]]
+    assert [variant["name"] for variant in record["validation"]["variants"]] == ["gptq"]
+    assert record["validation"]["gate"] == {"passed": True, "failures": []}
+    card = (folder / "README.md").read_text("utf-8")
+    assert "Passed the recipe's gates." in card
+    assert "* worse: too bad" in card
+    assert "gptq worse" not in card
+    assert "nothing to upload" in publish(hub, partly).stdout
+
+
+def test_the_card_names_the_repository_it_is_in(hub, artifact):
+    record = read_record(artifact)
+    record["recipe"]["release"]["repo"] = "somebody/else-GPTQ"
+    keep(artifact, record)
+    assert "somebody/else-GPTQ" in (artifact / "README.md").read_text("utf-8")
+    assert publish(hub, artifact).returncode == 0
+    card = on_hub(hub)["README.md"].decode()
+    assert card.count(REPO) >= 2
+    assert "else-GPTQ" not in card
+    assert "\n# tiny-GPTQ\n" in card
+
+
+@pytest.mark.slow
+def test_a_branch_is_named_by_the_card_that_lies_on_it(hub, artifact):
+    assert publish(hub, artifact, "--revision", "4bit").returncode == 0
+    assert "on the branch `4bit`" in on_hub(hub, "4bit")["README.md"].decode()
+
+
+def test_a_verdict_on_another_text_publishes_nothing(artifact):
+    """Neither one that stands in the record, nor figures that do not keep the recipe's gates."""
+    record = read_record(artifact)
+    easy = record | {"validation": record["validation"] | {"text": record["validation"]["text"] | {"sha256": "0" * 64}}}
+    keep(artifact, easy)
+    refuses(artifact, GateError, "not on the texts of the recipe(.|\n)*quantkit build")
+    record["recipe"]["validation"]["gates"]["perplexity_ratio"] = 1.0
+    record["validation"]["variants"][0]["results"][0]["ratio"] = 1.5
+    keep(artifact, record)
+    refuses(artifact, GateError, r"perplexity_ratio 1\.5000 > 1")
+
+
+def test_files_of_an_earlier_publication_go_with_the_next_commit(hub, artifact, tmp_path):
+    """Shards that have other names now are removed with it; what somebody else put there stays."""
+    assert publish(hub, artifact).returncode == 0
+    repo = hub.repos[REPO]
+    human = {"logo.png": (b"png", False), "examples/own.safetensors": (b"own", True)}
+    repo.commit("main", repo.commits[repo.branches["main"]] | human)
+    (artifact / "model.safetensors").rename(artifact / "model-00001-of-00001.safetensors")
+    record = read_record(artifact)
+    record["variants"]["gptq"] = ["model-00001-of-00001.safetensors"]
+    record["validation"]["variants"][0]["files"] = ["model-00001-of-00001.safetensors"]
+    keep(artifact, record | {"outputs": output_entries(artifact)})
+    dry = publish(hub, artifact, "--dry-run")
+    assert "removed  model.safetensors" in dry.stdout
     assert "model.safetensors" in on_hub(hub)
+    found = json.loads(publish(hub, artifact, "--json").stdout)
+    (branch,) = found["branches"]
+    assert branch["remove"] == ["model.safetensors"]
+    assert branch["others"] == ["examples/own.safetensors", "logo.png"]
+    assert len(hub.sent(r"POST .*/commit/")) == 2
+    assert on_hub(hub).keys() == {path.name for path in artifact.iterdir()} | human.keys()
+    assert "nothing to upload" in publish(hub, artifact).stdout
+
+
+@pytest.mark.parametrize("fault", ["lost", pytest.param("late", marks=pytest.mark.slow)])
+def test_a_commit_whose_answer_is_lost_was_made(hub, artifact, fault):
+    """The server has committed, the client hears nothing or an error; its next try has an old parent."""
+    hub.faults = [["/commit/main", fault, 1]]
+    done = publish(hub, artifact)
+    assert done.returncode == 0, done.stderr
+    arrived_whole(hub, artifact)
+    assert "nothing to upload" in publish(hub, artifact).stdout
+
+
+@pytest.mark.slow
+def test_somebody_elses_commit_is_not_taken_for_ours(hub, artifact):
+    program = f"""
+from quantkit import hub
+hub.FIRST_PAUSE_S = 0.01
+import huggingface_hub
+real = huggingface_hub.HfApi.create_commit
+def meanwhile(self, repo, operations, **named):
+    if named["parent_commit"]:
+        other = huggingface_hub.CommitOperationAdd("other.txt", b"other")
+        real(self, repo, [other], commit_message="other", revision=named["revision"])
+    return real(self, repo, operations, **named)
+huggingface_hub.HfApi.create_commit = meanwhile
+{START}
+"""
+    done = run(hub, program, "publish", str(artifact), "--repo", REPO)
+    assert done.returncode == 4, done.stderr
+    assert "run the same command again" in done.stderr
+    assert on_hub(hub).keys() == {"other.txt"}
+    assert publish(hub, artifact).returncode == 0
+
+
+def test_other_bytes_on_the_hub_are_noticed(hub, artifact):
+    """The Hub says yes and keeps something else."""
+    hub.spoils = "tokenizer.json"
+    done = publish(hub, artifact)
+    assert done.returncode == 1, done.stderr
+    assert "the Hub holds other bytes than were uploaded: tokenizer.json" in done.stderr
+    hub.spoils = None
+    assert publish(hub, artifact).returncode == 0
+    arrived_whole(hub, artifact)
+
+
+@pytest.fixture
+def in_shards(artifact) -> Path:
+    """An artifact whose weights are three large files."""
+    record = read_record(artifact)
+    names = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
+    content = (artifact / "model.safetensors").read_bytes()
+    for number, name in enumerate(names):
+        (artifact / name).write_bytes(content + bytes([number]))
+    (artifact / "model.safetensors").unlink()
+    record["variants"]["gptq"] = names
+    keep(artifact, record | {"outputs": output_entries(artifact)})
+    return artifact
+
+
+def test_of_several_large_files_only_the_rest_goes_up_after_a_reset(hub, in_shards):
+    hub.faults = [["^PUT ", None, 1], ["^PUT ", 400, 1]]
+    broken = publish(hub, in_shards)
+    assert broken.returncode == 4, broken.stderr
+    assert on_hub(hub) == {}
+    assert len(hub.large) == 1
+    hub.faults = [["^PUT ", "reset", 1]]
+    assert publish(hub, in_shards).returncode == 0
+    arrived_whole(hub, in_shards)
+    assert len(hub.sent("^PUT ")) == 2 + 3  # two tries of the first run; a reset and two files of the second
+
+
+@pytest.mark.slow
+def test_a_publication_that_is_killed_sends_only_the_rest_the_next_time(hub, in_shards):
+    hub.faults = [["^PUT ", None, 1], ["^PUT ", "slow", 1]]
+    surroundings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "publish", str(in_shards), "--repo", REPO],
+        cwd=ROOT,
+        env=os.environ | surroundings,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    while len(hub.sent("^PUT ")) < 2:
+        assert process.poll() is None, "it ends only when it is killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert on_hub(hub) == {}
+    assert len(hub.large) == 1
+    before = len(hub.sent("^PUT "))
+    assert publish(hub, in_shards).returncode == 0
+    arrived_whole(hub, in_shards)
+    # the second file of the killed run may have arrived whole
+    assert len(hub.sent("^PUT ")) - before <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [429, 500, "reset", "half", "slow"])
+def test_a_download_that_fails_for_a_moment_is_whole_in_the_end(hub, artifact, tmp_path, fault):
+    """The client's own second try, or that of who runs it: never a folder that passes for the artifact and is not."""
+    assert publish(hub, artifact).returncode == 0
+    hub.faults = [["GET .*/resolve/.*model.safetensors", fault, 1]]
+    program = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], local_dir=sys.argv[2], max_workers=1)"
+    folder = tmp_path / "fetched"
+    first = run(hub, program, REPO, str(folder))
+    if first.returncode:
+        assert not (folder / "model.safetensors").exists()
+    fetched(hub, folder)
+    assert (folder / "model.safetensors").read_bytes() == (artifact / "model.safetensors").read_bytes()
+    assert hub.faults[0][2] == 0
+
+
+@pytest.mark.slow
+def test_the_card_shows_the_plots_of_the_report(hub, artifact, tmp_path):
+    pytest.importorskip("matplotlib", reason="of the extra `report`")
+    report = tmp_path / "report"
+    write_report([artifact], report)
+    assert publish(hub, artifact, "--report", str(report)).returncode == 0
+    folder = fetched(hub, tmp_path / "fetched")
+    for name in ("size-perplexity.png", "size-kld.png"):
+        assert (folder / "plots" / name).read_bytes() == (report / name).read_bytes()
+        assert f"](plots/{name})" in (folder / "README.md").read_text("utf-8")
+    write_report([artifact], report)
+    assert "nothing to upload" in publish(hub, artifact, "--report", str(report)).stdout
+    assert publish(hub, artifact).returncode == 0
+    assert not [name for name in on_hub(hub) if name.startswith("plots/")]
+    keep(artifact, read_record(artifact) | {"chat": "other"})
+    refuses(artifact, RefusedError, "does not show the artifact as it is now", report=report)
+    refuses(artifact, RefusedError, "holds no report", report=tmp_path)
+
+
+@pytest.mark.slow
+def test_nothing_moves_where_nobody_watches(hub, artifact):
+    """Without a terminal the Hub's client draws no bars."""
+    done = publish(hub, artifact)
+    assert "\r" not in done.stderr
+    assert "%|" not in done.stderr

@@ -1,10 +1,12 @@
 """Recipes: every problem at once, in words that say what to do."""
 
+import shutil
 import tomllib
 
 import pytest
 
 from quantkit.errors import RefusedError
+from quantkit.home import shipped
 from quantkit.recipe import (
     Recipe,
     as_toml,
@@ -12,7 +14,9 @@ from quantkit.recipe import (
     find_recipe,
     list_recipes,
     load_recipe,
+    model_named_in,
     pin_recipe,
+    require_pinned,
 )
 
 GOOD = 'format = "gptq"\n[model]\nid = "bielik-nano"\n'
@@ -137,6 +141,22 @@ def test_pin_writes_the_revision_and_keeps_comments(tmp_path):
     pin_recipe(path, "a" * 40)
     assert path.read_text().startswith("# why\n")
     assert load_recipe(path).model.revision == "a" * 40
+
+
+def test_one_pin_of_the_base_serves_every_recipe_of_a_model(tmp_path):
+    shutil.copytree(shipped("recipes") / "bielik-7b-instruct-v0.1", tmp_path / "model")
+    base = tmp_path / "model" / "base.toml"
+    recipes = [path for path in (tmp_path / "model").glob("*.toml") if path != base]
+    assert len(recipes) == 7
+    with pytest.raises(RefusedError, match=r"so it could not be published(.|\n)*recipes pin FILE"):
+        require_pinned(load_recipe(recipes[0]))
+    assert model_named_in(base) == model_named_in(recipes[0]) == "speakleash/Bielik-7B-Instruct-v0.1"
+    pin_recipe(base, "a" * 40)
+    for path in recipes:
+        require_pinned(load_recipe(path))
+    require_pinned(load_recipe(find_recipe("bielik-nano/gptq")))
+    with pytest.raises(RefusedError, match="the file names no model"):
+        model_named_in(write(tmp_path, 'format = "gptq"\n'))
 
 
 def test_toml_of_a_resolved_recipe_reads_back():

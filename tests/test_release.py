@@ -38,6 +38,49 @@ def run(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=1500)
 
 
+def test_a_gate_that_fails_stops_its_own_artifact_alone(surroundings, tiny_mistral, tmp_path):
+    """What passed is on the Hub, the report shows both, the JUnit files tell, and make fails."""
+    hub, env = surroundings
+    if not (Path(sys.executable).parent / "quantkit").exists():
+        pytest.skip("quantkit is not installed as a command beside this Python")
+    (tmp_path / "installed").touch()
+    keys = {
+        "quantize.group_size": 32,
+        "calibration.texts": '{"polish-core"=4}',
+        "calibration.window_tokens": 16,
+        "validation.max_windows": 4,
+        "validation.window_tokens": 32,
+        "validation.generated_tokens": 0,
+        "validation.gates.perplexity_ratio": 10.0,
+        "validation.gates.top1_agreement": 0.0,
+        "validation.gates.mean_kld": 0.02,
+    }
+    flags = " ".join(f"--set '{key}={value}'" for key, value in keys.items())
+    out = tmp_path / "artifacts"
+    done = run(
+        *("make", "-j2", "release", "MODEL=bielik-nano", "FORMATS=gptq gptq-3bit", "ORG=an-org", f"OUT={out}"),
+        *(f"JUNIT={tmp_path / 'junit'}", f"BIN={Path(sys.executable).parent}", f"INSTALLED={tmp_path / 'installed'}"),
+        f"BUILD_FLAGS=--model {tiny_mistral} {flags}",
+        env=env,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    figures = {
+        name: json.loads((out / f"bielik-nano-{name}" / "quantkit.json").read_text())["validation"]
+        for name in ("gptq", "gptq-3bit")
+    }
+    told = {name: validation["variants"][0]["results"][0]["mean_kld"] for name, validation in figures.items()}
+    assert told["gptq"] < 0.02 < told["gptq-3bit"], told
+    assert hub.repos.keys() == {"an-org/bielik-nano-gptq"}
+    (repo,) = hub.repos.values()
+    card = repo.commits[repo.branches["main"]]["README.md"][0].decode()
+    assert "an-org/bielik-nano-gptq" in card
+    assert "](plots/size-kld.png)" in card
+    page = (out / "bielik-nano-report" / "report.html").read_text("utf-8")
+    assert "GPTQ-3BIT" in page.upper()
+    suites = {name: ElementTree.parse(tmp_path / "junit" / f"bielik-nano-{name}.xml").getroot() for name in figures}
+    assert {name: suite.get("failures") for name, suite in suites.items()} == {"gptq": "0", "gptq-3bit": "1"}
+
+
 def test_two_formats_are_released_at_once_and_come_back_whole(surroundings, nano, tmp_path):
     hub, env = surroundings
     shutil.copytree(nano, tmp_path / "home" / "models" / nano.name)

@@ -160,6 +160,8 @@ class Reading:
         variants: the folder's variants by name, where it may hold several; None where the folder is the one variant.
         differences: what an artifact says otherwise than the checkpoint it is held against, one line each; None where
             it says nothing that config.json does not.
+        retell: where files beside the weights name some of them: given the artifact's folder and the weight files of
+            the variants that stay, the new text of each such file, or None for one that has nothing left to name.
     """
 
     recognizes: Callable[[Path, dict[str, Any]], bool]
@@ -170,6 +172,7 @@ class Reading:
     use: Callable[[str, dict[str, Any], Sequence[str]], str]
     variants: "Callable[[Path], Mapping[str, Artifact]] | None" = None
     differences: "Callable[[Any, Checkpoint], list[str]] | None" = None
+    retell: Callable[[Path, dict[str, list[str]]], dict[str, str | None]] | None = None
 
 
 class Artifact(WeightSource, Protocol):

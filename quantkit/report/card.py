@@ -1,14 +1,21 @@
 """The model card, README.md of an artifact: a view of its record."""
 
+import hashlib
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantkit.formats import READERS
+from quantkit.report.plots import MEASURES
+from quantkit.report.record import CARD, write_record
 from quantkit.report.table import COLUMNS, rows
+from quantkit.workdir import write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+# plots of the report, by their names in a published folder
+PICTURES = {f"plots/{measure.file}": measure.title for measure in MEASURES}
 BACKTICKS = re.compile("`+")
 METRICS = (
     ("ppl_per_word", "word_perplexity", "Perplexity per word"),
@@ -30,7 +37,10 @@ def card(record: dict[str, Any]) -> str:
     recipe = record["recipe"]
     release = recipe["release"]
     source = record["source"]
-    name = release["repo"] or f"{source['id'].rsplit('/')[-1]}-{record['format'].upper()}"
+    published = record.get("published")
+    name = (
+        published["repo"] if published else release["repo"]
+    ) or f"{source['id'].rsplit('/')[-1]}-{record['format'].upper()}"
     results = _results(record)
     data = ModelCardData(
         model_name=name.rsplit("/")[-1] if results else None,
@@ -57,6 +67,7 @@ def card(record: dict[str, Any]) -> str:
         _quality(record),
         "## Use\n",
         reading.use(name, recipe["quantize"], _offered(record)),
+        *_branch_note(record),
         "## Chat format\n",
         _chat(record),
         "## How it was made\n",
@@ -69,11 +80,26 @@ def card(record: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def keep(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Card first, then the record: whoever sees the record sees the card that belongs to it. Returns it as written."""
+    text = card(record)
+    write_text(folder / CARD, text)
+    return write_record(folder, record | {"card_sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
 def _offered(record: dict[str, Any]) -> list[str]:
     """Variants that may be named as to be had: those that passed; all where none did or none was judged yet."""
     judged = (record["validation"] or {"variants": []})["variants"]
-    passed = {variant["name"] for variant in judged if variant["gate"]["passed"]}
-    return [name for name in record["variants"] if name in passed] or list(record["variants"])
+    # the main branch of an artifact with a branch for each has the figures of all and the files of none
+    return [variant["name"] for variant in judged if variant["gate"]["passed"]] or list(record["variants"])
+
+
+def _branch_note(record: dict[str, Any]) -> list[str]:
+    """Which branch to ask for, where the files are not on main and not under a variant's name either."""
+    published = record.get("published")
+    if published is None or published["revision"] in ("main", *_offered(record)):
+        return []
+    return [f"These files are on the branch `{published['revision']}`: ask for that revision.\n"]
 
 
 def _results(record: dict[str, Any]) -> "list[EvalResult]":
@@ -120,7 +146,12 @@ def _quality(record: dict[str, Any]) -> str:
     ]
     gate = validation["gate"]
     verdict = "Passed the recipe's gates." if gate["passed"] else "**Did not pass the recipe's gates:**"
-    return "\n".join([*lines, verdict, *(f"* {failure}" for failure in gate["failures"]), ""])
+    published = record.get("published") or {"left_out": {}, "pictures": []}
+    missing = [f"* {name}: {'; '.join(why)}" for name, why in published["left_out"].items()]
+    if missing:
+        missing = ["", "Not here, for they did not pass the recipe's gates:", "", *missing]
+    pictures = [f"![{PICTURES[picture]}]({picture})\n" for picture in published["pictures"]]
+    return "\n".join([*lines, *pictures, verdict, *(f"* {failure}" for failure in gate["failures"]), *missing, ""])
 
 
 def _making(record: dict[str, Any]) -> str:

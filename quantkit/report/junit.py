@@ -6,6 +6,19 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 FIGURES = ("ratio", "mean_kld", "p99_kld", "top1_agreement", "ppl_per_token", "ppl_per_word", "bits_per_byte")
 
 
+def junit_error(name: str, message: str) -> str:
+    """One suite with one case, for an artifact that was not judged because something else failed.
+
+    Args:
+        name: of the artifact.
+        message: what failed, where, and how to mend it; the first line stands for it.
+    """
+    suite = Element("testsuite", name=name, tests="1", failures="0", errors="1", skipped="0", time="0.000")
+    case = SubElement(suite, "testcase", classname=name, name="build", time="0.000")
+    SubElement(case, "error", message=message.splitlines()[0], type="error").text = message
+    return _document(suite)
+
+
 def junit(validation: dict[str, Any]) -> str:
     """One suite for the artifact, one case for each variant and runtime.
 
@@ -41,5 +54,9 @@ def junit(validation: dict[str, Any]) -> str:
     for key, value in counts.items():
         suite.set(key, str(value))
     suite.set("time", f"{seconds:.3f}")
+    return _document(suite)
+
+
+def _document(suite: Element) -> str:
     indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + tostring(suite, encoding="unicode") + "\n"

@@ -45,11 +45,13 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / DATA, report)
     write_text(out / PAGE, page(report))
-    pictures = [
-        out / measure.file
-        for measure in MEASURES
-        if draw_png(report["points"], measure, f"{report['model']['id']}: {measure.title.lower()}", out / measure.file)
-    ]
+    pictures = []
+    for measure in MEASURES:
+        path = out / measure.file
+        if draw_png(report["points"], measure, f"{report['model']['id']}: {measure.title.lower()}", path):
+            pictures.append(path)
+        else:
+            path.unlink(missing_ok=True)  # of an earlier report
     return [out / DATA, out / PAGE, *pictures]
 
 

@@ -30,7 +30,9 @@ class SourceFacts(Part):
     license: str | None = Field(description="As the source's own model card states it; null where it states none.")
     license_name: str | None = Field(description="Of a licence that the Hub has no name for.")
     license_link: str | None
-    sha256: dict[str, str] = Field(description="Of every weight, configuration and tokenizer file, by name.")
+    sha256: dict[str, str] = Field(
+        description="Of every file that goes into the artifact, by name: weights, configuration, tokenizer, licence."
+    )
 
 
 class CalibrationText(Part):
@@ -92,10 +94,13 @@ class Allotment(Part):
 
 
 class BuildFacts(Part):
-    """What the build cost; of a build that was continued, items count in full and the stages since the restart."""
+    """What the build cost, from the source on disk to the artifact; a build that was continued counts in full."""
 
     items: dict[str, ItemFacts]
-    seconds: dict[str, float] = Field(description="Wall time by stage.")
+    seconds: dict[str, float] = Field(
+        description="Wall time by stage. `source`: found, fetched where need be, and hashed; `earlier runs`: of a "
+        "build that was continued, up to the last that they kept."
+    )
     wall_seconds: float = Field(description="Sum of the stages.")
     operations: dict[str, float] = Field(
         default={},
@@ -104,7 +109,10 @@ class BuildFacts(Part):
     bytes: dict[str, int] = Field(
         default={}, description="`read`: of the source's weights; `written`: of the artifact."
     )
-    peak_memory_bytes: dict[str, int] = Field(description="`host`: resident; `device`: of the GPU's tensors.")
+    peak_memory_bytes: dict[str, int] = Field(
+        description="`host`: resident; `device`: of the GPU's tensors; `engine`: resident, of the largest process of "
+        "an upstream package."
+    )
     allotments: dict[str, Allotment] = Field(default={}, description="By variant, for a format that measures first.")
 
 
@@ -186,6 +194,22 @@ class Validation(Part):
     gate: Verdict
 
 
+class ValidationText(Part):
+    """A text set that the recipe is judged by, and no other counts for its gates."""
+
+    name: str
+    sha256: str | None = Field(description="Null for a set of the Hub that was not read yet.")
+
+
+class Published(Part):
+    """Where a published folder was put, and what of the artifact it does not hold."""
+
+    repo: str
+    revision: str = Field(description="Branch.")
+    left_out: dict[str, list[str]] = Field(description="Variants that did not pass, with the reasons.")
+    pictures: list[str] = Field(description="Plots of the report that the card shows.")
+
+
 class EngineFacts(BaseModel):
     """The upstream package that quantized, and whatever else its runner tells of itself."""
 
@@ -212,7 +236,13 @@ class Record(Part):
     variants: dict[str, list[str]] = Field(description="Weight files of each variant.")
     outputs: list[Output]
     build: BuildFacts
+    validation_texts: list[ValidationText] | None = Field(
+        default=None, description="The texts that the recipe names, by their content: the gates hold on them alone."
+    )
     validation: Validation | None
+    published: Published | None = Field(
+        default=None, description="Of a folder as it is on the Hub; variants, files and validation are those there."
+    )
     card_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Of README.md, which is drawn from the record.")
     seal: str = Field(
         pattern=r"^[0-9a-f]{64}$",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from quantkit.calibration.tokens import document_text
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.errors import RefusedError
-from quantkit.texts import TextSet
+from quantkit.texts import TextSet, joined_sha256
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,9 @@ def evaluation_text(
     name = "+".join(text_set.name for text_set in text_sets)
     if sum(len(window.targets) for window in windows) < 2:
         raise RefusedError(f"the text set {name} is too short to judge by", where="validation.texts", fix="add text")
-    digest = hashlib.sha256("".join(text_set.sha256 for text_set in text_sets).encode()).hexdigest()
     return EvaluationText(
         name,
-        text_sets[0].sha256 if len(text_sets) == 1 else digest,
+        joined_sha256([text_set.sha256 for text_set in text_sets]),
         tuple(windows),
         documents=len(used),
         words=sum(len(re.split(r"\s+", text)) for text in used),

@@ -108,6 +108,7 @@ def record_of(name: str, *variants: dict[str, Any], **changes: Any) -> dict[str,
             "cuda": None,
             "driver": None,
         },
+        "validation_texts": [{"name": "polish-core", "sha256": HASH}],
         "validation": {
             "artifact": f"Zuraw-7B-{name.upper()}",
             "format": name,

@@ -2,7 +2,7 @@
 
 from xml.etree import ElementTree
 
-from quantkit.report.junit import junit
+from quantkit.report.junit import junit, junit_error
 from tests.report.records import record_of, result, variant
 
 
@@ -25,3 +25,11 @@ def test_every_variant_and_runtime_is_a_case():
     assert cases["Zuraw-7B-GGUF.Q8_0", "mlx-lm"].find("skipped").get("message") == "not installed"
     assert cases["Zuraw-7B-GGUF.Q8_0", "llama-cpp"].get("time") == "2.000"
     assert "ratio 1\n" in cases["Zuraw-7B-GGUF.Q8_0", "reference"].find("system-out").text
+
+
+def test_what_was_never_judged_is_an_error():
+    suite = ElementTree.fromstring(junit_error("Zuraw-7B-GGUF", "the disk is full <&>\n  fix: free some space"))
+    assert [suite.get(key) for key in ("tests", "failures", "skipped", "errors")] == ["1", "0", "0", "1"]
+    (error,) = suite.iter("error")
+    assert error.get("message") == "the disk is full <&>"
+    assert error.text.endswith("fix: free some space")

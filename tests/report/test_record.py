@@ -9,9 +9,9 @@ import torch
 
 from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats import READERS
-from quantkit.judgement import keep
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
+from quantkit.report.card import keep
 from quantkit.report.inspect import inspect_artifact, inspection_lines
 from quantkit.report.record import changed_files, read_record
 from quantkit.sources import stated_licence

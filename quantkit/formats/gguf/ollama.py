@@ -7,6 +7,7 @@ text, and kept only if putting the findings together again gives what the templa
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from quantkit.errors import RefusedError
@@ -24,6 +25,7 @@ TRIED: tuple[Turns, ...] = (
 )
 KEPT = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "repetition_penalty": "repeat_penalty"}
 """Keys of generation_config.json with Ollama's names for them."""
+MODELFILE = "Modelfile"
 PREFERRED = ("Q4_K_M", "Q8_0")
 
 
@@ -138,6 +140,20 @@ def modelfile(file: str, template: str | None, params: dict[str, Any], system: s
     for key, value in params.items():
         lines += [f"PARAMETER {key} {json.dumps(each, ensure_ascii=False)}" for each in _listed(value)]
     return "\n".join(lines) + "\n"
+
+
+def retold(folder: Path, variants: dict[str, list[str]]) -> dict[str, str | None]:
+    """A folder's Modelfile for fewer types than it was written for; None for one of which no type is left.
+
+    Args:
+        folder: the artifact's.
+        variants: files of each type that stays.
+    """
+    path = folder / MODELFILE
+    if not path.is_file():
+        return {}
+    text, file = path.read_text(encoding="utf-8"), written_for(variants)
+    return {MODELFILE: None if file is None else f"FROM ./{file}\n{text.partition(chr(10))[2]}"}
 
 
 def _listed(value: Any) -> list[Any]:

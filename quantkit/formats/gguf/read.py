@@ -18,6 +18,7 @@ from quantkit.formats.gguf.agreement import differences
 from quantkit.formats.gguf.header import SPLIT_NAME, Header, read_split
 from quantkit.formats.gguf.metadata import ROPE_FACTORS
 from quantkit.formats.gguf.names import ARCHITECTURES, Model, checkpoint_name, halves, heads_of
+from quantkit.formats.gguf.ollama import retold
 from quantkit.formats.gguf.write import NAME
 
 NATIVE_ENGINE = "llama-cpp"
@@ -276,4 +277,5 @@ READING = Reading(
     _use,
     open_variants,
     differences,
+    retold,
 )

@@ -24,7 +24,7 @@ from quantkit.formats.gguf.header import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, s
 from quantkit.formats.gguf.metadata import ROPE_FACTORS, About, rope_factors, write_model, write_tokenizer
 from quantkit.formats.gguf.mixtures import MIXTURES, block_of, columns_of, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, heads_of, interleave
-from quantkit.formats.gguf.ollama import chat_pieces, modelfile, parameters, written_for
+from quantkit.formats.gguf.ollama import MODELFILE, chat_pieces, modelfile, parameters, written_for
 from quantkit.formats.gguf.pack import pack, type_of
 from quantkit.formats.gguf.tokenizer import Vocabulary, vocabulary
 from quantkit.formats.shards import copy_file, extents
@@ -221,7 +221,7 @@ class GgufFormat:
             "system": self.system,
         }
         if model := written_for(written):
-            texts["Modelfile"] = modelfile(model, template, params, self.system)
+            texts[MODELFILE] = modelfile(model, template, params, self.system)
         for name, text in texts.items():
             if text:
                 write_text(folder / name, text)
