@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.errors import RefusedError, UnavailableError
-from quantkit.judgement import keep
+from quantkit.report.card import keep
 from quantkit.report.page import page, report_of, write_report
 from tests.conftest import KEPT
 from tests.report.records import HASH, record_of, result, variant
@@ -264,6 +264,43 @@ def test_marks_tell_their_figures_by_pointer_and_by_keyboard(opened):
     tab.keyboard.press("Escape")
     assert not tip.is_visible()
     assert tab.locator("figure").first.locator('.plot.wide .dot[tabindex="0"]').count() == 1
+
+
+@pytest.mark.slow
+def test_cells_tell_their_figures_by_keyboard(opened):
+    tab = opened()
+    tip = tab.locator("#tip")
+    cells = tab.locator(".heat").first.locator("i")
+    assert tab.locator(".heat").first.locator('i[tabindex="0"]').count() == 1
+    cells.first.focus()
+    assert tip.inner_text().splitlines() == ["layer 0, self_attn.q_proj", "1.00e-03"]
+    assert cells.first.get_attribute("aria-label") == "layer 0, self_attn.q_proj: 1.00e-03"
+    tab.keyboard.press("ArrowRight")
+    assert tip.inner_text().splitlines() == ["layer 1, self_attn.q_proj", "2.00e-03"]
+    tab.keyboard.press("ArrowDown")
+    assert tip.inner_text().splitlines()[0] == "layer 1, self_attn.k_proj"
+    tab.keyboard.press("End")
+    assert tip.inner_text().splitlines()[0] == "layer 2, self_attn.o_proj"
+    tab.keyboard.press("Tab")
+    assert not tip.is_visible()
+    assert tab.locator(".heat").first.locator('i[tabindex="0"]').count() == 1
+
+
+@pytest.mark.slow
+def test_marks_and_cells_tell_their_figures_by_touch(opened):
+    """What a finger touched stays to be read until it touches something else."""
+    tab = opened(width=375, has_touch=True, is_mobile=True)
+    tip = tab.locator("#tip")
+    dot = tab.locator("figure").first.locator(".plot.narrow .dot").nth(1)
+    dot.locator(".reach").tap(force=True)
+    assert tip.inner_text().splitlines()[0] == "HQQ-3BIT"
+    tab.locator("h2").first.tap()
+    assert not tip.is_visible()
+    cell = tab.locator(".heat").first.locator("i").nth(4)
+    cell.tap()
+    assert tip.inner_text().splitlines()[0] == "layer 1, self_attn.k_proj"
+    box = tip.bounding_box()
+    assert 0 <= box["x"] <= box["x"] + box["width"] <= 375
 
 
 @pytest.mark.slow

@@ -23,36 +23,41 @@
   });
   all(".dot, .heat i").forEach((target) => {
     target.addEventListener("pointerenter", () => show(target));
-    target.addEventListener("pointerleave", hide);
-  });
-  all(".dot").forEach((dot) => {
-    dot.addEventListener("focus", () => show(dot));
-    dot.addEventListener("blur", hide);
+    // a finger leaves as soon as it is lifted; what it touched has the focus then, until something else is touched
+    target.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hide(); });
+    target.addEventListener("focus", () => show(target));
+    target.addEventListener("blur", hide);
   });
   all("tr[data-key]").forEach((row) => {
     row.addEventListener("pointerenter", () => light(row.dataset.key));
     row.addEventListener("pointerleave", () => light(null));
   });
   addEventListener("keydown", (event) => { if (event.key === "Escape") hide(); });
-  addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+  // what has the focus may have been scrolled into sight by it
+  addEventListener("scroll", () => {
+    const focused = document.activeElement;
+    if (!tip.hidden && focused?.dataset.lines) show(focused);
+    else tip.hidden = true;
+  }, { passive: true });
 
-  // one stop of the Tab key for each plot; the arrow keys go from mark to mark
-  all(".plot").forEach((plot) => {
-    const dots = all(".dot", plot);
+  // one stop of the Tab key for each plot and each map; the arrow keys go from mark to mark, in a map by rows and columns
+  const rove = (marks, columns) => {
     const goTo = (index) => {
-      const next = dots[(index + dots.length) % dots.length];
-      dots.forEach((dot) => dot.setAttribute("tabindex", dot === next ? "0" : "-1"));
-      next.focus({ preventScroll: true });
+      const next = marks[(index + marks.length) % marks.length];
+      marks.forEach((mark) => mark.setAttribute("tabindex", mark === next ? "0" : "-1"));
+      next.focus({ preventScroll: columns === 1 });
     };
-    dots.forEach((dot, index) => dot.addEventListener("keydown", (event) => {
-      const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+    marks.forEach((mark, index) => mark.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowDown: columns, ArrowLeft: -1, ArrowUp: -columns }[event.key];
       if (step) goTo(index + step);
       else if (event.key === "Home") goTo(0);
-      else if (event.key === "End") goTo(dots.length - 1);
+      else if (event.key === "End") goTo(marks.length - 1);
       else return;
       event.preventDefault();
     }));
-  });
+  };
+  all(".plot").forEach((plot) => rove(all(".dot", plot), 1));
+  all(".heat").forEach((map) => rove(all("i", map), Number(map.dataset.columns)));
 
   // rows without a value stay below, whichever way a column is sorted
   const body = document.querySelector("#table tbody");
