@@ -42,6 +42,7 @@ Name = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe of the default model, <model>/<name>, or a path.")
 ]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.")]
+Readable = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact, or a .gguf file.")]
 Model = Annotated[
     str | None, typer.Option("--model", metavar="DIR_OR_ID", help="Source model instead of the recipe's.")
 ]
@@ -125,7 +126,7 @@ def build(
 
 @app.command()
 def validate(
-    artifact: Folder,
+    artifact: Readable,
     model: Annotated[
         str | None, typer.Option("--model", metavar="REFERENCE", help="Reference model [default: the record's source].")
     ] = None,
@@ -161,7 +162,7 @@ def validate(
 
 @app.command()
 def inspect(
-    artifact: Folder,
+    artifact: Readable,
     verify: Annotated[bool, typer.Option("--verify", help="Hash every file and compare with the record.")] = False,
     public_key: Annotated[
         Path | None, typer.Option("--public-key", metavar="KEY", help="With --verify: check the signature too.")

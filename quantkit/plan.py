@@ -21,6 +21,7 @@ from quantkit.formats.contract import Format, Headed, InPlace, Particular, Sever
 from quantkit.methods import Method, Survey
 from quantkit.recipe import OWN_ENGINE, Recipe
 from quantkit.solvers.contract import Solver
+from quantkit.units import size_text
 
 DISK_MARGIN_BYTES = 64 * 1024**2
 PROBE_SIDE = 1024
@@ -150,14 +151,14 @@ def require_here(plan: Plan, recipe: Recipe, method: Method, *, out: Path, devic
         require(find_engine(method.engine), "cpu")
     if plan.disk_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
         raise RefusedError(
-            f"the build needs {_gb(plan.disk_bytes)} of disk, {_gb(plan.disk_free_bytes)} are free",
+            f"the build needs {size_text(plan.disk_bytes)} of disk, {size_text(plan.disk_free_bytes)} are free",
             where=str(out),
             fix="free some space, or choose another disk with --out",
         )
     if plan.memory_bytes > plan.memory_free_bytes:
         raise RefusedError(
-            f"the build needs about {_gb(plan.memory_bytes)} of memory on {device.type}, "
-            f"{_gb(plan.memory_free_bytes)} are free",
+            f"the build needs about {size_text(plan.memory_bytes)} of memory on {device.type}, "
+            f"{size_text(plan.memory_free_bytes)} are free",
             where="calibration and compute",
             fix="use fewer or shorter windows (calibration.texts, calibration.window_tokens), or a larger machine",
         )
@@ -168,10 +169,10 @@ def plan_lines(plan: Plan) -> list[str]:
     return [
         f"linears           {plan.linears}, {plan.bits_per_weight:.3f} bits per weight",
         f"parameters        {plan.parameters / 1e6:.1f} M",
-        f"artifact          {_gb(plan.artifact_bytes)}",
-        *(f"  {name:<16}{_gb(size)}" for name, size in plan.variants.items()),
-        f"disk              {_gb(plan.disk_bytes)} while building, {_gb(plan.disk_free_bytes)} free",
-        f"memory            {_gb(plan.memory_bytes)}, {_gb(plan.memory_free_bytes)} free",
+        f"artifact          {size_text(plan.artifact_bytes)}",
+        *(f"  {name:<16}{size_text(size)}" for name, size in plan.variants.items()),
+        f"disk              {size_text(plan.disk_bytes)} while building, {size_text(plan.disk_free_bytes)} free",
+        f"memory            {size_text(plan.memory_bytes)}, {size_text(plan.memory_free_bytes)} free",
         f"calibration       {plan.tokens} tokens",
         f"operations        {sum(plan.operations.values()) / 1e12:.2f} T at least: "
         + ", ".join(f"{stage} {count / 1e12:.2f}" for stage, count in plan.operations.items()),
@@ -348,7 +349,3 @@ def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.2f} GB"

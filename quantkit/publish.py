@@ -23,9 +23,9 @@ from quantkit.hub import Branch, collect, read_branch, read_text, upload
 from quantkit.report.card import PICTURES, keep
 from quantkit.report.page import DATA
 from quantkit.report.record import CARD, read_record, require_unchanged
-from quantkit.report.table import size_text
 from quantkit.report.verdict import judged_on_own_texts, own_failures
 from quantkit.signature import SIGNATURE, problem, public_part, sign
+from quantkit.units import size_text
 from quantkit.workdir import RECORD, sha256_of, write_text
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")

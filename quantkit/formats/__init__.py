@@ -14,12 +14,12 @@ READERS: dict[str, Reading] = {
 
 
 def detect(folder: Path) -> str:
-    """The format of an artifact folder.
+    """The format of an artifact folder, or of one file of a format whose variants are files.
 
     Raises:
         RefusedError: it is none that quantkit reads.
     """
-    if not folder.is_dir():
+    if not folder.exists():
         raise RefusedError(f"no such folder: {folder}", fix="give the folder of an artifact")
     path = folder / "config.json"
     config = read_json(path) if path.exists() else {}
@@ -29,6 +29,10 @@ def detect(folder: Path) -> str:
     for name, reading in READERS.items():
         if reading.recognizes(folder, config):
             return name
+    if folder.is_file():
+        raise RefusedError(
+            f"{folder.name} is no artifact by itself", where=str(folder.parent), fix="give its folder, or a .gguf file"
+        )
     config = read_json(path)
     settings = config.get("quantization_config") or {}
     found = (

@@ -1,13 +1,15 @@
 """What an artifact folder is, from its files and its record."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from quantkit.errors import RefusedError
 from quantkit.formats import detect, open_variants
+from quantkit.formats.contract import Artifact
 from quantkit.report.record import CARD, changed_files, read_record
-from quantkit.report.table import size_text
 from quantkit.signature import SIGNATURE, problem
+from quantkit.units import size_text
 from quantkit.workdir import RECORD
 
 GOOD, BROKEN, UNCHECKED, NO_SIGNATURE = "good", "broken", "not checked", "none"
@@ -17,20 +19,21 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
     """Format, sizes, tensors and record of an artifact.
 
     Args:
-        folder: the artifact.
+        folder: the artifact, or one file of a format whose variants are files.
         verify: also hash every file; `changed` then lists what differs from the record.
         public_key: also check the signature; one that is missing is broken then.
 
     Returns:
-        {"artifact", "format", "bits_per_weight", "size_bytes", "tensors": [{"name", "dtype", "shape", "file"}],
-        "record", "verified", "changed", "signature": "good", "broken", "not checked" or "none", "signature_problem"}.
+        {"artifact", "format", "bits_per_weight" (the variants' mean), "size_bytes",
+        "variants": [{"name", "files", "bits_per_weight", "size_bytes"}],
+        "tensors": [{"name", "dtype", "shape", "file"}], "record", "verified", "changed",
+        "signature": "good", "broken", "not checked" or "none", "signature_problem"}.
     """
     if public_key is not None and not verify:
         raise RefusedError("a signature is checked with --verify only", where="--public-key", fix="add --verify")
     name = detect(folder)
-    artifact = next(iter(open_variants(name, folder).values()))
+    variants = [_variant(name, artifact) for name, artifact in open_variants(name, folder).items()]
     record = read_record(folder)
-    tensors = artifact.tensors
     signature, why = _signature(folder, public_key)
     changed = []
     if verify:
@@ -38,17 +41,29 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
     return {
         "artifact": folder.resolve().name,
         "format": name,
-        "bits_per_weight": artifact.bits_per_weight,
-        "size_bytes": sum((folder / file).stat().st_size for file in tensors.files),
-        "tensors": [
-            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "file": info.file}
-            for info in tensors.tensors.values()
-        ],
+        "bits_per_weight": fmean(variant["bits_per_weight"] for variant in variants),
+        "size_bytes": sum(variant["size_bytes"] for variant in variants),
+        "variants": [{key: value for key, value in variant.items() if key != "tensors"} for variant in variants],
+        "tensors": [tensor for variant in variants for tensor in variant["tensors"]],
         "record": record,
         "verified": verify,
         "changed": changed,
         "signature": signature,
         "signature_problem": why,
+    }
+
+
+def _variant(name: str, artifact: Artifact) -> dict[str, Any]:
+    tensors = artifact.tensors
+    return {
+        "name": name,
+        "files": tensors.files,
+        "bits_per_weight": artifact.bits_per_weight,
+        "size_bytes": sum((tensors.folder / file).stat().st_size for file in tensors.files),
+        "tensors": [
+            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "file": info.file}
+            for info in tensors.tensors.values()
+        ],
     }
 
 
@@ -65,12 +80,17 @@ def _signature(folder: Path, public_key: Path | None) -> tuple[str, str | None]:
 
 def inspection_lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
-    record = found["record"]
+    record, several = found["record"], len(found["variants"]) > 1
     lines = [
         f"artifact          {found['artifact']}",
         f"format            {found['format']}",
-        f"bits per weight   {found['bits_per_weight']:.3f}",
+        f"bits per weight   {found['bits_per_weight']:.3f}" + (", mean of the variants" if several else ""),
         f"size              {size_text(found['size_bytes'])} in weights, {len(found['tensors'])} tensors",
+        *(
+            f"  {variant['name']:<16}{size_text(variant['size_bytes'])}, {variant['bits_per_weight']:.3f} bits a weight"
+            for variant in found["variants"]
+            if several
+        ),
     ]
     if record is None:
         lines += ["record            none: not made by quantkit"]

@@ -15,7 +15,7 @@ from typing import Any
 from quantkit.errors import RefusedError
 from quantkit.report.plots import COLOURS, MEASURES, SHAPES, beyond, chart, draw_png, outline, require_matplotlib
 from quantkit.report.record import read_record
-from quantkit.report.table import size_text
+from quantkit.units import size_text
 from quantkit.workdir import RECORD, write_json, write_text
 
 PAGE, DATA = "report.html", "report.json"

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from quantkit.units import size_text
+
 COLUMNS = (
     "format",
     "bits per weight",
@@ -50,11 +52,6 @@ def rows(name: str, validation: dict[str, Any], *, seconds: float | None = None)
                 ]
             )
     return found
-
-
-def size_text(size_bytes: int) -> str:
-    """A size as people read it, in decimal units as the Hub shows them."""
-    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.2f} MB"
 
 
 def _perplexities(result: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.engines.env import environment_of, find_engine, is_installed
-from quantkit.errors import RefusedError, UnavailableError
+from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.grids.encoded import EncodedGrid
 
 ENGINE = "llama-cpp"
@@ -41,6 +41,8 @@ def library() -> Any:
     found.ggml_quantize_chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     found.ggml_quantize_requires_imatrix.restype = ctypes.c_bool
     found.ggml_quantize_requires_imatrix.argtypes = [ctypes.c_int]
+    found.ggml_validate_row_data.restype = ctypes.c_bool
+    found.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
     found.ggml_quantize_init.restype = None
     found.ggml_quantize_init.argtypes = [ctypes.c_int]
     return found
@@ -56,7 +58,8 @@ def encode(weight_OI: Tensor, kind: str, importance_I: Tensor | None, *, where: 
         where: the linear's name, for the error.
 
     Raises:
-        RefusedError: the type needs an importance matrix.
+        RefusedError: the type needs an importance matrix, or the weights or what was made of them is not finite.
+        RunFailedError: ggml wrote another number of bytes than the type has.
         UnavailableError: the engine is not installed.
     """
     ggml, number = library(), int(gguf.GGMLQuantizationType[kind])
@@ -69,18 +72,38 @@ def encode(weight_OI: Tensor, kind: str, importance_I: Tensor | None, *, where: 
     ggml.ggml_quantize_init(number)
     values_OI = weight_OI.to(device="cpu", dtype=torch.float32).contiguous()
     given_I = None if importance_I is None else importance_I.to(device="cpu", dtype=torch.float32).contiguous()
+    for what, values in (("weights", values_OI), ("importance", given_I)):
+        if values is not None and not torch.isfinite(values).all():
+            raise RefusedError(
+                f"{int((~torch.isfinite(values)).sum())} value(s) of the {what} are not finite",
+                where=where,
+                fix="look at the checkpoint's weights and the calibration text",
+            )
     rows, columns = values_OI.shape
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     encoded_OY = torch.empty((rows, columns // block * block_bytes), dtype=torch.uint8)
     step = max(1, CHUNK_WEIGHTS // columns)
     pointer = None if given_I is None else given_I.data_ptr()
 
-    def chunk(first: int) -> None:
+    def chunk(first: int) -> int:
         count = min(step, rows - first)
-        ggml.ggml_quantize_chunk(
+        written: int = ggml.ggml_quantize_chunk(
             number, values_OI.data_ptr(), encoded_OY.data_ptr(), first * columns, count, columns, pointer
         )
+        return written
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        list(pool.map(chunk, range(0, rows, step)))
+        written = sum(pool.map(chunk, range(0, rows, step)))
+    if written != encoded_OY.numel():
+        raise RunFailedError(
+            f"{where}: ggml wrote {written} bytes of {kind} instead of {encoded_OY.numel()}",
+            where=str(environment_of(find_engine(ENGINE))),
+            fix=f"remove the environment and run `{find_engine(ENGINE).install_command}`",
+        )
+    if not ggml.ggml_validate_row_data(number, encoded_OY.data_ptr(), encoded_OY.numel()):
+        raise RefusedError(
+            f"weights up to {float(values_OI.abs().max()):g} are too large for {kind}",
+            where=where,
+            fix="the type's scales are 16-bit floats; this model cannot be stored in it",
+        )
     return encoded_OY.to(weight_OI.device), EncodedGrid(kind)

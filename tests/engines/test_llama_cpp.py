@@ -15,12 +15,14 @@ from transformers import AutoTokenizer
 from quantkit.checkpoint.index import read_json
 from quantkit.engines.env import environment_of, environment_python
 from quantkit.engines.runtime import evaluate
+from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats.gguf.mixtures import MIXTURES
 from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS, Splitting
 from quantkit.grids.blocks import TYPES, error_weights, quantize
 from quantkit.judgement import validate
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe, find_recipe, load_recipe
+from quantkit.solvers import ggml
 from tests.formats.test_gguf import byte_level, rewritten
 from tests.tiny import VARIANTS, WORDS, make_tiny
 
@@ -132,6 +134,26 @@ def test_our_weighted_error_is_not_above_ggmls(name, weighted, engine, nano):
                 assert mine <= other * 1.005, key
                 ours, theirs = ours + mine, theirs + other
     assert ours <= theirs
+
+
+def test_ggml_is_not_trusted_blindly(engine, monkeypatch):
+    weight = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+    even = torch.ones(256)
+    with pytest.raises(RefusedError, match="1 value\\(s\\) of the weights are not finite"):
+        ggml.encode(weight.masked_fill(weight == weight[2, 5], float("nan")), "Q4_K", None)
+    with pytest.raises(RefusedError, match="of the importance are not finite"):
+        ggml.encode(weight, "IQ2_XXS", even / 0)
+    with pytest.raises(RefusedError, match="too large for Q8_0"):
+        ggml.encode(weight * 1e9, "Q8_0", None)
+    library = ggml.library()
+
+    class Short:
+        def __getattr__(self, name):
+            return (lambda *_: 0) if name == "ggml_quantize_chunk" else getattr(library, name)
+
+    monkeypatch.setattr(ggml, "library", Short)
+    with pytest.raises(RunFailedError, match="ggml wrote 0 bytes of Q4_K instead of 576"):
+        ggml.encode(weight, "Q4_K", None)
 
 
 SHAPES = {

@@ -29,9 +29,12 @@ from quantkit.formats.gguf.read import open_file, open_variants
 from quantkit.formats.gguf.tokenizer import DIGITS, OWN_PATTERN, PRE_TOKENIZERS, Splitting, pre_tokenizer, vocabulary
 from quantkit.judgement import validate
 from quantkit.pipeline import build, plan
+from quantkit.plan import plan_lines
 from quantkit.progress import Progress
 from quantkit.quantize import NEED_IMPORTANCE, GgufSection
 from quantkit.recipe import GatesSection, Recipe
+from quantkit.report.inspect import inspect_artifact, inspection_lines
+from quantkit.units import size_text
 from quantkit.validation.perplexity import final_states
 from quantkit.validation.text import EvaluationText, Window
 from quantkit.workdir import hash_files, work_folder
@@ -405,6 +408,7 @@ def test_the_plan_knows_each_files_size(sources, text, artifacts, tmp_path):
     for kind, source in sources.items():
         found = plan(recipe_of(source, text), out=tmp_path / "a", device=CPU, progress=Progress())
         assert list(found.variants) == list(TYPES)
+        assert f"  Q2_K            {size_text(found.variants['Q2_K'])}" in plan_lines(found)
         for name, size in found.variants.items():
             real = (artifacts[kind] / f"tiny.{name}.gguf").stat().st_size
             assert abs(real - size) <= 0.01 * real, (kind, name)
@@ -840,6 +844,28 @@ def test_a_head_beyond_all_measure_is_refused(small, monkeypatch):
     monkeypatch.setattr("quantkit.formats.gguf.header.MAX_HEAD_BYTES", 4096)
     with pytest.raises(RefusedError, match="its head is longer than 4096 bytes"):
         open_file(small)
+
+
+def test_inspect_shows_every_variant_and_reads_one_file_alone(artifacts, sources, text):
+    whole = inspect_artifact(artifacts["mistral"], verify=True)
+    assert whole["changed"] == []
+    assert [variant["name"] for variant in whole["variants"]] == list(TYPES)
+    sizes = [(artifacts["mistral"] / f"tiny.{kind}.gguf").stat().st_size for kind in TYPES]
+    assert [variant["size_bytes"] for variant in whole["variants"]] == sizes
+    bits = [variant["bits_per_weight"] for variant in whole["variants"]]
+    assert bits == sorted(bits)
+    assert whole["bits_per_weight"] == pytest.approx(sum(bits) / 3)
+    assert {tensor["file"] for tensor in whole["tensors"]} == {f"tiny.{kind}.gguf" for kind in TYPES}
+    lines = inspection_lines(whole)
+    assert all(any(line.startswith(f"  {kind}") for line in lines) for kind in TYPES)
+    path = artifacts["mistral"] / "tiny.Q4_K_M.gguf"
+    alone = inspect_artifact(path, verify=False)
+    assert (alone["artifact"], alone["record"], alone["size_bytes"]) == (path.name, None, sizes[1])
+    assert [variant["name"] for variant in alone["variants"]] == ["Q4_K_M"]
+    result = validate(path, model=str(sources["mistral"]), texts=(str(text),), runtime="reference", device=CPU)
+    assert [variant["name"] for variant in result["variants"]] == ["Q4_K_M"]
+    with pytest.raises(RefusedError, match="no artifact by itself"):
+        inspect_artifact(artifacts["mistral"] / "Modelfile", verify=False)
 
 
 def test_an_unknown_architecture_is_named(damaged):

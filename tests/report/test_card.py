@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 from quantkit.formats import READERS
 from quantkit.report.card import card
 from quantkit.report.schema import Record
-from quantkit.report.table import size_text
+from quantkit.units import size_text
 from tests.report.records import record_of, variant
 
 CARDS = Path(__file__).parent / "cards"

@@ -230,9 +230,14 @@ def config_of(header: Header) -> dict[str, Any]:
 def open_variants(folder: Path) -> dict[str, GgufArtifact]:
     """Every model file of a folder, smallest first, by what its name ends in: "Q4_K_M" of "name.Q4_K_M.gguf".
 
+    Args:
+        folder: or one file alone.
+
     Raises:
         RefusedError: none is there, or one cannot be read.
     """
+    if folder.is_file():
+        return {_variant(folder): open_file(folder)}
     found = []
     for path in sorted(folder.glob(f"*{SUFFIX}")):
         split = SPLIT_NAME.match(path.name)
@@ -259,8 +264,8 @@ def open_artifact(folder: Path) -> GgufArtifact:
 
 
 def recognizes(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether a folder holds GGUF files."""
-    return any(folder.glob(f"*{SUFFIX}"))
+    """Whether a folder holds GGUF files, or is one."""
+    return folder.suffix == SUFFIX if folder.is_file() else any(folder.glob(f"*{SUFFIX}"))
 
 
 def _use(repo: str, quantize: dict[str, Any], variants: Sequence[str]) -> str:
