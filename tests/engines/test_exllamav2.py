@@ -1,11 +1,18 @@
-"""What exllamav2's runner does before the package: on a machine without CUDA that much can be seen."""
+"""What exllamav2's runner and its bench do around the package: on a machine without CUDA that much can be seen."""
 
 import json
+import zipfile
 from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from bench.gpu.exl2 import loaded_weights, unpack
 from quantkit.engines.runtime import RUNNERS
+from quantkit.formats.exl2 import decode_linear, encode_linear, open_artifact
+from quantkit.grids.exl2 import Exl2Grid
+from quantkit.qtensor import QuantizedLinear
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +65,43 @@ def test_the_converter_sees_the_rope_theta_of_the_source(runner, config, theta, 
     assert json.loads((source / "config.json").read_text()) == config
     assert sorted(path.name for path in seen.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (seen / "model.safetensors").read_text() == "model.safetensors"
+
+
+def random_linear(rows: int, columns: int, seed: int) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    groups = ((4, 32), (3, columns - 32))
+    order = torch.randperm(columns, generator=generator)
+    codes = torch.randint(0, 8, (rows, columns), generator=generator, dtype=torch.uint8)
+    code = torch.randint(1, 17, (2, rows), generator=generator, dtype=torch.uint8)
+    return QuantizedLinear(codes, Exl2Grid(groups, torch.tensor([0.03, 0.05]).half().float(), code, order))
+
+
+def test_weights_as_exllamav2_holds_them_make_the_same_mlp(tmp_path):
+    shapes = {"gate_proj": (96, 64), "up_proj": (96, 64), "down_proj": (64, 96)}
+    linears = {f"model.layers.0.mlp.{name}": random_linear(*shape, seed=shape[0]) for name, shape in shapes.items()}
+    tensors = {key: part for name, linear in linears.items() for key, part in encode_linear(name, linear).items()}
+    save_file(tensors, tmp_path / "output.safetensors")
+    settings = {"quant_method": "exl2", "bits": 4.0}
+    config = {"model_type": "mistral", "num_hidden_layers": 1, "quantization_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    held = {
+        name.rpartition(".")[2]: weight.double() for name, weight in loaded_weights(open_artifact(tmp_path)).items()
+    }
+    plain = {name.rpartition(".")[2]: decode_linear(name, tensors).dequantize().double().t() for name in linears}
+    inputs = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    outputs = [
+        (torch.nn.functional.silu(inputs @ each["gate_proj"]) * (inputs @ each["up_proj"])) @ each["down_proj"]
+        for each in (plain, held)
+    ]
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert not any(torch.equal(plain[name], held[name]) for name in shapes)
+    stored = encode_linear("p", linears["model.layers.0.mlp.down_proj"])
+    stored["p.q_invperm"] = torch.arange(96, dtype=torch.int32)  # what is left once the permutation is taken out
+    assert torch.equal(held["down_proj"], decode_linear("p", stored).dequantize().double().t())
+
+
+def test_a_wheel_is_unpacked_to_import_from(tmp_path):
+    wheel = tmp_path / "a_package-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("a_package/__init__.py", "")
+    assert (unpack(wheel, tmp_path / "there") / "a_package" / "__init__.py").is_file()
