@@ -34,11 +34,13 @@ from quantkit.validation.compare import (
 )
 from quantkit.validation.reference import Judged, Settings, run_reference
 from quantkit.validation.text import EvaluationText, evaluation_text
+from quantkit.workdir import alone
 
 # a record is published: folders of this machine are nobody's business
 DIRECTORIES = re.compile(r"(?<![\w.:/])(?:/[^\s/'\"]+)*/(?=[^\s/'\"])")
 
 
+@alone(writes=True)
 def validate(
     folder: Path,
     *,

@@ -24,13 +24,12 @@ from quantkit.report.card import PICTURES, keep
 from quantkit.report.page import DATA
 from quantkit.report.record import CARD, read_record, require_unchanged
 from quantkit.report.verdict import judged_on_own_texts, own_failures
-from quantkit.signature import SIGNATURE, problem, public_part, sign
+from quantkit.signature import SIGNATURE, SIGNATURES, problem, public_part, sign
 from quantkit.units import size_text
-from quantkit.workdir import RECORD, sha256_of, write_text
+from quantkit.workdir import RECORD, alone, sha256_of, write_text
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 MAIN = "main"
-SIGNATURES = ".signatures"  # hidden files are no part of an artifact
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class Revision:
         return {name: (self.folder / name, sha256) for name, sha256 in self.sha256.items()}
 
 
+@alone(writes=False)
 def publish(
     folder: Path,
     *,

@@ -11,6 +11,7 @@ from typing import Any
 from quantkit.errors import RefusedError, UnavailableError
 
 SIGNATURE = "model.sig"
+SIGNATURES = ".signatures"  # of branches; the signature of a folder that is one branch lies in it
 INSTALL = 'pip install "quantkit[sign]"'
 
 

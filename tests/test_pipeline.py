@@ -1,9 +1,7 @@
 """The whole run on a tiny model: the artifact's folder, its record, resume, refusal and identical bytes."""
 
-import errno
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +17,7 @@ from quantkit.machine import peak_memory_bytes
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
 from quantkit.report.record import read_record
-from quantkit.workdir import hash_files, locked, work_folder
+from quantkit.workdir import hash_files, work_folder
 from tests.tiny import WORDS
 
 CPU = torch.device("cpu")
@@ -142,36 +140,6 @@ def test_a_folder_of_somebody_else_is_never_overwritten(recipe, tmp_path):
     assert (tmp_path / "a" / "thesis.txt").read_text() == "years of work"
 
 
-def test_two_builds_into_one_folder(recipe, tmp_path):
-    with locked(tmp_path / "a"), pytest.raises(RunFailedError, match="another build is writing a"):
-        build(recipe, out=tmp_path / "a", device=CPU)
-
-
-def test_a_full_disk_keeps_finished_layers(recipe, tmp_path, monkeypatch):
-    from quantkit import pipeline
-
-    real, calls = pipeline.write_item, []
-
-    def full_at_the_third(path, tensors):
-        calls.append(path)
-        if len(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, tensors)
-
-    monkeypatch.setattr(pipeline, "write_item", full_at_the_third)
-    with pytest.raises(RunFailedError, match="the disk is full; finished layers are kept"):
-        build(recipe, out=tmp_path / "a", device=CPU, validated=False)
-    assert not (tmp_path / "a").exists()
-    monkeypatch.setattr(pipeline, "write_item", real)
-    solved = []
-    from quantkit.progress import Progress
-
-    build(recipe, out=tmp_path / "a", device=CPU, validated=False, progress=Progress(linear=solved.append))
-    assert {facts.name.split(".")[2] for facts in solved} == {"1"}  # layer 0 was kept
-    whole = build(recipe, out=tmp_path / "b", device=CPU, validated=False)
-    assert hashes(tmp_path / "a") == hashes(whole.out)
-
-
 def test_an_item_file_that_was_lost_is_made_again(recipe, tmp_path, monkeypatch):
     from quantkit.formats.gptq import GptqFormat
 
@@ -188,90 +156,6 @@ def test_an_item_file_that_was_lost_is_made_again(recipe, tmp_path, monkeypatch)
     build(recipe, out=tmp_path / "a", device=CPU, validated=False)
     whole = build(recipe, out=tmp_path / "b", device=CPU, validated=False)
     assert hashes(tmp_path / "a") == hashes(whole.out)
-
-
-KILLER = """
-import json
-import os, signal, sys
-from pathlib import Path
-from quantkit.recipe import Recipe
-from quantkit.pipeline import build
-import torch
-
-left = int(sys.argv[3])
-plain = Path.replace
-
-def replace(self, target):
-    global left
-    left -= 1
-    if left == 0 and sys.argv[4] == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    done = plain(self, target)
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return done
-
-Path.replace = replace
-recipe = Recipe.of(json.loads(sys.argv[1]))
-build(recipe, out=Path(sys.argv[2]), device=torch.device("cpu"))
-"""
-
-
-def killed_at(recipe: Recipe, out: Path, renames: int, side: str) -> int:
-    """Run a build in a process of its own that kills itself at its n-th rename; returns the exit code."""
-    arguments = [recipe.model_dump_json(), str(out), str(renames), side]
-    return subprocess.run([sys.executable, "-c", KILLER, *arguments], cwd=Path(__file__).parent.parent).returncode
-
-
-def resumes_identically(recipe: Recipe, tmp_path: Path, points: list[tuple[int, str]]) -> None:
-    whole = hashes(build(recipe, out=tmp_path / "whole", device=CPU).out)
-    for renames, side in points:
-        out = tmp_path / f"{side}-{renames}"
-        assert killed_at(recipe, out, renames, side) == -signal.SIGKILL
-        done = build(recipe, out=out, device=CPU)
-        assert hashes(out) == whole, (renames, side)
-        assert done.record["validation"]["gate"]["passed"]
-        assert not work_folder(out).exists()
-
-
-def test_a_killed_build_ends_in_the_same_bytes(recipe, tmp_path):
-    # 2 item, 5 journal after a layer, 7 a layer's file, 12 the artifact itself
-    resumes_identically(recipe, tmp_path, [(2, "before"), (5, "after"), (7, "before"), (12, "after")])
-
-
-@pytest.mark.slow
-def test_a_build_killed_at_any_rename_ends_in_the_same_bytes(recipe, tmp_path):
-    resumes_identically(recipe, tmp_path, [(n, side) for n in range(1, 15) for side in ("before", "after")])
-
-
-@pytest.mark.slow
-def test_a_build_killed_at_any_moment_ends_in_the_same_bytes(recipe, tmp_path):
-    whole = hashes(build(recipe, out=tmp_path / "whole", device=CPU).out)
-    for tenths in range(5, 60, 6):
-        out = tmp_path / f"at-{tenths}"
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLER, recipe.model_dump_json(), str(out), "0", "never"],
-            cwd=Path(__file__).parent.parent,
-        )
-        try:
-            process.wait(tenths / 10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        build(recipe, out=out, device=CPU)
-        assert hashes(out) == whole, tenths
-
-
-def test_the_seconds_of_a_build_that_was_killed_count(recipe, tmp_path):
-    """From the source on the disk, and with those of the run that did not come to the end."""
-    assert killed_at(recipe, tmp_path / "a", 7, "before") == -signal.SIGKILL
-    journal = json.loads((work_folder(tmp_path / "a") / "journal.json").read_text())
-    facts = build(recipe, out=tmp_path / "a", device=CPU).record["build"]
-    assert facts["seconds"]["earlier runs"] == round(journal["seconds"], 3) > 0
-    assert facts["wall_seconds"] == pytest.approx(sum(facts["seconds"].values()), abs=0.01)
-    assert facts["seconds"]["source"] > 0
-    whole = build(recipe, out=tmp_path / "b", device=CPU).record["build"]
-    assert "earlier runs" not in whole["seconds"]
 
 
 def test_everything_that_is_copied_is_hashed(recipe, tmp_path, tiny_mistral):

@@ -9,7 +9,7 @@ from quantkit.formats import READERS
 from quantkit.report.plots import MEASURES
 from quantkit.report.record import CARD, write_record
 from quantkit.report.table import COLUMNS, rows
-from quantkit.workdir import write_text
+from quantkit.workdir import disk_errors, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -83,8 +83,9 @@ def card(record: dict[str, Any]) -> str:
 def keep(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Card first, then the record: whoever sees the record sees the card that belongs to it. Returns it as written."""
     text = card(record)
-    write_text(folder / CARD, text)
-    return write_record(folder, record | {"card_sha256": hashlib.sha256(text.encode()).hexdigest()})
+    with disk_errors(folder):
+        write_text(folder / CARD, text)
+        return write_record(folder, record | {"card_sha256": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def _offered(record: dict[str, Any]) -> list[str]:

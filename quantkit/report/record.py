@@ -12,21 +12,23 @@ from pydantic import ValidationError
 from quantkit.errors import RefusedError, RunFailedError
 from quantkit.recipe import fingerprint
 from quantkit.report.schema import Record
-from quantkit.signature import SIGNATURE
+from quantkit.signature import SIGNATURE, SIGNATURES
 from quantkit.workdir import RECORD, hash_files, write_json
 
 SCHEMA = 2
 CARD = "README.md"
 # the record cannot hold its own hash; the card is drawn from it, and the signature is of both
 UNHASHED = (RECORD, CARD, SIGNATURE)
+# what the Hub, its client and git put into a folder, and the signatures of branches
+BESIDE = (".gitattributes", ".cache", ".git", SIGNATURES)
 
 OWN_WORDS = f"; `quantkit validate` draws {CARD} anew, words of your own for it are [release] notes in the recipe"
 
 
 def artifact_files(folder: Path) -> list[str]:
-    """Names of every file of an artifact, below its folder, sorted; hidden files are not part of it."""
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in found if not name.startswith("."))
+    """Names of every file of an artifact, below its folder, sorted; hidden ones too, but for those of BESIDE."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in found if path.parts[0] not in BESIDE)
 
 
 def output_entries(folder: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from quantkit.home import quantkit_home
 from quantkit.validation.generation import Answer, greedy_answer
 from quantkit.validation.perplexity import final_states
 from quantkit.validation.text import EvaluationText
-from quantkit.workdir import replacing, write_json
+from quantkit.workdir import disk_errors, replacing, shared, write_json
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ def run_reference(
     if states_path.exists() and answer_path.exists():
         return _kept(states_path, answer_path, decoder.head(head_tensors(source)))
     judged = run(source, text, decoder, tokenizer, settings)
-    folder.mkdir(parents=True, exist_ok=True)
     from safetensors.torch import save_file
 
-    with replacing(states_path) as temporary:
-        save_file({"states": judged.states_ND.contiguous()}, temporary)
-    write_json(answer_path, asdict(judged.answer) if judged.answer else None)
+    with disk_errors(folder, "choose a writable folder with QUANTKIT_HOME"), shared(folder):
+        with replacing(states_path) as temporary:
+            save_file({"states": judged.states_ND.contiguous()}, temporary)
+        write_json(answer_path, asdict(judged.answer) if judged.answer else None)
     return judged
 
 
