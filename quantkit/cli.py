@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quantkit import __version__
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, worst
 
 if TYPE_CHECKING:
     from quantkit.cluster import BuildJob, Resources
+    from quantkit.pipeline import Job
     from quantkit.recipe import Recipe
 
 INTERRUPTED = "interrupted; finished layers are kept, the same command goes on"
@@ -41,13 +42,22 @@ app.add_typer(engines_app, name="engines")
 Name = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe of the default model, <model>/<name>, or a path.")
 ]
+Names = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe of the default model, <model>/<name>, or a path; all or <model>/all for each."
+    ),
+]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.")]
 Readable = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact, or a .gguf file.")]
 Model = Annotated[
     str | None, typer.Option("--model", metavar="DIR_OR_ID", help="Source model instead of the recipe's.")
 ]
 Out = Annotated[
-    Path | None, typer.Option("--out", metavar="DIR", help="Artifact folder [default: artifacts/<model>-<FORMAT>].")
+    Path | None,
+    typer.Option(
+        "--out", metavar="DIR", help="Artifact folder, of several their parent [default: artifacts/<model>-<FORMAT>]."
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cuda|cpu", help="Where to compute.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
@@ -79,7 +89,7 @@ def _start(
 
 @app.command()
 def build(
-    recipe: Name,
+    recipe: Names,
     model: Model = None,
     out: Out = None,
     device: Device = "auto",
@@ -92,36 +102,49 @@ def build(
     junit: Junit = None,
     as_json: Json = False,
 ) -> None:
-    """Build an artifact by recipe, then judge it on Polish text."""
+    """Build an artifact by recipe, or all of a model in one pass, then judge it on Polish text."""
     from quantkit.display import Display
     from quantkit.errors import RefusedError
     from quantkit.machine import choose_device
-    from quantkit.pipeline import build as run
-    from quantkit.pipeline import default_out
+    from quantkit.pipeline import build_all as run
     from quantkit.recipe import require_pinned
 
     if junit is not None and no_validate:
         raise RefusedError("there are no gates to write without a validation", where="--junit", fix="validate it too")
+    several = _means_several(recipe)
     with _errors_in(junit, out.name if out is not None else recipe):
-        chosen, stem = _recipe(recipe, changes, model)
+        jobs, errors = _jobs(recipe, changes, model, out)
         if release:
-            require_pinned(chosen)
+            for job in jobs:
+                require_pinned(job.recipe)
         with Display() as display:
-            done = run(
-                chosen,
-                out=out or default_out(chosen, stem),
+            outcomes = run(
+                jobs,
                 device=choose_device(device),
                 fresh=fresh,
                 validated=not no_validate,
                 progress=display.progress,
             )
-    if done.reused:
-        _say(f"{done.out} was complete already")
-    if done.unpinned:
-        _say(f'the recipe names no revision; this build used:\n  [model]\n  revision = "{done.unpinned}"')
-    _write_junit(junit, done.record["validation"])
-    _result(done.record, as_json, table=done.record["validation"], title=str(done.out))
-    _gate(done.record["validation"], done.out)
+        errors |= {outcome.name: outcome.error for outcome in outcomes if outcome.error is not None}
+        if not several:
+            _fail(errors, several=False)
+    builds = {outcome.name: outcome.build for outcome in outcomes if outcome.build is not None}
+    for done in builds.values():
+        if done.reused:
+            _say(f"{done.out} was complete already")
+    for unpinned in {done.unpinned: None for done in builds.values() if done.unpinned}:
+        _say(f'the recipe names no revision; this build used:\n  [model]\n  revision = "{unpinned}"')
+    records = {name: done.record for name, done in builds.items()}
+    judged = {name: record["validation"] for name, record in records.items() if record["validation"] is not None}
+    _write_junit(junit, list(judged.values()), errors, several=several)
+    if several:
+        _results(records, judged, as_json, title=recipe)
+    for name, done in () if several else builds.items():
+        _result(done.record, as_json, table=judged.get(name), title=str(done.out))
+    for name, verdict in judged.items():
+        if name not in errors and (failed := _gate_error(verdict, builds[name].out)):
+            errors[name] = failed
+    _fail(errors, several=several)
 
 
 @app.command()
@@ -155,9 +178,10 @@ def validate(
             progress=display.progress,
             say=_say,
         )
-    _write_junit(junit, result)
+    _write_junit(junit, [result], {}, several=False)
     _result(result, as_json, table=result, title=str(artifact))
-    _gate(result, artifact)
+    if failed := _gate_error(result, artifact):
+        raise failed
 
 
 @app.command()
@@ -232,7 +256,7 @@ def publish(
 
 @app.command()
 def plan(
-    recipe: Name,
+    recipe: Names,
     model: Model = None,
     out: Out = None,
     device: Device = "auto",
@@ -242,25 +266,28 @@ def plan(
     """Show what a build will need, and refuse now what would fail later."""
     from quantkit.display import Display
     from quantkit.machine import choose_device
-    from quantkit.pipeline import default_out
-    from quantkit.pipeline import plan as run
-    from quantkit.plan import plan_lines
+    from quantkit.pipeline import plan_all as run
+    from quantkit.plan import plan_lines, together_lines
 
-    chosen, stem = _recipe(recipe, changes, model)
+    jobs, errors = _jobs(recipe, changes, model, out)
     with Display() as display:
-        found = run(
-            chosen,
-            out=out or default_out(chosen, stem),
-            device=choose_device(device),
-            progress=display.progress,
-        )
-    _print(found.facts() if as_json else None, plan_lines(found))
+        found = run(jobs, device=choose_device(device), progress=display.progress)
+    several = _means_several(recipe)
+    for name, each in found.plans.items():
+        lines = [f"{name}:", *(f"  {line}" for line in plan_lines(each))] if several else plan_lines(each)
+        _print(each.facts() if as_json and not several else None, [] if as_json else lines)
+    errors |= found.errors
+    if several:
+        document = found.facts() | {"errors": {name: error.what for name, error in errors.items()}}
+        _print(document if as_json else None, together_lines(found.passes, found.memory_bytes, found.disk_bytes))
+    _fail(errors, several=several)
 
 
 @app.command()
 def submit(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help="Recipes of the default model, <model>/<name>, or paths.")
+        list[str],
+        typer.Argument(metavar="RECIPE...", help="Recipes of the default model, <model>/<name>, paths, or all."),
     ],
     model: Model = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the artifacts go.")] = Path("artifacts"),
@@ -296,14 +323,15 @@ def submit(
     """Build artifacts as Slurm jobs, one each, and report on them when all have ended."""
     from quantkit import cluster
     from quantkit.errors import RefusedError
-    from quantkit.recipe import require_pinned
+    from quantkit.recipe import recipes_named, require_pinned
 
+    named = [each for recipe in recipes for each in recipes_named(recipe)]
     if publish:
-        for recipe in recipes:
-            require_pinned(_recipe(recipe, changes, model)[0])
+        for each in named:
+            require_pinned(_recipe(each, changes, model)[0])
     limit = cluster.minutes_of(time_limit)
     asked = cluster.Resources(limit, cpus, memory, gpus, partition=partition, account=account, qos=qos)
-    jobs = [_job(recipe, out, changes, model, asked) for recipe in recipes]
+    jobs = [_job(each, out, changes, model, asked) for each in named]
     artifacts = tuple(job.out for job, _ in jobs)
     if len(set(artifacts)) < len(artifacts):
         raise RefusedError("a recipe is named twice", where=" ".join(recipes), fix="name each once")
@@ -345,7 +373,7 @@ def demo(
     from quantkit.machine import choose_device
 
     with Display() as display:
-        found = run_demo(out, device=choose_device(device), progress=display.progress, say=_say)
+        found = run_demo(out, device=choose_device(device), progress=display.progress)
     if as_json:
         _print(found.document(), [])
     else:
@@ -460,6 +488,35 @@ def _recipe(name: str, changes: list[str] | None, model: str | None) -> "tuple[R
     return load_recipe(path, tuple(changes or ()), model=model), path.stem
 
 
+def _means_several(name: str) -> bool:
+    """Whether a name on the command line stands for several recipes, even if they are one."""
+    from quantkit.recipe import recipes_named
+
+    return recipes_named(name) != [name]
+
+
+def _jobs(
+    name: str, changes: list[str] | None, model: str | None, out: Path | None
+) -> "tuple[list[Job], dict[str, QuantkitError]]":
+    """The builds that a name means, and of several those that their recipes rule out."""
+    from quantkit.pipeline import Job, default_out
+    from quantkit.recipe import recipes_named
+
+    if not _means_several(name):
+        chosen, stem = _recipe(name, changes, model)
+        return [Job(name, chosen, out or default_out(chosen, stem))], {}
+    jobs, errors = [], {}
+    for each in recipes_named(name):
+        try:
+            chosen, stem = _recipe(each, changes, model)
+        except QuantkitError as error:
+            errors[each.rpartition("/")[2]] = error
+            continue
+        target = default_out(chosen, stem)
+        jobs.append(Job(stem, chosen, target if out is None else out / target.name))
+    return jobs, errors
+
+
 def _job(
     name: str, out: Path, changes: list[str] | None, model: str | None, asked: "Resources"
 ) -> "tuple[BuildJob, Resources]":
@@ -495,11 +552,30 @@ def _result(document: dict[str, Any], as_json: bool, *, table: dict[str, Any] | 
         _print(None, [f"{title}: built, not validated"])
 
 
-def _write_junit(path: Path | None, validation: dict[str, Any] | None) -> None:
-    from quantkit.report.junit import junit
+def _results(
+    records: dict[str, dict[str, Any]], judged: dict[str, dict[str, Any]], as_json: bool, *, title: str
+) -> None:
+    """Several artifacts in one table, or their records as a list."""
+    from quantkit.display import print_table
+    from quantkit.report.table import rows_of_several
 
-    if path is not None and validation is not None:
-        _write_below(path, junit(validation))
+    if as_json:
+        _print(list(records.values()), [])
+        return
+    if judged:
+        print_table(title, rows_of_several({name: (verdict, None) for name, verdict in judged.items()}))
+    _print(None, [f"{name}: built, not validated" for name in records if name not in judged])
+
+
+def _write_junit(
+    path: Path | None, validations: list[dict[str, Any]], errors: dict[str, QuantkitError], *, several: bool
+) -> None:
+    from quantkit.report.junit import junit, junit_of_several
+
+    if path is None or not (validations or errors):
+        return
+    said = {name: str(error) for name, error in errors.items()}
+    _write_below(path, junit_of_several(validations, said) if several else junit(validations[0]))
 
 
 @contextmanager
@@ -524,15 +600,26 @@ def _write_below(path: Path, text: str) -> None:
         write_text(path, text)
 
 
-def _gate(validation: dict[str, Any] | None, where: Path) -> None:
+def _gate_error(validation: dict[str, Any], where: Path) -> QuantkitError | None:
     from quantkit.errors import GateError
 
-    if validation is not None and not validation["gate"]["passed"]:
-        raise GateError(
-            "the artifact is kept but may not be published:\n  " + "\n  ".join(validation["gate"]["failures"]),
-            where=str(where),
-            fix="more bits, a smaller group, more calibration text, or other gates in the recipe",
-        )
+    if validation["gate"]["passed"]:
+        return None
+    return GateError(
+        "the artifact is kept but may not be published:\n  " + "\n  ".join(validation["gate"]["failures"]),
+        where=str(where),
+        fix="more bits, a smaller group, more calibration text, or other gates in the recipe",
+    )
+
+
+def _fail(errors: dict[str, QuantkitError], *, several: bool) -> None:
+    """End with the error there is; of several, name each and exit as the worst of them would."""
+    for name, error in errors.items():
+        if not several:
+            raise error
+        _say(f"error: {name}: {error}")
+    if errors:
+        raise typer.Exit(worst(error.exit_code for error in errors.values()))
 
 
 def _print(document: Any, lines: list[str]) -> None:

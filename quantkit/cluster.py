@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quantkit.errors import GateError, RefusedError, UnavailableError
+from quantkit.errors import GateError, RefusedError, UnavailableError, worst
 from quantkit.workdir import RECORD, disk_errors, write_json
 
 LOGS = "slurm"  # folder beside the artifacts
@@ -305,9 +305,8 @@ def wait(folder: Path, names: Iterable[str], say: Callable[[str], None]) -> list
 
 
 def exit_code(jobs: list[dict[str, Any]]) -> int:
-    """Of a command that stands for all of them: 0, the gate's if nothing worse came of any, else the worst."""
-    codes = {1 if job["exit_code"] is None else job["exit_code"] for job in jobs} - {0}
-    return max(codes - {GateError.exit_code}, default=max(codes, default=0))
+    """Of a command that stands for all of them; one that left none counts as failed."""
+    return worst(1 if job["exit_code"] is None else job["exit_code"] for job in jobs)
 
 
 def job_lines(jobs: list[dict[str, Any]]) -> list[str]:

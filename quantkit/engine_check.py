@@ -69,7 +69,7 @@ def read_check(engine: Engine, model: str, progress: Progress, *, device: str) -
         done = build(recipe, out=Path(folder) / "artifact", device=torch.device("cpu"), validated=False)
         name, artifact = next(iter(open_variants(engine.reads[0], done.out).items()))
         source = open_source(model, None, progress)
-        tokenizer = source.tokenizer()
+        tokenizer = source.tokenizer
         decoder = Decoder(
             source.checkpoint.config, source.checkpoint.family, device=torch.device("cpu"), dtype=torch.float32
         )

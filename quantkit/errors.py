@@ -4,6 +4,8 @@ Library code raises these; only the command line turns them into text and an exi
 `assert` is for this project's own invariants.
 """
 
+from collections.abc import Iterable
+
 
 class QuantkitError(Exception):
     """A failure with a remedy.
@@ -29,6 +31,12 @@ class QuantkitError(Exception):
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The exit code that stands for several: 0, a gate's if nothing worse came of any, else the largest."""
+    bad = set(codes) - {0}
+    return max(bad - {GateError.exit_code}, default=max(bad, default=0))
 
 
 class RunFailedError(QuantkitError):

@@ -168,7 +168,7 @@ def judge(
     """
     for artifact in variants.values():
         require_same_model(recipe.format, artifact, source.checkpoint)
-    tokenizer = source.tokenizer()
+    tokenizer = source.tokenizer
     section = recipe.validation
     dtype = getattr(torch, recipe.compute.dtype)
     decoder = Decoder(source.checkpoint.config, source.checkpoint.family, device=device, dtype=dtype)

@@ -1,38 +1,62 @@
-"""The one place that joins the stages: recipe, checkpoint, calibration, stream, format, validation, record, card."""
+"""The one place that joins the stages: recipe, checkpoint, calibration, stream, format, validation, record, card.
 
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+Several recipes are built as one: `build_all` lets them go through the checkpoint side by side, an item each in turn,
+and what is the same for them is done once. A single build is the case of one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.index import Checkpoint
-from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.layer import Decoder, free_bytes
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.engines.env import find_engine
-from quantkit.errors import RefusedError
+from quantkit.errors import QuantkitError, RefusedError
 from quantkit.formats import open_variants
 from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
 from quantkit.formats.shards import read_item, write_item
 from quantkit.judgement import check_window, judge, judged_as_stated, judged_by, stated_texts
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
-from quantkit.methods import METHODS, Method, Survey
-from quantkit.plan import Plan, make_plan, require_here
+from quantkit.methods import METHODS, Method
+from quantkit.plan import Plan, in_passes, make_plan, require_here, together_bytes
 from quantkit.progress import Progress, timed
+from quantkit.qtensor import Item
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
 from quantkit.report.card import keep
 from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
-from quantkit.source_pass import Calibration
+from quantkit.source_pass import Calibration, SourcePass
 from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
 from quantkit.stream import Sinks, stream, survey
 from quantkit.texts import TextSet, load_text_set
 from quantkit.upstream import adopt, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
 from quantkit.workdir import Workdir, discard_work, locked, open_workdir, refuse_other
+
+T = TypeVar("T")
+# a generator's end
+END = object()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe to be built.
+
+    Attributes:
+        name: what it is called in messages.
+        recipe: what to build.
+        out: the artifact's folder; appears whole or not at all.
+    """
+
+    name: str
+    recipe: Recipe
+    out: Path
 
 
 @dataclass(frozen=True)
@@ -44,25 +68,49 @@ class Build:
         record: its record.
         reused: it was there already, complete and unchanged.
         unpinned: commit that the recipe's model was resolved to, if the recipe names none.
+        seconds: it took just now, what it shared with others counted where it was done first.
     """
 
     out: Path
     record: dict[str, Any]
     reused: bool
     unpinned: str | None = None
+    seconds: float = 0.0
 
 
-@dataclass
-class Stopwatch:
-    """Wall seconds by stage."""
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: a build, or an error; an artifact that could not be judged is kept and has both."""
 
-    started: float = field(default_factory=time.perf_counter)
+    name: str
+    build: Build | None
+    error: QuantkitError | None
 
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        now = time.perf_counter()
-        spent, self.started = now - self.started, now
-        return round(spent, 3)
+
+@dataclass(frozen=True)
+class Planned:
+    """What building several recipes will need.
+
+    Attributes:
+        plans: by the job's name.
+        errors: why those that are not among them cannot be built here.
+        passes: names of those that go through the checkpoint together; as many as memory allows.
+        memory_bytes: peak of the largest pass.
+        disk_bytes: of all.
+    """
+
+    plans: dict[str, Plan]
+    errors: dict[str, QuantkitError]
+    passes: list[list[str]]
+    memory_bytes: int
+    disk_bytes: int
+
+    def facts(self) -> dict[str, Any]:
+        """As a table for JSON."""
+        return asdict(self) | {
+            "plans": {name: found.facts() for name, found in self.plans.items()},
+            "errors": {name: error.what for name, error in self.errors.items()},
+        }
 
 
 def default_out(recipe: Recipe, name: str) -> Path:
@@ -85,10 +133,28 @@ def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress,
         progress: told what is going on.
         here: on this machine, so refuse what it cannot run.
     """
-    recipe = settled(recipe)
-    use_threads(recipe.compute.threads)
-    checkpoint = describe_checkpoint(recipe.model.id, recipe.model.revision, progress)
-    return _planned(recipe, checkpoint, _method(recipe, checkpoint, progress), out, device, here=here)
+    artifact = _Artifact(Job("", recipe, out), device, progress)
+    artifact.plan(_Once(), here=here)
+    return artifact.needed
+
+
+def plan_all(jobs: Sequence[Job], *, device: torch.device, progress: Progress) -> Planned:
+    """What building recipes together will need here, and which of them cannot be built."""
+    once, reserved_bytes = _Once(), 0
+    artifacts = [_Artifact(job, device, progress) for job in jobs]
+    for artifact in artifacts:
+        with artifact.turn():
+            artifact.plan(once, reserved_bytes=reserved_bytes)
+            reserved_bytes += artifact.needed.disk_bytes
+    good = [artifact for artifact in artifacts if artifact.error is None]
+    passes = _passes(good, device)
+    return Planned(
+        {artifact.job.name: artifact.needed for artifact in good},
+        {artifact.job.name: artifact.error for artifact in artifacts if artifact.error is not None},
+        [[artifact.job.name for artifact in taking] for taking in passes],
+        max((together_bytes([artifact.needed.footprint for artifact in taking]) for taking in passes), default=0),
+        reserved_bytes,
+    )
 
 
 def build(
@@ -113,76 +179,396 @@ def build(
     Raises:
         QuantkitError: whatever is wrong; nothing is left half-written.
     """
-    progress = progress or Progress()
-    recipe = settled(recipe)
-    use_threads(recipe.compute.threads)
-    with locked(out):
-        watch = Stopwatch()
-        source = open_source(recipe.model.id, recipe.model.revision, progress)
-        stages = {"source": watch.lap()}
-        _refuse_other_licence(recipe, source)
-        unpinned = source.revision if recipe.model.revision is None else None
-        method = _method(recipe, source.checkpoint, progress)
-        texts = {}
-        if _reads_text(recipe, method):
-            texts = {
-                name: load_text_set(name, "calibration") for name, wanted in recipe.calibration.texts.items() if wanted
-            }
-        engine = recipe.engine if method.engine is None else method.engine
-        identity = _identity(recipe, source, texts, device, engine, method.read)
-        record = _finished(out, identity, fresh=fresh)
-        reused = record is not None
-        if record is None:
-            needed = _planned(recipe, source.checkpoint, method, out, device, validated=validated)
-            record = _make(recipe, source, method, texts, identity, out, device, fresh, progress, needed, watch, stages)
-        if validated and not (
-            record["recipe"] == recipe.resolved() and judged_as_stated(record, recipe.validation.texts)
-        ):
-            record = record | {"recipe": recipe.resolved()}
-            variants = open_variants(recipe.format, out)
-            runtimes = tuple(dict.fromkeys((REFERENCE_RUNTIME, *recipe.validation.require)))
-            sets = [load_text_set(name, "validation") for name in recipe.validation.texts]
-            result = judge(variants, source, recipe, sets, device=device, runtimes=runtimes, progress=progress)
-            record = keep(out, record | judged_by(sets, result))
-    return Build(out, record, reused, unpinned)
+    job = Job(out.name, recipe, out)
+    (outcome,) = build_all([job], device=device, fresh=fresh, validated=validated, progress=progress)
+    if outcome.error is not None:
+        raise outcome.error
+    assert outcome.build is not None, "neither built nor failed"
+    return outcome.build
 
 
-def _method(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Method:
-    """The recipe's method; one whose survey was made before is settled by it at once."""
-    method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
-    if method.survey is None or method.survey.earlier is None:
-        return method
-    findings, word = method.survey.earlier(list(checkpoint.linear_shapes()))
-    progress.stage(word)
-    return method.survey.settle([findings])
-
-
-def _planned(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    method: Method,
-    out: Path,
-    device: torch.device,
+def build_all(
+    jobs: Sequence[Job],
     *,
-    here: bool = True,
+    device: torch.device,
+    fresh: bool = False,
     validated: bool = True,
-) -> Plan:
-    """The plan of a build, once everything that can be known before it is known to be right.
+    progress: Progress | None = None,
+) -> list[Outcome]:
+    """Build recipes side by side: every artifact is to the byte what `build` makes of its recipe alone.
+
+    One that is refused or fails is left behind, and the others go on; each has its own work folder, so that the same
+    call continues all of them after an interruption. Recipes that do not fit into memory together go one after another.
 
     Args:
-        here: refuse what this machine cannot run.
-        validated: refuse what could not be validated.
+        jobs: what to build, each into a folder of its own.
+        device, fresh, validated, progress: as for `build`.
     """
-    tokenizer_of(checkpoint)
-    decoder = _decoder(recipe, checkpoint, device)
-    if _reads_text(recipe, method):
-        check_window(recipe.calibration.window_tokens, decoder, "calibration.window_tokens")
-    if validated:
-        check_window(recipe.validation.window_tokens, decoder, "validation.window_tokens")
-    found = make_plan(recipe, checkpoint, method, out=out, device=device)
-    if here:
-        require_here(found, recipe, method, out=out, device=device)
-    return found
+    progress, once, reserved_bytes = progress or Progress(), _Once(), 0
+    artifacts = [_Artifact(job, device, _named(progress, job) if len(jobs) > 1 else progress) for job in jobs]
+    with ExitStack() as locks:
+        for artifact in artifacts:
+            with artifact.turn():
+                locks.enter_context(locked(artifact.job.out))
+                artifact.open(once, fresh=fresh, validated=validated, reserved_bytes=reserved_bytes)
+                reserved_bytes += artifact.needed.disk_bytes if artifact.record is None else 0
+        for taking in _passes([each for each in artifacts if each.error is None and each.record is None], device):
+            _make(taking, once, fresh=fresh)
+        for artifact in artifacts:
+            if validated and artifact.record is not None:
+                with artifact.turn():
+                    artifact.judge(once)
+    return [artifact.outcome for artifact in artifacts]
+
+
+def _named(progress: Progress, job: Job) -> Progress:
+    """Progress in which a job's linears and stages bear its name."""
+    return replace(
+        progress,
+        stage=lambda name: progress.stage(f"{job.name}: {name}"),
+        linear=lambda facts: progress.linear(replace(facts, name=f"{job.name} {facts.name.removeprefix('model.')}")),
+    )
+
+
+def _passes(artifacts: "list[_Artifact]", device: torch.device) -> "list[list[_Artifact]]":
+    """Artifacts that go through a checkpoint together, as many as memory allows."""
+    found = in_passes([artifact.needed.footprint for artifact in artifacts], free_bytes(device))
+    return [[artifacts[place] for place in places] for places in found]
+
+
+def _make(artifacts: "list[_Artifact]", once: "_Once", *, fresh: bool) -> None:
+    """Take artifacts through their passes side by side, an item each in turn; one that fails stays behind."""
+    for artifact in artifacts:
+        with artifact.turn("prepare"):
+            artifact.begin(once, fresh=fresh)
+    for number in range(max(len(artifact.passes) for artifact in artifacts)):
+        taking = [each for each in artifacts if each.error is None and number < len(each.passes)]
+        if not taking:
+            break
+        with SourcePass(taking[0].source.checkpoint) as shared:
+            walks: dict[_Artifact, Iterator[None]] = {}
+            for artifact in taking:
+                stage, walk = artifact.passes[number]
+                with artifact.turn(stage):
+                    walks[artifact] = walk(shared)
+            while walks:
+                for artifact in list(walks):
+                    with artifact.turn(artifact.passes[number][0]):
+                        if next(walks[artifact], END) is not END:
+                            continue
+                    del walks[artifact]
+        for artifact in taking:
+            if artifact.error is None and number + 1 == len(artifact.passes):
+                with artifact.turn():
+                    artifact.assemble()
+
+
+class _Once:
+    """What recipes have in common is made once; so is an error."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Any] = {}
+
+    def __call__(self, key: Any, make: Callable[[], T]) -> T:
+        if key not in self._made:
+            try:
+                self._made[key] = make()
+            except QuantkitError as error:
+                self._made[key] = error
+        found = self._made[key]
+        if isinstance(found, QuantkitError):
+            raise found
+        return found
+
+
+class _Artifact:
+    """One artifact on its way from recipe to record.
+
+    Args:
+        job: what to build.
+        device: where to compute.
+        progress: told what is going on.
+    """
+
+    source: Source
+    method: Method
+    needed: Plan
+
+    def __init__(self, job: Job, device: torch.device, progress: Progress) -> None:
+        self.job, self.device, self.progress = job, device, progress
+        self.recipe = job.recipe
+        self.error: QuantkitError | None = None
+        self.record: dict[str, Any] | None = None
+        self.passes: list[tuple[str, Callable[[SourcePass], Iterator[None]]]] = []
+        self._reused = False
+        self._seconds = 0.0
+        self._stages: dict[str, float] = {}
+        self._engine_facts: dict[str, Any] | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of it."""
+        build = None
+        if self.record is not None:
+            unpinned = self.source.revision if self.recipe.model.revision is None else None
+            build = Build(self.job.out, self.record, self._reused, unpinned, self._seconds)
+        return Outcome(self.job.name, build, self.error)
+
+    @contextmanager
+    def turn(self, stage: str | None = None) -> Iterator[None]:
+        """Work for this artifact: with its threads, timed, and an error is kept with it.
+
+        Args:
+            stage: of the record's seconds.
+        """
+        use_threads(self.recipe.compute.threads)
+        spent: dict[str, float] = {}
+        try:
+            with timed(spent, "turn"):
+                yield
+        except QuantkitError as error:
+            self.error = error
+        self._seconds += spent.get("turn", 0.0)
+        if stage is not None:
+            self._stages[stage] = self._stages.get(stage, 0.0) + spent.get("turn", 0.0)
+
+    def plan(self, once: _Once, *, here: bool = True, reserved_bytes: int = 0) -> None:
+        """Find out what it will need.
+
+        Args:
+            once: what others have opened already.
+            here: on this machine, so refuse what it cannot run.
+            reserved_bytes: of the disk, for others.
+        """
+        self._settle()
+        model = self.recipe.model
+        checkpoint = once(("described", model), partial(describe_checkpoint, model.id, model.revision, self.progress))
+        self.method = _method(self.recipe, checkpoint, self.progress)
+        once(("tokenizer", model), partial(tokenizer_of, checkpoint))
+        self._find_needs(checkpoint, once, here=here, validated=True, reserved_bytes=reserved_bytes)
+
+    def open(self, once: _Once, *, fresh: bool, validated: bool, reserved_bytes: int) -> None:
+        """Find the artifact complete, or find out what it will need. Hold its lock from here on.
+
+        Args:
+            once: what others have opened already.
+            fresh: throw away what an earlier run left.
+            validated: refuse what could not be validated.
+            reserved_bytes: of the disk, for others.
+        """
+        self._settle()
+        recipe, model = self.recipe, self.recipe.model
+        with timed(self._stages, "source"):
+            self.source = once(("source", model), partial(open_source, model.id, model.revision, self.progress))
+        _refuse_other_licence(recipe, self.source)
+        self.method = _method(recipe, self.source.checkpoint, self.progress)
+        self._texts: dict[str, TextSet] = {}
+        if self._reads_text:
+            wanted = [name for name, windows in recipe.calibration.texts.items() if windows]
+            self._texts = {name: once(("text", name), partial(load_text_set, name, "calibration")) for name in wanted}
+        engine = recipe.engine if self.method.engine is None else self.method.engine
+        self._identity = _identity(recipe, self.source, self._texts, self.device, engine, self.method.read)
+        self.record = _finished(self.job.out, self._identity, fresh=fresh)
+        self._reused = self.record is not None
+        if self.record is None:
+            # checked now, used later
+            once(("tokenizer", model), lambda: self.source.tokenizer)
+            self._find_needs(
+                self.source.checkpoint, once, here=True, validated=validated, reserved_bytes=reserved_bytes
+            )
+
+    @property
+    def _reads_text(self) -> bool:
+        """Whether calibration text is used: by an engine always, for it is not known what it does with it."""
+        return self.recipe.engine != OWN_ENGINE or bool(self.method.solvers.needs)
+
+    def _settle(self) -> None:
+        self.recipe = settled(self.recipe)
+        use_threads(self.recipe.compute.threads)
+
+    def _find_needs(
+        self, checkpoint: Checkpoint, once: _Once, *, here: bool, validated: bool, reserved_bytes: int
+    ) -> None:
+        """The plan, once everything that can be known before it is known to be right."""
+        recipe = self.recipe
+        self._decoder = once(
+            ("decoder", checkpoint.folder, recipe.compute.dtype), partial(_decoder, recipe, checkpoint, self.device)
+        )
+        if self._reads_text:
+            check_window(recipe.calibration.window_tokens, self._decoder, "calibration.window_tokens")
+        if validated:
+            check_window(recipe.validation.window_tokens, self._decoder, "validation.window_tokens")
+        self.needed = make_plan(recipe, checkpoint, self.method, out=self.job.out, device=self.device)
+        if here:
+            require_here(
+                self.needed, recipe, self.method, out=self.job.out, device=self.device, reserved_bytes=reserved_bytes
+            )
+
+    def begin(self, once: _Once, *, fresh: bool) -> None:
+        """Open the work folder and make ready for the passes."""
+        recipe, source = self.recipe, self.source
+        self._calibration = _calibration(recipe, self._texts, source, once)
+        # a recipe that is refused leaves no work that the mended one would be held against
+        self._work = open_workdir(self.job.out, self._identity, fresh=fresh)
+        if recipe.engine != OWN_ENGINE:
+            self.passes = [("quantize", self._upstream)]
+        else:
+            measures = [("measure", self._survey)] if self.method.survey is not None else []
+            self.passes = [*measures, ("quantize", self._quantize)]
+
+    def _survey(self, shared: SourcePass) -> Iterator[None]:
+        """Measure every layer that was not measured before an interruption, then settle the method."""
+        assert self._calibration is not None, "a survey needs text"
+        assert self.method.survey is not None, "nothing is to be measured"
+        checkpoint, wanted, work = self.source.checkpoint, self.method.survey, self._work
+        names = checkpoint.items[1:-1]
+        steps = Sinks(item=lambda name: self.progress.steps("measure", checkpoint.items.index(name), len(names) + 1))
+        found: Iterator[tuple[str, dict[str, Any]] | None] = iter(())
+        if any(work.noted(name) is None for name in names):
+            found = survey(
+                checkpoint,
+                self._calibration,
+                wanted.measuring,
+                decoder=self._decoder,
+                known=lambda name: work.noted(name) is not None,
+                sinks=steps,
+                shared=shared,
+            )
+
+        def go_through() -> Iterator[None]:
+            for each in found:
+                if each is not None:
+                    work.note(*each)
+                yield
+            self.method = wanted.settle([work.noted(name) for name in names])
+
+        return go_through()
+
+    def _quantize(self, shared: SourcePass) -> Iterator[None]:
+        """Stream the checkpoint and keep every item; those that are kept already are only walked through."""
+        checkpoint, form, work = self.source.checkpoint, self.method.format, self._work
+        if self._calibration is not None and isinstance(form, TellsCalibration):
+            texts = [public_name(name) for name in self._texts]
+            form = form.calibrated(texts, *self._calibration.tokens_WT.shape)
+            self.method = replace(self.method, format=form)
+        self._places = places = _lay_out(checkpoint, form, work)
+
+        def finished(name: str) -> dict[str, torch.Tensor] | None:
+            if not work.is_finished(name):
+                return None
+            placed = {} if places is None else places.read(name)
+            return form.decode_item(read_item(work.path(name)) | placed)
+
+        names = checkpoint.items
+        sinks = Sinks(
+            linear=self.progress.linear,
+            item=lambda name: self.progress.steps("quantize", names.index(name), len(names)),
+        )
+        solved = stream(
+            checkpoint,
+            self.method.solvers,
+            self._calibration,
+            decoder=self._decoder,
+            stored_dtype=form.stored_dtype,
+            skip=form.skip,
+            finished=finished,
+            sinks=sinks,
+            shared=shared,
+        )
+
+        def go_through() -> Iterator[None]:
+            # mapped, for a loop would hold on to an item while others take their turns
+            yield from map(self._keep, solved)
+            self.progress.steps("quantize", len(names), len(names))
+
+        return go_through()
+
+    def _keep(self, item: Item | None) -> None:
+        """Encode a solved item and write it durably."""
+        if item is None:
+            return
+
+        def write(path: Path) -> None:
+            with timed(item.seconds, "write"):
+                write_item(path, tensors if self._places is None else self._places.write(tensors))
+
+        with timed(item.seconds, "pack"):
+            tensors = self.method.format.encode_item(item)
+        facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
+        self._work.finish(item.name, write, facts)
+
+    def _upstream(self, shared: SourcePass) -> Iterator[None]:
+        """Let an engine do it, in one step."""
+        assert self._calibration is not None, "an engine is always given text"
+        engine = self.recipe.engine
+        self.progress.stage(f"{engine} is quantizing")
+        self._engine_facts = quantize_upstream(
+            find_engine(engine),
+            self.source.checkpoint.folder,
+            self._calibration.tokens_WT,
+            self.recipe,
+            self._work.folder / "engine",
+            device=self.device,
+        )
+        yield
+
+    def assemble(self) -> None:
+        """Put the artifact together from its items, then in place, with record and card."""
+        source, work, form = self.source, self._work, self.method.format
+        self.progress.stage("writing the artifact")
+        with timed(self._stages, "write"):
+            if self.recipe.engine == OWN_ENGINE:
+                items = [work.path(name) for name in source.checkpoint.items]
+                variants = work.assemble(
+                    lambda folder: form.assemble(source.checkpoint, items, folder),
+                    kept=frozenset() if self._places is None else self._places.files,
+                )
+            else:
+                work.assemble(lambda folder: adopt(work.folder / "engine", source.checkpoint, folder))
+                opened = open_variants(self.recipe.format, work.artifact)
+                variants = {name: artifact.tensors.files for name, artifact in opened.items()}
+        record = _record(self.recipe, source, self._texts, self._identity, self.device, self._calibration)
+        record["chat"] = _chat_example(source.tokenizer, self.recipe.validation.prompt)
+        record["engine_facts"] = self._engine_facts
+        record["reproducible"] = self._engine_facts is None
+        record["variants"] = variants
+        with timed(self._stages, "hash"):
+            record["outputs"] = output_entries(work.artifact)
+        stages = {stage: round(seconds, 3) for stage, seconds in self._stages.items()}
+        if work.earlier_seconds:
+            stages["earlier runs"] = round(work.earlier_seconds, 3)
+        record["build"] = {
+            "items": work.facts,
+            "seconds": stages,
+            "wall_seconds": round(sum(stages.values()), 3),
+            "operations": self.needed.operations if self._engine_facts is None else {},
+            "bytes": {
+                "read": self.needed.source_bytes,
+                "written": sum(entry["size_bytes"] for entry in record["outputs"]),
+            },
+            "peak_memory_bytes": peak_memory_bytes(self.device, engine=self._engine_facts is not None),
+        }
+        if self.method.allotments:
+            record["build"]["allotments"] = dict(self.method.allotments)
+        record = keep(work.artifact, record)
+        work.publish()
+        self.record = record
+
+    def judge(self, once: _Once) -> None:
+        """Judge it against its source, unless that was done by the same recipe before."""
+        assert self.record is not None, "only what is there can be judged"
+        recipe, record = self.recipe, self.record
+        names = recipe.validation.texts
+        if record["recipe"] == recipe.resolved() and judged_as_stated(record, names):
+            return
+        record = record | {"recipe": recipe.resolved()}
+        variants = open_variants(recipe.format, self.job.out)
+        runtimes = tuple(dict.fromkeys((REFERENCE_RUNTIME, *recipe.validation.require)))
+        sets = [once(("held-out text", name), partial(load_text_set, name, "validation")) for name in names]
+        result = judge(
+            variants, self.source, recipe, sets, device=self.device, runtimes=runtimes, progress=self.progress
+        )
+        self.record = keep(self.job.out, record | judged_by(sets, result))
 
 
 def _refuse_other_licence(recipe: Recipe, source: Source) -> None:
@@ -203,9 +589,14 @@ def _refuse_other_licence(recipe: Recipe, source: Source) -> None:
             )
 
 
-def _reads_text(recipe: Recipe, method: Method) -> bool:
-    """Whether calibration text is used: by an engine always, for it is not known what it does with it."""
-    return recipe.engine != OWN_ENGINE or bool(method.solvers.needs)
+def _method(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Method:
+    """The recipe's method; one whose survey was made before is settled by it at once."""
+    method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
+    if method.survey is None or method.survey.earlier is None:
+        return method
+    findings, word = method.survey.earlier(list(checkpoint.linear_shapes()))
+    progress.stage(word)
+    return method.survey.settle([findings])
 
 
 def _identity(
@@ -255,85 +646,6 @@ def _finished(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, 
     return record
 
 
-def _make(
-    recipe: Recipe,
-    source: Source,
-    method: Method,
-    texts: dict[str, TextSet],
-    identity: dict[str, Any],
-    out: Path,
-    device: torch.device,
-    fresh: bool,
-    progress: Progress,
-    needed: Plan,
-    watch: Stopwatch,
-    stages: dict[str, float],
-) -> dict[str, Any]:
-    """Quantize, assemble and put the artifact in place; returns its record."""
-    calibration = _calibration(recipe, texts, source.tokenizer())
-    decoder = _decoder(recipe, source.checkpoint, device)
-    # a recipe that is refused leaves no work that the mended one would be held against
-    work = open_workdir(out, identity, fresh=fresh)
-    stages["prepare"] = watch.lap()
-    if work.earlier_seconds:
-        stages["earlier runs"] = round(work.earlier_seconds, 3)
-
-    if recipe.engine == OWN_ENGINE:
-        if method.survey is not None:
-            assert calibration is not None, "a survey needs text"
-            method = _surveyed(source.checkpoint, method.survey, calibration, decoder, work, progress)
-            stages["measure"] = watch.lap()
-        if calibration is not None and isinstance(method.format, TellsCalibration):
-            texts_named = [public_name(name) for name in texts]
-            method = replace(method, format=method.format.calibrated(texts_named, *calibration.tokens_WT.shape))
-        places = _lay_out(source.checkpoint, method.format, work)
-        _quantize(source.checkpoint, method, calibration, decoder, work, places, progress)
-        stages["quantize"] = watch.lap()
-        progress.stage("writing the artifact")
-        items = [work.path(name) for name in source.checkpoint.items]
-        variants = work.assemble(
-            lambda folder: method.format.assemble(source.checkpoint, items, folder),
-            kept=frozenset() if places is None else places.files,
-        )
-        engine = None
-    else:
-        assert calibration is not None, "an engine is always given text"
-        progress.stage(f"{recipe.engine} is quantizing")
-        scratch = work.folder / "engine"
-        engine = quantize_upstream(
-            find_engine(recipe.engine), source.checkpoint.folder, calibration.tokens_WT, recipe, scratch, device=device
-        )
-        stages["quantize"] = watch.lap()
-        progress.stage("writing the artifact")
-        work.assemble(lambda folder: adopt(scratch, source.checkpoint, folder))
-        opened = open_variants(recipe.format, work.artifact)
-        variants = {name: artifact.tensors.files for name, artifact in opened.items()}
-    stages["write"] = watch.lap()
-    record = _record(recipe, source, texts, identity, device, calibration)
-    record["chat"] = _chat_example(source.tokenizer(), recipe.validation.prompt)
-    record["engine_facts"] = engine
-    record["reproducible"] = engine is None
-    record["variants"] = variants
-    record["outputs"] = output_entries(work.artifact)
-    stages["hash"] = watch.lap()
-    record["build"] = {
-        "items": work.facts,
-        "seconds": stages,
-        "wall_seconds": round(sum(stages.values()), 3),
-        "operations": needed.operations if engine is None else {},
-        "bytes": {
-            "read": needed.source_bytes,
-            "written": sum(entry["size_bytes"] for entry in record["outputs"]),
-        },
-        "peak_memory_bytes": peak_memory_bytes(device, engine=engine is not None),
-    }
-    if method.allotments:
-        record["build"]["allotments"] = dict(method.allotments)
-    record = keep(work.artifact, record)
-    work.publish()
-    return record
-
-
 def _lay_out(checkpoint: Checkpoint, form: Format, work: Workdir) -> LaidOut | None:
     """The files that solved items go straight into, for a format that has such."""
     if not isinstance(form, InPlace):
@@ -342,76 +654,6 @@ def _lay_out(checkpoint: Checkpoint, form: Format, work: Workdir) -> LaidOut | N
     if places.fresh:
         work.forget_items()
     return places
-
-
-def _quantize(
-    checkpoint: Checkpoint,
-    method: Method,
-    calibration: Calibration | None,
-    decoder: Decoder,
-    work: Workdir,
-    places: LaidOut | None,
-    progress: Progress,
-) -> None:
-    """Stream the checkpoint and keep every item; those that are kept already are only walked through."""
-
-    def finished(name: str) -> dict[str, torch.Tensor] | None:
-        if not work.is_finished(name):
-            return None
-        placed = {} if places is None else places.read(name)
-        return method.format.decode_item(read_item(work.path(name)) | placed)
-
-    def write(tensors: dict[str, torch.Tensor], seconds: dict[str, float], path: Path) -> None:
-        with timed(seconds, "write"):
-            write_item(path, tensors if places is None else places.write(tensors))
-
-    names = checkpoint.items
-    sinks = Sinks(
-        linear=progress.linear,
-        item=lambda name: progress.steps("quantize", names.index(name), len(names)),
-    )
-    for item in stream(
-        checkpoint,
-        method.solvers,
-        calibration,
-        decoder=decoder,
-        stored_dtype=method.format.stored_dtype,
-        skip=method.format.skip,
-        finished=finished,
-        sinks=sinks,
-    ):
-        if item is None:
-            continue
-        with timed(item.seconds, "pack"):
-            tensors = method.format.encode_item(item)
-        facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
-        work.finish(item.name, partial(write, tensors, item.seconds), facts)
-    progress.steps("quantize", len(names), len(names))
-
-
-def _surveyed(
-    checkpoint: Checkpoint,
-    wanted: Survey,
-    calibration: Calibration,
-    decoder: Decoder,
-    work: Workdir,
-    progress: Progress,
-) -> Method:
-    """The method as it is after its survey; layers that were measured before an interruption are not measured again."""
-    names = checkpoint.items[1:-1]
-    sinks = Sinks(item=lambda name: progress.steps("measure", checkpoint.items.index(name), len(names) + 1))
-    if any(work.noted(name) is None for name in names):
-        for found in survey(
-            checkpoint,
-            calibration,
-            wanted.measuring,
-            decoder=decoder,
-            known=lambda name: work.noted(name) is not None,
-            sinks=sinks,
-        ):
-            if found is not None:
-                work.note(*found)
-    return wanted.settle([work.noted(name) for name in names])
 
 
 def _decoder(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> Decoder:
@@ -463,10 +705,14 @@ def _chat_example(tokenizer: Tokenizer, prompt: str) -> str | None:
     return tokenizer.render([("user", prompt)], answer=True) if tokenizer.has_template else None
 
 
-def _calibration(recipe: Recipe, texts: dict[str, TextSet], tokenizer: Tokenizer) -> Calibration | None:
+def _calibration(recipe: Recipe, texts: dict[str, TextSet], source: Source, once: _Once) -> Calibration | None:
     if not texts:
         return None
     section = recipe.calibration
     parts = [(text_set, section.texts[name]) for name, text_set in texts.items()]
-    tokens = calibration_windows(parts, tokenizer, window_tokens=section.window_tokens, seed=section.seed)
-    return Calibration(tokens, recipe.compute.windows_per_batch, section.activations == "float")
+    key = ("windows", source.checkpoint.folder, *((name, section.texts[name]) for name in texts))
+    tokens_WT = once(
+        (*key, section.window_tokens, section.seed),
+        lambda: calibration_windows(parts, source.tokenizer, window_tokens=section.window_tokens, seed=section.seed),
+    )
+    return Calibration(tokens_WT, recipe.compute.windows_per_batch, section.activations == "float")

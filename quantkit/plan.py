@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from quantkit.calibration.statistics import cost as statistics_cost
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import free_bytes
-from quantkit.costs import Cost, LayerWork, Shape, StageWork, total
+from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, Shape, StageWork, total
 from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
@@ -49,6 +50,7 @@ class Plan:
         source_bytes: weights to be read.
         seconds: a rough estimate from a short matmul probe.
         variants: bytes of each variant's weights, where the format writes several.
+        footprint: what of the memory several builds can have in common.
     """
 
     linears: int
@@ -64,10 +66,59 @@ class Plan:
     source_bytes: int
     seconds: float
     variants: dict[str, int]
+    footprint: "Footprint"
 
     def facts(self) -> dict[str, Any]:
         """As a table for JSON."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "footprint"}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of one build, and what of it builds can have in common; bytes.
+
+    Attributes:
+        together: builds in which this is equal can go through a checkpoint together; None for one that goes alone.
+        kept: while others are at work: its own activations.
+        working: more, while it is at work on an item.
+        stream: what decides the unquantized stream that it takes part in; None if it takes part in none.
+        stream_alone: that stream, for one build.
+        stream_shared: the same for several: inputs and sums of all stages wait until the last has taken them.
+    """
+
+    together: tuple[Any, ...] | None
+    kept: int
+    working: int
+    stream: tuple[Any, ...] | None = None
+    stream_alone: int = 0
+    stream_shared: int = 0
+
+
+def together_bytes(builds: Sequence[Footprint]) -> int:
+    """Peak memory of builds side by side: each keeps its activations, one is at work, streams are shared."""
+    streams: dict[tuple[Any, ...], list[Footprint]] = {}
+    for build in builds:
+        if build.stream is not None:
+            streams.setdefault(build.stream, []).append(build)
+    shared = sum(
+        users[0].stream_alone if len(users) == 1 else max(user.stream_shared for user in users)
+        for users in streams.values()
+    )
+    return FIXED_BYTES + sum(build.kept for build in builds) + max(build.working for build in builds) + shared
+
+
+def in_passes(builds: Sequence[Footprint], free: int) -> list[list[int]]:
+    """Places of builds that go together: each joins the first of its kind where memory suffices for one more."""
+    passes: list[list[int]] = []
+    for place, build in enumerate(builds):
+        for taking in passes:
+            alike = build.together is not None and builds[taking[0]].together == build.together
+            if alike and together_bytes([*(builds[other] for other in taking), build]) <= free:
+                taking.append(place)
+                break
+        else:
+            passes.append([place])
+    return passes
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Path, device: torch.device) -> Plan:
@@ -118,6 +169,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     reads_text = method.solvers.needs or recipe.engine != OWN_ENGINE
     tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if reads_text else 0
     work = work_of(recipe, checkpoint, solved, tokens)
+    taken = (
+        _footprint(recipe, checkpoint, method, work)
+        if recipe.engine == OWN_ENGINE
+        else Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
+    )
     counted = operations(method, work, from_float=recipe.calibration.activations == "float")
     return Plan(
         linears=len(solved),
@@ -126,20 +182,28 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
         bits_per_weight=quantized_bits / max(quantized * max(len(variants), 1), 1),
         disk_bytes=artifact_bytes * (1 if isinstance(method.format, InPlace) else 2),
         disk_free_bytes=shutil.disk_usage(_existing(out)).free,
-        memory_bytes=_memory(recipe, checkpoint, method, work)
-        if recipe.engine == OWN_ENGINE
-        else _upstream_memory(parameters, device),
+        memory_bytes=together_bytes([taken]),
         memory_free_bytes=free_bytes(device),
         tokens=tokens,
         operations=counted,
         source_bytes=sum(info.size_bytes for info in infos.values()),
         seconds=_seconds(counted, recipe, device),
         variants=variants,
+        footprint=taken,
     )
 
 
-def require_here(plan: Plan, recipe: Recipe, method: Method, *, out: Path, device: torch.device) -> None:
+def require_here(
+    plan: Plan, recipe: Recipe, method: Method, *, out: Path, device: torch.device, reserved_bytes: int = 0
+) -> None:
     """Stop unless this machine can run the build.
+
+    Args:
+        plan: what it needs.
+        recipe, method: what it calls.
+        out: the artifact's folder.
+        device: where to compute.
+        reserved_bytes: of the disk, for other builds.
 
     Raises:
         RefusedError: disk or memory will not do.
@@ -149,9 +213,10 @@ def require_here(plan: Plan, recipe: Recipe, method: Method, *, out: Path, devic
         require(find_engine(recipe.engine), device.type)
     if method.engine:
         require(find_engine(method.engine), "cpu")
-    if plan.disk_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
+    if plan.disk_bytes + reserved_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
+        beside = f", {size_text(reserved_bytes)} of them for those before it" if reserved_bytes else ""
         raise RefusedError(
-            f"the build needs {size_text(plan.disk_bytes)} of disk, {size_text(plan.disk_free_bytes)} are free",
+            f"the build needs {size_text(plan.disk_bytes)} of disk, {size_text(plan.disk_free_bytes)} are free{beside}",
             where=str(out),
             fix="free some space, or choose another disk with --out",
         )
@@ -177,6 +242,21 @@ def plan_lines(plan: Plan) -> list[str]:
         f"operations        {sum(plan.operations.values()) / 1e12:.2f} T at least: "
         + ", ".join(f"{stage} {count / 1e12:.2f}" for stage, count in plan.operations.items()),
         f"time              about {plan.seconds:.0f} s (estimate)",
+    ]
+
+
+def together_lines(names: list[list[str]], memory_bytes: int, disk_bytes: int) -> list[str]:
+    """For people: what goes together, and what that takes.
+
+    Args:
+        names: of each pass.
+        memory_bytes: of the largest pass.
+        disk_bytes: of all.
+    """
+    return [
+        *(f"pass {number:<13}{', '.join(taking)}" for number, taking in enumerate(names, 1)),
+        f"memory            {size_text(memory_bytes)} together",
+        f"disk              {size_text(disk_bytes)} together",
     ]
 
 
@@ -270,7 +350,7 @@ def operations(method: Method, work: Work, *, from_float: bool) -> dict[str, flo
     return found.operations
 
 
-def _memory(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Work) -> int:
+def _footprint(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Work) -> Footprint:
     """Peak of the pass: activations, one layer, and the largest of what is done to it; or one of the ends."""
     width = _width(recipe).itemsize
     infos = checkpoint.tensors.tensors
@@ -289,8 +369,25 @@ def _memory(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Work) 
         peaks.append(_surveying(method.survey, work.layers[0]).memory_bytes)
     in_layer = (streams * width + 1) * layer + 3 * source + max(peaks)
     at_ends = max((_solving(solvers.ends, stage).memory_bytes for stage in work.ends if solvers.ends), default=0)
-    hidden = streams * work.layers[0].tokens * int(checkpoint.config["hidden_size"]) * width
-    return FIXED_BYTES + hidden + ends + max(in_layer, at_ends)
+    working = ends + max(in_layer, at_ends)
+    tokens = work.layers[0].tokens
+    hidden = tokens * int(checkpoint.config["hidden_size"]) * width
+    together = (recipe.model, recipe.compute.threads)
+    from_float = recipe.calibration.activations == "float"
+    if not tokens or not (from_float or streams == 2):
+        return Footprint(together, hidden, working)
+    section = recipe.calibration
+    compute = (recipe.compute.windows_per_batch, recipe.compute.dtype)
+    inputs = [stage.columns for stage in work.layers[0].stages.values()]
+    sums = 2 * FLOAT_BYTES * sum(columns**2 for columns in inputs)
+    return Footprint(
+        together,
+        0 if from_float else hidden,
+        working,
+        stream=(tuple(sorted(section.texts.items())), section.window_tokens, section.seed, *compute),
+        stream_alone=hidden,
+        stream_shared=2 * hidden + tokens * sum(inputs) * width + width * layer + sums,
+    )
 
 
 def _streams(method: Method) -> int:

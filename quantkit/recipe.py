@@ -24,6 +24,7 @@ from quantkit.workdir import write_text
 DEFAULT_MODEL = "bielik-7b-instruct-v0.1"
 DEMONSTRATION = "bielik-nano"
 OWN_ENGINE = "quantkit"
+ALL = "all"
 ENGINES = tuple(engine.name for engine in list_engines() if engine.builds)
 COMMIT = r"^[0-9a-f]{40}$"
 
@@ -216,6 +217,24 @@ def find_recipe(name: str) -> Path:
     close = difflib.get_close_matches(name, known + [short.split("/")[1] for short in known], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(dict.fromkeys(close))}? " if close else ""
     raise RefusedError(f"no recipe named {name!r}", fix=f"{hint}`quantkit recipes list` shows all")
+
+
+def recipes_named(name: str) -> list[str]:
+    """The recipes that a name on the command line means: `all` and `<model>/all` stand for each shipped one of a model.
+
+    Raises:
+        RefusedError: the model has none.
+    """
+    model, _, last = name.rpartition("/")
+    if last != ALL:
+        return [name]
+    known = list_recipes()
+    found = [each for each in known if each.startswith(f"{model or DEFAULT_MODEL}/")]
+    if not found:
+        close = difflib.get_close_matches(model, {each.split("/")[0] for each in known}, n=1)
+        hint = f"did you mean {close[0]}/{ALL}? " if close else ""
+        raise RefusedError(f"no recipes of a model {model!r}", fix=f"{hint}`quantkit recipes list` shows all")
+    return found
 
 
 def list_recipes() -> list[str]:

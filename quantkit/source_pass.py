@@ -8,8 +8,9 @@ Shape legend: W windows, B windows of a batch, T tokens per window, D hidden siz
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -115,12 +116,22 @@ class FloatStream:
         self._hidden_left = 0
 
     def join(self, who: object, wanted: "Taken") -> None:
-        """Take part, until `leave`."""
+        """Take part from now on; whoever joins goes on inside `taking_part`.
+
+        Args:
+            who: hashed by identity.
+            wanted: what it takes of every layer.
+        """
+        assert who not in self._wanted, "it takes part already"
         self._wanted[who] = wanted
 
-    def leave(self, who: object) -> None:
-        """Nothing is kept for it any more, from the next item on."""
-        self._wanted.pop(who, None)
+    @contextmanager
+    def taking_part(self, who: object) -> Iterator[None]:
+        """Behind it nothing is kept for `who` any more, from the next item on."""
+        try:
+            yield
+        finally:
+            del self._wanted[who]
 
     def at(self, name: str, source: dict[str, Tensor]) -> None:
         """Come to an item; the first to come takes the stream through the item before it, as far as it is not yet.

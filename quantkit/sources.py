@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Source:
     license: dict[str, str]
     sha256: dict[str, str]
 
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer, checked against its embedding."""
         return tokenizer_of(self.checkpoint)

@@ -13,9 +13,8 @@ Shape legend: W windows, T tokens per window, D hidden size.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -137,7 +136,7 @@ def _through(
     alone: bool,
 ) -> Iterator[Item | None]:
     names = checkpoint.items
-    with shared if alone else nullcontext(), activations or nullcontext():
+    with shared if alone else nullcontext(), activations.taking_part() if activations else nullcontext():
         for name, following in zip(names, [*names[1:], None], strict=True):
             started = time.perf_counter()
             source = shared.read(name, following)
@@ -153,9 +152,16 @@ def _through(
                     activations.advance(name, replay)
                 yield None
                 continue
-            item = _solve_item(checkpoint, name, source, solvers, activations, stored_dtype, skip, sinks, decoder)
-            item.seconds["read"] = waited
-            yield item
+            # no variable: it would hold on to an item while others take their turns
+            yield _timed_item(
+                _solve_item(checkpoint, name, source, solvers, activations, stored_dtype, skip, sinks, decoder),
+                {"read": waited},
+            )
+
+
+def _timed_item(item: Item, spent: Mapping[str, float]) -> Item:
+    item.seconds.update(spent)
+    return item
 
 
 class Measuring(Protocol):
@@ -217,14 +223,17 @@ def survey(
     alone = shared is None
     shared = shared or SourcePass(checkpoint)
     exact = shared.float_stream(decoder, calibration)
-    exact.join(measuring, Taken(measuring.needs, hidden=True))
-    return _measured(checkpoint, shared, exact, measuring, known, sinks or Sinks(), alone=alone)
+    # two recipes may measure in the same way: each takes part for itself
+    place = object()
+    exact.join(place, Taken(measuring.needs, hidden=True))
+    return _measured(checkpoint, shared, exact, place, measuring, known, sinks or Sinks(), alone=alone)
 
 
 def _measured(
     checkpoint: Checkpoint,
     shared: SourcePass,
     exact: FloatStream,
+    place: object,
     measuring: Measuring,
     known: Callable[[str], bool],
     sinks: Sinks,
@@ -232,7 +241,7 @@ def _measured(
     alone: bool,
 ) -> Iterator[tuple[str, dict[str, Any]] | None]:
     names = checkpoint.items[:-1]
-    with shared if alone else nullcontext():
+    with shared if alone else nullcontext(), exact.taking_part(place):
         for name, following in zip(names, [*names[1:], None], strict=True):
             source = shared.read(name, following)
             sinks.item(name)
@@ -246,7 +255,7 @@ def _measured(
             release_freed_memory()
             layer = exact.decoder.layer(int(name.removeprefix("layers.")), source)
             yield name, measuring.measure(layer, statistics, hidden_BTD, exact.rope)
-        exact.leave(measuring)
+            del statistics, layer, hidden_BTD
 
 
 def _sample(batches: Sequence[Tensor], most: int) -> Tensor:
@@ -363,7 +372,7 @@ def _activations(shared: SourcePass, decoder: Decoder, calibration: Calibration,
 
 
 class Activations:
-    """Hidden states of all calibration windows in front of the current item. A context: leaving it ends taking part.
+    """Hidden states of all calibration windows in front of the current item.
 
     Args:
         decoder: the model's code.
@@ -383,14 +392,9 @@ class Activations:
         if exact is not None:
             exact.join(self, wanted)
 
-    def __enter__(self) -> "Activations":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._exact is not None:
-            self._exact.leave(self)
+    def taking_part(self) -> AbstractContextManager[None]:
+        """Where the stream runs: behind it nothing is kept for it any more."""
+        return nullcontext() if self._exact is None else self._exact.taking_part(self)
 
     @property
     def shares_sums(self) -> bool:

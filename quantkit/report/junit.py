@@ -13,10 +13,7 @@ def junit_error(name: str, message: str) -> str:
         name: of the artifact.
         message: what failed, where, and how to mend it; the first line stands for it.
     """
-    suite = Element("testsuite", name=name, tests="1", failures="0", errors="1", skipped="0", time="0.000")
-    case = SubElement(suite, "testcase", classname=name, name="build", time="0.000")
-    SubElement(case, "error", message=message.splitlines()[0], type="error").text = message
-    return _document(suite)
+    return _document(_error_suite(name, message))
 
 
 def junit(validation: dict[str, Any]) -> str:
@@ -28,6 +25,25 @@ def junit(validation: dict[str, Any]) -> str:
     Returns:
         XML; a runtime that did not run is skipped, unless the gate needed it: then it failed.
     """
+    return _document(_suite(validation))
+
+
+def junit_of_several(validations: list[dict[str, Any]], errors: dict[str, str]) -> str:
+    """`junit` and `junit_error` for several artifacts, a suite each in one document."""
+    suites = Element("testsuites")
+    suites.extend([_suite(validation) for validation in validations])
+    suites.extend([_error_suite(name, message) for name, message in errors.items()])
+    return _document(suites)
+
+
+def _error_suite(name: str, message: str) -> Element:
+    suite = Element("testsuite", name=name, tests="1", failures="0", errors="1", skipped="0", time="0.000")
+    case = SubElement(suite, "testcase", classname=name, name="build", time="0.000")
+    SubElement(case, "error", message=message.splitlines()[0], type="error").text = message
+    return suite
+
+
+def _suite(validation: dict[str, Any]) -> Element:
     suite = Element("testsuite", name=validation["artifact"])
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     seconds = 0.0
@@ -54,9 +70,9 @@ def junit(validation: dict[str, Any]) -> str:
     for key, value in counts.items():
         suite.set(key, str(value))
     suite.set("time", f"{seconds:.3f}")
-    return _document(suite)
+    return suite
 
 
-def _document(suite: Element) -> str:
-    indent(suite)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + tostring(suite, encoding="unicode") + "\n"
+def _document(root: Element) -> str:
+    indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + tostring(root, encoding="unicode") + "\n"

@@ -54,6 +54,19 @@ def rows(name: str, validation: dict[str, Any], *, seconds: float | None = None)
     return found
 
 
+def rows_of_several(artifacts: dict[str, tuple[dict[str, Any], float | None]]) -> list[list[str]]:
+    """One table over artifacts of the same model and text; the reference comes once.
+
+    Args:
+        artifacts: validation and seconds, as `rows` takes them, by name.
+    """
+    table: list[list[str]] = []
+    for name, (validation, seconds) in artifacts.items():
+        found = rows(name, validation, seconds=seconds)
+        table += found if not table else found[1:]
+    return table
+
+
 def _perplexities(result: dict[str, Any]) -> list[str]:
     return [
         f"{result['ppl_per_token']:.3f}",
