@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from quantkit.recipe import Recipe, ValidationSection
+from quantkit.recipe import ValidationSection
 from quantkit.texts import joined_sha256
 from quantkit.validation.gate import judge
 
@@ -18,7 +18,7 @@ def judged_on_own_texts(record: dict[str, Any]) -> bool:
 
 def own_failures(variant: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """Why a judged variant may not be published: what was recorded, and what the recipe's gates say of its figures."""
-    section = Recipe.of(record["recipe"]).validation
+    section = ValidationSection.model_validate(record["recipe"]["validation"])
     recorded = [] if variant["gate"]["passed"] else variant["gate"]["failures"]
     reference = record["validation"]["reference"]
     found = judge(variant["results"], gates_of(section, variant["name"]), section.require, reference)
