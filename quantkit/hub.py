@@ -253,6 +253,7 @@ def upload(
     removed: Sequence[str] = (),
     private: bool,
     message: str,
+    say: Callable[[str], None] = lambda _: None,
 ) -> str:
     """Put files on a branch by one commit; large ones go up first, one by one, and stay there if the run breaks off.
 
@@ -263,6 +264,7 @@ def upload(
         removed: names of files that the same commit takes away.
         private: of a repository that is made now.
         message: of the commit.
+        say: told of every large file before it goes up.
 
     Returns:
         the hash of the commit.
@@ -283,7 +285,10 @@ def upload(
         parent = _insist(lambda: api.model_info(repo, revision=revision).sha, repo)
         operations: list[CommitOperationAdd | CommitOperationDelete] = []
         for name, (path, sha256) in files.items():
-            small = path.stat().st_size < SMALL_BYTES
+            size_bytes = path.stat().st_size
+            small = size_bytes < SMALL_BYTES
+            if not small:
+                say(f"  {name}, {size_bytes / 1e6:.0f} MB")
             operation = CommitOperationAdd(name, path.read_bytes() if small else str(path))
             _insist(
                 lambda operation=operation: api.preupload_lfs_files(  # type: ignore[misc]

@@ -162,7 +162,7 @@ def _put(
     if dry_run or not changed:
         return found
     say(f"uploading {len(changed)} files")
-    found["commit"] = upload(repo, staged.branch, changed, removed=removed, private=private, message=message)
+    found["commit"] = upload(repo, staged.branch, changed, removed=removed, private=private, message=message, say=say)
     say("checking what the Hub holds now")
     now = read_branch(repo, staged.branch)
     wrong = [*now.lacks(staged.files), *(name for name in removed if name in now.files)]

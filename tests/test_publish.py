@@ -893,7 +893,10 @@ def test_the_card_shows_the_plots_of_the_report(hub, artifact, tmp_path):
 
 @pytest.mark.slow
 def test_nothing_moves_where_nobody_watches(hub, artifact):
-    """Without a terminal the Hub's client draws no bars."""
-    done = publish(hub, artifact)
+    """Without a terminal the Hub's client draws no bars; a large file has a line before it goes up."""
+    program = PROGRAM.replace("hub.FIRST_PAUSE_S", "hub.SMALL_BYTES = 100_000; hub.FIRST_PAUSE_S")
+    done = run(hub, program, "publish", str(artifact), "--repo", REPO)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^  model\.safetensors, \d+ MB$", done.stderr, re.MULTILINE)
     assert "\r" not in done.stderr
     assert "%|" not in done.stderr
