@@ -174,14 +174,12 @@ def test_what_fails_before_the_gates_is_an_error_in_the_junit_file(own_recipe, t
     assert error.get("message") == "14 linear(s) do not fit the format:"
 
 
-def test_a_build_that_could_not_be_published_is_refused_before_it_begins(tmp_path, own_recipe):
+def test_a_build_that_could_not_be_published_is_refused_before_it_begins(tmp_path):
     done = quantkit("build", "gptq", "--release", "--out", str(tmp_path / "a"))
     assert done.returncode == 2
     assert "does not say which revision of speakleash/Bielik-7B-Instruct-v0.1 it means" in done.stderr
     assert "quantkit recipes pin FILE" in done.stderr
     assert quantkit("submit", "gptq", "--publish", "--dry-run").stderr == done.stderr
-    local = quantkit("build", str(own_recipe), "--release", "--out", str(tmp_path / "b"))
-    assert local.returncode == 0, local.stderr
 
 
 def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):
