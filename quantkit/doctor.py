@@ -14,11 +14,13 @@ LITTLE_DISK_BYTES = 20 * 1000**3
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, device, memory, disk, and problems with their remedies.
+    """Versions, device, memory, disk, what every format needs, and problems with their remedies.
 
     Returns:
-        {"quantkit", "python", "system", "packages", "device", "cuda", "home", "disk_free_bytes", "problems", "notes"};
-        problems stop a build, notes do not.
+        {"quantkit", "python", "system", "packages", "device", "cuda", "formats": {name: {"builds_on", "readers"}},
+        "home", "disk_free_bytes", "problems", "notes"}; problems stop a build, notes do not; `formats` is empty where
+        a package is missing. A reader is {"engine", "installed", "why_not"}: its version, None if it is not installed,
+        and why it cannot run here, with what mends it, None if it can.
     """
     packages = {name: _version(name) for name in PACKAGES}
     problems = [
@@ -28,6 +30,7 @@ def diagnose() -> dict[str, Any]:
     ]
     if rival := rival_version():
         problems.append(f"{RIVAL} {rival} installs the same command and package; fix: {REMEDY}")
+    whole = None not in packages.values()
     home = quantkit_home()
     free = shutil.disk_usage(next(path for path in (home, *home.parents) if path.exists())).free
     notes = []
@@ -47,6 +50,7 @@ def diagnose() -> dict[str, Any]:
         "packages": packages,
         "device": "cuda" if cuda else "cpu",
         "cuda": cuda,
+        "formats": _formats(["cpu", "cuda"] if cuda else ["cpu"]) if whole else {},
         "home": str(home),
         "disk_free_bytes": free,
         "problems": problems,
@@ -60,11 +64,39 @@ def diagnosis_lines(found: dict[str, Any]) -> list[str]:
         f"quantkit          {found['quantkit']}, Python {found['python']}, {found['system']}",
         *(f"{name:<18}{version or 'not installed'}" for name, version in found["packages"].items()),
         f"device            {found['cuda'] or 'cpu'}",
+        *(_format_line(name, facts) for name, facts in found["formats"].items()),
         f"home              {found['home']}, {found['disk_free_bytes'] / 1e9:.1f} GB free",
     ]
     lines += [f"problem: {problem}" for problem in found["problems"]]
     lines += [f"note: {note}" for note in found["notes"]]
     return lines
+
+
+def _format_line(name: str, facts: dict[str, Any]) -> str:
+    readers = [
+        f"{reader['engine']} {reader['installed']}" if reader["why_not"] is None else str(reader["why_not"])
+        for reader in facts["readers"]
+    ]
+    return f"{name:<17} builds on {' and '.join(facts['builds_on'])}; its own readers: {'; '.join(readers)}"
+
+
+def _formats(devices: list[str]) -> dict[str, dict[str, Any]]:
+    """What this machine can do with each format: all of them are built without an engine."""
+    # it needs packages that may not be there
+    from quantkit.engines.env import engine_rows
+
+    rows = engine_rows()
+    return {
+        name: {
+            "builds_on": devices,
+            "readers": [
+                {"engine": row["name"], "installed": row["installed"], "why_not": row["why_not"]}
+                for row in rows
+                if name in row["reads"]
+            ],
+        }
+        for name in sorted({read for row in rows for read in row["reads"]})
+    }
 
 
 def _version(package: str) -> str | None:

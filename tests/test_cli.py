@@ -233,6 +233,26 @@ def test_recipes_are_listed_shown_and_checked():
     assert json.loads(quantkit("recipes", "schema").stdout)["title"] == "Recipe"
 
 
+def test_doctor_says_what_each_format_needs():
+    import torch
+
+    from quantkit.engines.env import find_engine
+    from quantkit.formats import READERS
+
+    found = json.loads(quantkit("doctor", "--json").stdout)["formats"]
+    assert found.keys() == READERS.keys()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for name, reading in READERS.items():
+        assert found[name]["builds_on"] == devices
+        readers = {reader["engine"]: reader for reader in found[name]["readers"]}
+        assert reading.native_engine in readers
+        assert all(find_engine(engine) for engine in readers)
+        assert all(reader["installed"] is None and reader["why_not"] for reader in readers.values())
+    install = "mlx-lm is not installed: `quantkit engines install mlx-lm`"
+    line = f"mlx               builds on {' and '.join(devices)}; its own readers: {install}"
+    assert line in quantkit("doctor").stdout.splitlines()
+
+
 def test_doctor_tells_of_a_rival_package(monkeypatch):
     from importlib import metadata
 
