@@ -97,7 +97,11 @@ def gptq(section: GptqSection, config: dict[str, Any]) -> Method:
         lowest_zero=0 if section.symmetric else LOWEST_ASYMMETRIC_ZERO,
     )
     return Method(
-        Solvers(GptqSolver(rule, section.group_size, section.order, section.damping, section.asymmetric)),
+        Solvers(
+            GptqSolver(
+                rule, section.group_size, section.order, section.damping, section.asymmetric, section.refine_sweeps
+            )
+        ),
         GptqFormat(section.bits, section.group_size, section.symmetric, section.order, section.damping, section.skip),
     )
 
@@ -109,7 +113,9 @@ def hqq(section: HqqSection, config: dict[str, Any]) -> Method:
     solvers: dict[str, Solver] = {
         "least-squares": WeightSolver(partial(_fit_blindly, rule, equal_K), rule, section.group_size, section.axis),
         "half-quadratic": WeightSolver(HalfQuadratic(rule).fit, rule, section.group_size, section.axis),
-        "gptq": GptqSolver(rule, section.group_size, "group-aware", GPTQ_DAMPING, GPTQ_ASYMMETRIC),
+        "gptq": GptqSolver(
+            rule, section.group_size, "group-aware", GPTQ_DAMPING, GPTQ_ASYMMETRIC, section.refine_sweeps
+        ),
     }
     written = HqqFormat(section.bits, section.group_size, section.axis, section.skip, section.qmodel_pt)
     return Method(Solvers(solvers[section.solver]), written)
@@ -136,7 +142,9 @@ def mlx(section: MlxSection, config: dict[str, Any]) -> Method:
             blind = RoundToNearest(bits, section.group_size, stored)
         solvers[bits] = ends[bits] = blind
         if section.solver == "gptq":
-            solvers[bits] = GptqSolver(rule, section.group_size, "group-aware", GPTQ_DAMPING, GPTQ_ASYMMETRIC)
+            solvers[bits] = GptqSolver(
+                rule, section.group_size, "group-aware", GPTQ_DAMPING, GPTQ_ASYMMETRIC, section.refine_sweeps
+            )
             ends[bits] = WhereCalibrated(solvers[bits], blind)
     written = MlxFormat(low, section.group_size, bits_of, stored, section.skip)
     return Method(Solvers(ByWidth(solvers, bits_of), ByWidth(ends, bits_of)), written)
@@ -187,7 +195,7 @@ def awq(section: AwqSection, config: dict[str, Any]) -> Method:
     )
     return Method(
         Solvers(
-            GptqSolver(rule, section.group_size, section.order, section.damping),
+            GptqSolver(rule, section.group_size, section.order, section.damping, sweeps=section.refine_sweeps),
             preparation=scaling if section.scaling_steps else None,
         ),
         AwqFormat(section.group_size, section.skip),
@@ -199,7 +207,11 @@ def compressed_tensors(section: CompressedTensorsSection, config: dict[str, Any]
     stored: torch.dtype = getattr(torch, section.dtype)
     rule = AffineRule(section.bits, symmetric=section.symmetric, candidates=section.scale_candidates, stored=stored)
     return Method(
-        Solvers(GptqSolver(rule, section.group_size, section.order, section.damping, section.asymmetric)),
+        Solvers(
+            GptqSolver(
+                rule, section.group_size, section.order, section.damping, section.asymmetric, section.refine_sweeps
+            )
+        ),
         CompressedTensorsFormat(section.bits, section.group_size, section.symmetric, stored, section.skip),
     )
 

@@ -47,6 +47,12 @@ class GptqSection(Section):
         description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
         "one stream instead of two.",
     )
+    refine_sweeps: int = Field(
+        default=3,
+        ge=0,
+        le=20,
+        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
+    )
     skip: tuple[str, ...] = Field(
         default=(),
         strict=False,
@@ -74,6 +80,12 @@ class HqqSection(Section):
         ge=0,
         le=200,
         description="Shrunken ranges the scale search tries per group beside the full one.",
+    )
+    refine_sweeps: int = Field(
+        default=3,
+        ge=0,
+        le=20,
+        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
     )
     qmodel_pt: bool = Field(
         default=False, description="Also write `qmodel.pt`, the pickle that hqq's own `from_quantized` opens."
@@ -111,6 +123,12 @@ class MlxSection(Section):
         ge=0,
         le=200,
         description="Shrunken ranges the scale search of `gptq` tries per group beside the full one.",
+    )
+    refine_sweeps: int = Field(
+        default=3,
+        ge=0,
+        le=20,
+        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
     )
     dtype: Literal["float16", "bfloat16"] = Field(
         default="float16", description="Of scales, biases and what stays dense; float16 keeps scales finer."
@@ -225,6 +243,12 @@ class AwqSection(Section):
         le=200,
         description="Shrunken ranges (clipping) tried per group, weighted by the Hessian's diagonal; 0 is none.",
     )
+    refine_sweeps: int = Field(
+        default=3,
+        ge=0,
+        le=20,
+        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
+    )
     skip: tuple[str, ...] = Field(
         default=(),
         strict=False,
@@ -261,6 +285,12 @@ class CompressedTensorsSection(Section):
         le=1,
         description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
         "one stream instead of two.",
+    )
+    refine_sweeps: int = Field(
+        default=3,
+        ge=0,
+        le=20,
+        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
     )
     dtype: Literal["bfloat16", "float16"] = Field(
         default="bfloat16", description="Of scales and of what is not quantized; bfloat16 keeps a bf16 source as it is."

@@ -136,3 +136,50 @@ def oracle_exl2(weight, hessian, *, groups, damping, candidates):
         start += size
     back = torch.argsort(torch.tensor(order))
     return codes[:, back], torch.tensor(scale_codes), largest, decoded[:, back]
+
+
+def oracle_refine(weight, codes, scale, zero, group, hessian, *, bits, damping, sweeps, float_zero):
+    """Coordinate descent by trying: every code a channel could have, every row's scale by what its whole loss says.
+
+    Args:
+        weight, hessian: float64.
+        codes, scale, zero, group: what is to be bettered: [rows, columns], [rows, groups] twice, [columns].
+        float_zero: the zero is chosen too, and kept in float16; otherwise it stays.
+
+    Returns:
+        codes, scale and zero.
+    """
+    h = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    codes, scale, zero = codes.double().clone(), scale.double().clone(), zero.double().clone()
+
+    def loss(row: int) -> float:
+        error = weight[row] - (codes[row] - zero[row, group]) * scale[row, group]
+        return float(error @ h @ error)
+
+    for _ in range(sweeps):
+        for g in range(scale.shape[1]):
+            inside = [channel for channel in range(len(group)) if int(group[channel]) == g]
+            for row in range(len(weight)):
+                kept = float(scale[row, g]), float(zero[row, g])
+                before = loss(row)
+                others = weight[row] - (codes[row] - zero[row, group]) * scale[row, group]
+                others[inside] = weight[row, inside]
+                # the decoded group is basis @ (scale, lowest value), or basis @ (scale,) with the zero as it is
+                columns = [codes[row, inside], torch.ones(len(inside), dtype=torch.float64)]
+                basis = torch.stack(columns if float_zero else [codes[row, inside] - zero[row, g]], 1)
+                wide = torch.zeros(len(group), basis.shape[1], dtype=torch.float64)
+                wide[inside] = basis
+                best = torch.linalg.solve(wide.T @ h @ wide, wide.T @ h @ others).tolist()
+                scale[row, g] = half(max(best[0], 2.0**-24))
+                if float_zero:
+                    zero[row, g] = half(-best[1] / float(scale[row, g]))
+                if loss(row) >= before:
+                    scale[row, g], zero[row, g] = kept
+            for channel in inside:
+                for row in range(len(weight)):
+                    tried = []
+                    for code in range(2**bits):
+                        codes[row, channel] = code
+                        tried.append(loss(row))
+                    codes[row, channel] = tried.index(min(tried))
+    return codes.to(torch.uint8), scale, zero

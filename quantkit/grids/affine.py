@@ -17,6 +17,7 @@ from quantkit.kernels import dequantize, rounding_errors
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros still needs a scale
 LARGEST_ZERO = 1024
+SMALLEST_AREA = 1e-5  # of a regression's determinant over its largest possible: float32 tells no less
 
 
 class Grid(Protocol):
@@ -123,6 +124,19 @@ class Rule(Protocol):
         """The nearest code of each weight, still in the weights' dtype (whole numbers)."""
         ...
 
+    def refit(
+        self, codes_IO: Tensor, scale_O: Tensor, zero_O: Tensor, curvature_II: Tensor, slope_IO: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scale [O] and zero [O] that lose least if the codes stay: never more than those given, row by row.
+
+        Args:
+            codes_IO: uint8 [I, O], one group's.
+            scale_O, zero_O: what the codes mean so far.
+            curvature_II: [I, I] A, and
+            slope_IO: [I, O] b of the loss d^T A d - 2 d^T b of changing a row's decoded weights by d.
+        """
+        ...
+
     def grid(self, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor) -> AffineGrid:
         """What the codes of a whole linear mean."""
         ...
@@ -178,6 +192,17 @@ class AffineRule:
     def encode(self, weight_IO: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
         """The nearest code of each weight, still in the weights' dtype (whole numbers)."""
         return weight_IO.div(scale_O).round_().add_(zero_O).clamp_(0, self.highest_code)
+
+    def refit(
+        self, codes_IO: Tensor, scale_O: Tensor, zero_O: Tensor, curvature_II: Tensor, slope_IO: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The scale that loses least; the zero stays, being a whole number. See `Rule.refit`."""
+        step_IO = codes_IO - zero_O
+        bend_O, along_O = (step_IO * (curvature_II @ step_IO)).sum(0), (step_IO * slope_IO).sum(0)
+        # rows without codes off zero have no scale to choose
+        wanted_O = self._stored(scale_O + torch.where(bend_O > 0, along_O / bend_O, 0.0))
+        change_O = wanted_O - scale_O
+        return torch.where(change_O * (change_O * bend_O - 2 * along_O) < 0, wanted_O, scale_O), zero_O
 
     def _grid(self, low_O: Tensor, high_O: Tensor) -> tuple[Tensor, Tensor]:
         if self.symmetric:
@@ -237,6 +262,26 @@ class FloatZeroRule:
     def encode(self, weight_IO: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
         """The nearest code of each weight, still in the weights' dtype (whole numbers)."""
         return weight_IO.div(scale_O).add_(zero_O).round_().clamp_(0, self.highest_code)
+
+    def refit(
+        self, codes_IO: Tensor, scale_O: Tensor, zero_O: Tensor, curvature_II: Tensor, slope_IO: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The scale and the zero that lose least together; see `Rule.refit`."""
+        code_IO = codes_IO.to(scale_O.dtype)
+        bent_IO, bent_I = curvature_II @ code_IO, curvature_II.sum(1)
+        # the loss of changing scale and lowest value by (s, l): a s^2 + 2 c s l + d l^2 - 2 (g s + h l)
+        a_O, c_O, d = (code_IO * bent_IO).sum(0), (code_IO * bent_I.unsqueeze(1)).sum(0), bent_I.sum()
+        g_O, h_O = (code_IO * slope_IO).sum(0), slope_IO.sum(0)
+        area_O = a_O * d - c_O.square()
+        # rows whose codes are all but the same fix one number, not two
+        apart_O = area_O > SMALLEST_AREA * a_O * d
+        scale_change_O = torch.where(apart_O, (d * g_O - c_O * h_O) / area_O, 0.0)
+        low_change_O = torch.where(apart_O, (a_O * h_O - c_O * g_O) / area_O, 0.0)
+        low_O = -scale_O * zero_O
+        wanted = self.as_stored(scale_O + scale_change_O, low_O + low_change_O)
+        s_O, l_O = wanted[0] - scale_O, -wanted[0] * wanted[1] - low_O
+        gain_O = a_O * s_O.square() + 2 * c_O * s_O * l_O + d * l_O.square() - 2 * (g_O * s_O + h_O * l_O)
+        return where(apart_O & (gain_O < 0), wanted, (scale_O, zero_O))
 
     def grid(self, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor) -> AffineGrid:
         """What the codes of a whole linear mean."""

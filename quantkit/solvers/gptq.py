@@ -28,6 +28,7 @@ from quantkit.grids.affine import AffineGrid, Rule
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.qtensor import LinearFacts, QuantizedLinear
+from quantkit.solvers.refine import refine, refine_operations
 
 DAMPING_STEP = 2.0
 DAMPING_TRIES = 6
@@ -43,12 +44,14 @@ class GptqSolution:
         codes_OI: uint8 [O, I] in the checkpoint's channel order.
         grid: scales, zeros and the group of every channel.
         loss: tr(E H E^T) / tr(W H W^T), the share of the linear's output energy that was lost; unitless.
+        energy: tr(W H W^T) with the damped H.
         damping: the fraction of mean(diag H) that was added.
     """
 
     codes_OI: Tensor
     grid: AffineGrid
     loss: float
+    energy: float
     damping: float
 
 
@@ -193,7 +196,7 @@ def solve_gptq(
     codes_OI = torch.empty((rows, num_channels), dtype=torch.uint8, device=weight_IO.device)
     codes_OI[:, order_I] = codes_IO.t()
     grid = rule.grid(scale_OG, zero_OG, group_I)
-    return GptqSolution(codes_OI, grid, float(lost / energy) if float(energy) else 0.0, factor.damping)
+    return GptqSolution(codes_OI, grid, float(lost / energy) if float(energy) else 0.0, float(energy), factor.damping)
 
 
 def in_file_order(solution: GptqSolution) -> GptqSolution:
@@ -216,7 +219,7 @@ def in_file_order(solution: GptqSolution) -> GptqSolution:
         zero_OG=grid.zero_OG[:, visited_at],
         group_I=place[grid.group_I.long()].to(torch.int32),
     )
-    return GptqSolution(solution.codes_OI, renumbered, solution.loss, solution.damping)
+    return replace(solution, grid=renumbered)
 
 
 def drift(deviation_II: Tensor, hessian_II: Tensor, *, damping: float) -> Tensor:
@@ -245,6 +248,7 @@ class GptqSolver:
         rule: how each group's scale and zero are chosen.
         group_size, order, damping: see `factorize`.
         asymmetric: share of the correction towards the float model's outputs (see `drift`); 0 is plain GPTQ.
+        sweeps: times that all scales and codes are chosen again afterwards; see `quantkit.solvers.refine`.
     """
 
     rule: Rule
@@ -252,6 +256,7 @@ class GptqSolver:
     order: str
     damping: float
     asymmetric: float = 0.0
+    sweeps: int = 0
 
     @property
     def needs(self) -> frozenset[str]:
@@ -282,14 +287,32 @@ class GptqSolver:
             solution = solve_gptq(weight_OI, factor, self.rule, group_size=self.group_size)
             if self.order == "group-aware":
                 solution = in_file_order(solution)
+            if self.sweeps:
+                solution = self._refined(weight_OI, solution, hessian_II)
             finished = time.perf_counter()
             facts = LinearFacts(name, solution.loss, solution.damping, finished - started)
             yield name, QuantizedLinear(solution.codes_OI, solution.grid), facts
             started = finished
 
+    def _refined(self, weight_OI: Tensor, solution: GptqSolution, hessian_II: Tensor) -> GptqSolution:
+        refined = refine(
+            weight_OI,
+            solution.codes_OI,
+            solution.grid,
+            hessian_II,
+            self.rule,
+            damping=solution.damping,
+            sweeps=self.sweeps,
+        )
+        share = refined.change / solution.energy if solution.energy else 0.0
+        return replace(solution, codes_OI=refined.codes_OI, grid=refined.grid, loss=solution.loss + share)
+
     def cost(self, work: StageWork) -> Cost:
-        """Factorization and feedback; with a correction its equations and its products too."""
+        """Factorization, feedback and sweeps; with a correction its equations and its products too."""
         plain = feedback_cost(work)
+        if self.sweeps:
+            sweep = sum(refine_operations(shape.rows, shape.columns, self.group_size) for shape in work.shapes)
+            plain = plain + Cost({"solve": self.sweeps * sweep}, plain.memory_bytes)
         if not self.asymmetric or not work.shapes:
             return plain
         return plain + Cost(
