@@ -81,10 +81,17 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
             where=str(folder),
             fix=f"put {' or '.join(FILES)} from the model's repository beside the weights",
         )
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     try:
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except StrictDataclassError as error:  # of config.json, which it reads too
+        raise RefusedError(
+            f"the tokenizer cannot be loaded: {' '.join(str(error).split())}",
+            where=str(folder),
+            fix="take the tokenizer files and config.json from the model's own repository",
+        ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RefusedError(
             f"the tokenizer cannot be loaded: {str(error).splitlines()[0]}",
