@@ -37,7 +37,7 @@ from quantkit.stream import Sinks, stream, survey
 from quantkit.texts import TextSet, load_text_set
 from quantkit.upstream import adopt, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
-from quantkit.workdir import Workdir, discard_work, locked, open_workdir, refuse_other
+from quantkit.workdir import Behind, Workdir, discard_work, locked, open_workdir, refuse_other
 
 T = TypeVar("T")
 # a generator's end
@@ -477,25 +477,26 @@ class _Artifact:
         )
 
         def go_through() -> Iterator[None]:
-            # mapped, for a loop would hold on to an item while others take their turns
-            yield from map(self._keep, solved)
+            with Behind() as behind:
+                # mapped, for a loop would hold on to an item while others take their turns
+                yield from map(partial(self._keep, behind), solved)
             self.progress.steps("quantize", len(names), len(names))
 
         return go_through()
 
-    def _keep(self, item: Item | None) -> None:
-        """Encode a solved item and write it durably."""
+    def _keep(self, behind: Behind, item: Item | None) -> None:
+        """Encode a solved item, and have it written durably while the next one is solved."""
         if item is None:
             return
-
-        def write(path: Path) -> None:
-            with timed(item.seconds, "write"):
-                write_item(path, tensors if self._places is None else self._places.write(tensors))
-
+        # encoded here: another thread would have another number of threads below it
         with timed(item.seconds, "pack"):
             tensors = self.method.format.encode_item(item)
         facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
-        self._work.finish(item.name, write, facts)
+        behind.do(partial(self._work.finish, item.name, partial(self._write, tensors, item.seconds), facts))
+
+    def _write(self, tensors: dict[str, torch.Tensor], seconds: dict[str, float], path: Path) -> None:
+        with timed(seconds, "write"):
+            write_item(path, tensors if self._places is None else self._places.write(tensors))
 
     def _upstream(self, shared: SourcePass) -> Iterator[None]:
         """Let an engine do it, in one step."""

@@ -170,7 +170,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if reads_text else 0
     work = work_of(recipe, checkpoint, solved, tokens)
     taken = (
-        _footprint(recipe, checkpoint, method, work)
+        _footprint(recipe, checkpoint, method, work, waiting=artifact_bytes // checkpoint.num_layers)
         if recipe.engine == OWN_ENGINE
         else Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
     )
@@ -350,8 +350,13 @@ def operations(method: Method, work: Work, *, from_float: bool) -> dict[str, flo
     return found.operations
 
 
-def _footprint(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Work) -> Footprint:
-    """Peak of the pass: activations, one layer, and the largest of what is done to it; or one of the ends."""
+def _footprint(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Work, *, waiting: int) -> Footprint:
+    """Peak of the pass: activations, one layer, and the largest of what is done to it; or one of the ends.
+
+    Args:
+        recipe, checkpoint, method, work: of the build.
+        waiting: bytes of an item that is being written.
+    """
     width = _width(recipe).itemsize
     infos = checkpoint.tensors.tensors
     names = checkpoint.names("layers.0")
@@ -375,14 +380,14 @@ def _footprint(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Wor
     together = (recipe.model, recipe.compute.threads)
     from_float = recipe.calibration.activations == "float"
     if not tokens or not (from_float or streams == 2):
-        return Footprint(together, hidden, working)
+        return Footprint(together, hidden + waiting, working)
     section = recipe.calibration
     compute = (recipe.compute.windows_per_batch, recipe.compute.dtype)
     inputs = [stage.columns for stage in work.layers[0].stages.values()]
     sums = 2 * FLOAT_BYTES * sum(columns**2 for columns in inputs)
     return Footprint(
         together,
-        0 if from_float else hidden,
+        waiting + (0 if from_float else hidden),
         working,
         stream=(tuple(sorted(section.texts.items())), section.window_tokens, section.seed, *compute),
         stream_alone=hidden,

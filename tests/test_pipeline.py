@@ -1,5 +1,6 @@
 """The whole run on a tiny model: the artifact's folder, its record, resume, refusal and identical bytes."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -138,6 +139,47 @@ def test_a_folder_of_somebody_else_is_never_overwritten(recipe, tmp_path):
         with pytest.raises(RefusedError, match="exists and is no artifact of quantkit"):
             build(recipe, out=tmp_path / "a", device=CPU, fresh=fresh)
     assert (tmp_path / "a" / "thesis.txt").read_text() == "years of work"
+
+
+def test_an_item_is_written_while_the_next_is_solved(recipe, tmp_path, monkeypatch):
+    from threading import Event
+
+    from quantkit import pipeline
+    from quantkit.progress import Progress
+
+    real, begun, waited = pipeline.write_item, Event(), []
+
+    def write(path, tensors):
+        if any("layers.0" in name for name in tensors):
+            waited.append(begun.wait(60))
+        real(path, tensors)
+
+    def solved(facts):
+        if "layers.1" in facts.name:
+            begun.set()
+
+    monkeypatch.setattr(pipeline, "write_item", write)
+    build(recipe, out=tmp_path / "a", device=CPU, validated=False, progress=Progress(linear=solved))
+    assert waited == [True]
+    monkeypatch.setattr(pipeline, "write_item", real)
+    whole = build(recipe, out=tmp_path / "b", device=CPU, validated=False)
+    assert hashes(tmp_path / "a") == hashes(whole.out)
+
+
+def test_a_last_item_that_cannot_be_written_is_no_artifact(recipe, tmp_path, monkeypatch):
+    from quantkit import pipeline
+
+    real = pipeline.write_item
+
+    def full_at_the_head(path, tensors):
+        if "model.norm.weight" in tensors:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, tensors)
+
+    monkeypatch.setattr(pipeline, "write_item", full_at_the_head)
+    with pytest.raises(RunFailedError, match="the disk is full"):
+        build(recipe, out=tmp_path / "a", device=CPU, validated=False)
+    assert not (tmp_path / "a").exists()
 
 
 def test_an_item_file_that_was_lost_is_made_again(recipe, tmp_path, monkeypatch):
