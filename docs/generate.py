@@ -1,4 +1,7 @@
-"""Write docs/cli.md, docs/recipe.md and docs/record.schema.json from the code; with --check only compare them."""
+"""Write docs/cli.md, docs/recipe.md, docs/record.schema.json and the table of docs/growth.md from the code.
+
+With --check they are only compared.
+"""
 
 import json
 import sys
@@ -6,16 +9,22 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import click
+import torch
 import typer.main
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from quantkit.checkpoint.index import describe_model
 from quantkit.cli import app
+from quantkit.methods import METHODS
+from quantkit.plan import make_plan
 from quantkit.quantize import QUANTIZE
-from quantkit.recipe import Recipe
+from quantkit.recipe import Recipe, find_recipe, load_recipe
 from quantkit.report.schema import record_schema
 
 HERE = Path(__file__).parent
+SHAPES = {"7B": "mistral-7b", "70B": "llama-3-70b", "405B": "llama-3.1-405b"}
+ASSUMED_RATE = 400e12  # operations per second
 
 
 def command_line() -> str:
@@ -106,10 +115,49 @@ def _shown(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
+def growth() -> str:
+    """docs/growth.md with the plans of the shapes in its table."""
+    text = (HERE / "growth.md").read_text(encoding="utf-8")
+    before, begin, rest = text.partition("<!-- shapes: written by `make docs` -->\n")
+    _, end, after = rest.partition("<!-- end of shapes -->")
+    return before + begin + _shape_table() + end + after
+
+
+def _shape_table() -> str:
+    recipe = load_recipe(find_recipe("bielik-7b-instruct-v0.1/gptq"))
+    columns = {}
+    for title, shape in SHAPES.items():
+        checkpoint = describe_model(HERE.parent / "bench" / "shapes" / shape)
+        method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
+        plan = make_plan(recipe, checkpoint, method, out=HERE, device=torch.device("cpu"))
+        config, least = checkpoint.config, sum(plan.operations.values())
+        columns[title] = [
+            ", ".join(str(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers")),
+            *(f"{plan.operations[stage] / 1e15:.3g}" for stage in ("forward", "statistics", "factorise", "solve")),
+            f"{least / 1e15:.3g}",
+            f"{plan.source_bytes / 1e9:.0f}, {plan.artifact_bytes / 1e9:.0f}",
+            f"{plan.memory_bytes / 1e9:.0f}",
+            f"{least / ASSUMED_RATE:.0f}",
+        ]
+    names = [
+        "D, F, L",
+        "forward, 10^15 operations",
+        "statistics",
+        "factorise",
+        "solve",
+        "sum",
+        "read, written, GB",
+        "memory by the plan, GB",
+        f"seconds at {ASSUMED_RATE / 1e12:.0f} · 10^12 operations per second, if nothing else took time",
+    ]
+    rows = [["", *columns], ["---"] * (len(columns) + 1), *zip(names, *columns.values(), strict=True)]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def main() -> int:
     """Write all pages, or return 1 and name those that are stale."""
     schema = json.dumps(record_schema(), indent=2, ensure_ascii=False) + "\n"
-    pages = {"cli.md": command_line(), "recipe.md": recipe_keys(), "record.schema.json": schema}
+    pages = {"cli.md": command_line(), "recipe.md": recipe_keys(), "record.schema.json": schema, "growth.md": growth()}
     if "--check" in sys.argv[1:]:
         stale = [
             name for name, text in pages.items() if not (HERE / name).exists() or (HERE / name).read_text() != text

@@ -344,7 +344,10 @@ class _Artifact:
         model = self.recipe.model
         checkpoint = once(("described", model), partial(describe_checkpoint, model.id, model.revision, self.progress))
         self.method = _method(self.recipe, checkpoint, self.progress)
-        once(("tokenizer", model), partial(tokenizer_of, checkpoint))
+        if not checkpoint.described:
+            once(("tokenizer", model), partial(tokenizer_of, checkpoint))
+        # a model that is only described is not to be built on this machine
+        here = here and not checkpoint.described
         self._find_needs(checkpoint, once, here=here, validated=True, reserved_bytes=reserved_bytes)
 
     def open(self, once: _Once, *, fresh: bool, validated: bool, reserved_bytes: int) -> None:

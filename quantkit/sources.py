@@ -8,7 +8,14 @@ from typing import Any
 
 import yaml
 
-from quantkit.checkpoint.index import Checkpoint, TensorInfo, open_checkpoint, read_header
+from quantkit.checkpoint.index import (
+    Checkpoint,
+    TensorInfo,
+    describe_model,
+    holds_weights,
+    open_checkpoint,
+    read_header,
+)
 from quantkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from quantkit.errors import RefusedError
 from quantkit.formats.sidecars import COPIED
@@ -77,12 +84,15 @@ def open_source(model_id: str, revision: str | None, progress: Progress) -> Sour
 def describe_checkpoint(model_id: str, revision: str | None, progress: Progress) -> Checkpoint:
     """The same checkpoint, for whoever reads no weights: of a Hub model only the headers of its shards are fetched.
 
+    A folder that holds a config.json and no weights will do, too: then they are those that it describes.
+
     Raises:
         RefusedError, UnavailableError: as `open_source`.
     """
     folder, commit = _folder_of(model_id, revision, progress, weights=False)
     if commit is None:
-        return open_checkpoint(folder)
+        bare = (folder / "config.json").is_file() and not holds_weights(folder)
+        return describe_model(folder) if bare else open_checkpoint(folder)
 
     def header(file: str) -> dict[str, TensorInfo] | None:
         if (held := read_header(folder, file)) is not None:

@@ -28,6 +28,7 @@ from quantkit.errors import RefusedError
 
 STEM = "model"
 INDEX_NAME = f"{STEM}.safetensors.index.json"
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # config.json's words for dtypes
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DTYPES = {
     "F32": torch.float32,
@@ -97,11 +98,13 @@ class Checkpoint:
         tensors: the weights.
         config: config.json as it stands.
         family: its row of the table.
+        described: there are no weights; tensors are those that config.json calls for.
     """
 
     tensors: TensorFolder
     config: dict
     family: Family
+    described: bool = False
 
     @property
     def folder(self) -> Path:
@@ -308,17 +311,42 @@ def open_checkpoint(folder: Path, *, header: Header | None = None) -> Checkpoint
         RefusedError: see `open_tensors`, `family_of`; also a quantized source, a size that config.json does not give,
             a tensor that is missing, of another shape or dtype than it should be, or no part of the model.
     """
+    config, family, sides, lengths = _description(folder)
+    held = open_tensors(folder, header=header).tensors
+    tensors = {name: info for name, info in held.items() if not name.endswith(IGNORED)}
+    _require_described(tensors, sides, lengths, family, folder)
+    return Checkpoint(TensorFolder(folder, tensors), config, family)
+
+
+def describe_model(folder: Path) -> Checkpoint:
+    """The model that a folder with nothing but config.json describes, for whoever asks only for shapes.
+
+    Raises:
+        RefusedError: as `open_checkpoint`, as far as config.json goes.
+    """
+    config, family, sides, lengths = _description(folder)
+    dtype = STORED.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
+    infos = {
+        name: TensorInfo(name, dtype, tuple(lengths[side] for side in found), "config.json")
+        for name, found in sides.items()
+    }
+    return Checkpoint(TensorFolder(folder, infos), config, family, described=True)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether there is anything in a folder that could be a model's weights."""
+    return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", *PICKLES))
+
+
+def _description(folder: Path) -> tuple[dict, Family, dict[str, tuple[str, ...]], dict[str, int]]:
+    """What config.json says: itself, the family, and the sides of every tensor with their lengths."""
     config = read_json(folder / "config.json")
     where = str(folder / "config.json")
     if "quantization_config" in config or "quantization" in config:
         raise RefusedError("the source model is quantized already", where=where, fix="start from the bf16 checkpoint")
     family = family_of(config, where=where)
     length_of(config, "max_position_embeddings", where=where)
-    sides, lengths = weight_sides(config, family, where=where), side_lengths(config, family, where=where)
-    held = open_tensors(folder, header=header).tensors
-    tensors = {name: info for name, info in held.items() if not name.endswith(IGNORED)}
-    _require_described(tensors, sides, lengths, family, folder)
-    return Checkpoint(TensorFolder(folder, tensors), config, family)
+    return config, family, weight_sides(config, family, where=where), side_lengths(config, family, where=where)
 
 
 def _require_described(
