@@ -64,6 +64,7 @@ def test_a_gate_that_fails_stops_its_own_artifact_alone(surroundings, tiny_mistr
         env=env,
     )
     assert done.returncode == 2, done.stdout + done.stderr
+    assert (out / "bielik-nano-gptq-3bit" / "quantkit.json").exists(), done.stdout + done.stderr
     figures = {
         name: json.loads((out / f"bielik-nano-{name}" / "quantkit.json").read_text())["validation"]
         for name in ("gptq", "gptq-3bit")
