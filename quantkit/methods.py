@@ -36,6 +36,7 @@ from quantkit.quantize import (
 )
 from quantkit.solvers.awq import ChannelScaling
 from quantkit.solvers.blocks import BlockSolver
+from quantkit.solvers.clipping import ClippedRounding
 from quantkit.solvers.contract import Solver
 from quantkit.solvers.exl2 import Exl2Solver
 from quantkit.solvers.exl2_measure import OptionTrial, allocate, measured_before, measurement_file, worthwhile
@@ -188,14 +189,18 @@ def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
 
 
 def awq(section: AwqSection, config: dict[str, Any]) -> Method:
-    """GPTQ codes of weights whose channels were scaled by their activations, in the AWQ container."""
+    """Codes of weights whose channels were scaled by their activations, by GPTQ or rounded, in the AWQ container."""
     rule = AffineRule(AWQ_BITS, symmetric=False, candidates=section.scale_candidates)
     scaling = ChannelScaling(
         replace(rule, candidates=0), section.group_size, section.scaling_steps, section.scaling_windows, section.skip
     )
+    solvers: dict[str, Solver] = {
+        "gptq": GptqSolver(rule, section.group_size, section.order, section.damping, sweeps=section.refine_sweeps),
+        "round-to-nearest": ClippedRounding(rule, section.group_size),
+    }
     return Method(
         Solvers(
-            GptqSolver(rule, section.group_size, section.order, section.damping, sweeps=section.refine_sweeps),
+            solvers[section.solver],
             preparation=scaling if section.scaling_steps else None,
         ),
         AwqFormat(section.group_size, section.skip),

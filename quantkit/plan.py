@@ -127,6 +127,8 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     Raises:
         RefusedError: the format cannot hold a linear; every problem is named.
     """
+    if recipe.engine != OWN_ENGINE:
+        find_engine(recipe.engine).require_model(checkpoint.family.model_type)
     several = isinstance(method.format, SeveralVariants) and len(method.format.variants) > 1
     if several and recipe.engine == OWN_ENGINE and method.solvers.needs and recipe.calibration.activations != "float":
         raise RefusedError(

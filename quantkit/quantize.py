@@ -215,9 +215,14 @@ class GgufSection(Section):
 
 
 class AwqSection(Section):
-    """How channels are scaled, and how GPTQ quantizes what was scaled; 4 bits with zeros is all that AWQ files hold."""
+    """How channels are scaled, and how what was scaled is quantized; 4 bits with zeros is all that AWQ files hold."""
 
     group_size: Literal[32, 64, 128] = Field(default=128, description="Input channels per scale and zero.")
+    solver: Literal["gptq", "round-to-nearest"] = Field(
+        default="gptq",
+        description="Who chooses codes once channels are scaled: `gptq`, or rounding on clipped ranges, as AWQ itself "
+        "does (`round-to-nearest`).",
+    )
     scaling_steps: int = Field(
         default=20,
         ge=0,
@@ -229,19 +234,22 @@ class AwqSection(Section):
         default=8, ge=1, description="Calibration windows the scaling search looks at, evenly spaced."
     )
     order: Literal["natural", "group-aware"] = Field(
-        default="group-aware", description="Order in which input channels are solved; the file does not tell."
+        default="group-aware",
+        description="Of `gptq`: order in which input channels are solved; the file does not tell.",
     )
     damping: float = Field(
         default=0.01,
         gt=0,
         lt=1,
-        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
+        description="Of `gptq`: fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too "
+        "little.",
     )
     scale_candidates: int = Field(
         default=20,
         ge=0,
         le=200,
-        description="Shrunken ranges (clipping) tried per group, weighted by the Hessian's diagonal; 0 is none.",
+        description="Shrunken ranges (clipping) tried per group: weighted by the Hessian's diagonal with `gptq`, by "
+        "what the group adds to the output with `round-to-nearest`; 0 is none.",
     )
     refine_sweeps: int = Field(
         default=3,

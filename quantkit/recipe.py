@@ -8,12 +8,13 @@ values taken from it.
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomlkit
-from pydantic import BaseModel, Field, ValidationError, create_model
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from quantkit.engines.env import list_engines
 from quantkit.errors import RefusedError
@@ -26,6 +27,7 @@ DEMONSTRATION = "bielik-nano"
 OWN_ENGINE = "quantkit"
 ALL = "all"
 ENGINES = tuple(engine.name for engine in list_engines() if engine.builds)
+WIDTH_IN_NAME = re.compile(r"(?<!\d)(\d)[-_ ]?bit", re.IGNORECASE)
 COMMIT = r"^[0-9a-f]{40}$"
 
 
@@ -149,6 +151,16 @@ class Recipe(Section):
     validation: ValidationSection = ValidationSection()
     compute: ComputeSection = ComputeSection()
     release: ReleaseSection = ReleaseSection()
+
+    @model_validator(mode="after")
+    def _repository_says_the_width(self) -> "Recipe":
+        bits, named = getattr(self.quantize, "bits", None), WIDTH_IN_NAME.findall(self.release.repo or "")
+        if isinstance(bits, int) and named and str(bits) not in named:
+            raise ValueError(
+                f"release.repo = {self.release.repo!r} says {named[0]} bits, quantize.bits = {bits}; "
+                "give them a repository of their own with --set release.repo=ORG/NAME"
+            )
+        return self
 
     @staticmethod
     def of(content: dict[str, Any]) -> "Recipe":
@@ -325,6 +337,8 @@ def _problem(detail: Any, kind: type[Recipe]) -> str:
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(detail["loc"][-1]), _keys_beside(detail["loc"], kind), n=1, cutoff=0.5)
         return f"{key}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+    if detail["type"] == "value_error":
+        return ": ".join(filter(None, (key, str(detail["ctx"]["error"]))))
     if detail["type"] == "missing":
         return f"{key}: required"
     return f"{key}: {detail['msg']}, got {detail['input']!r}"

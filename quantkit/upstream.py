@@ -4,6 +4,7 @@ The engine quantizes in its own environment, on the same checkpoint and the same
 are kept as they are; everything beside them comes from the source, as in quantkit's own builds.
 """
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,27 @@ def settled(recipe: Recipe) -> Recipe:
             fix=f'choose another, or engine = "{OWN_ENGINE}"',
         )
     left_out = type(recipe.quantize).model_fields.keys() - recipe.quantize.model_fields_set
-    known = engine.settings[recipe.format]
-    own = {key: known[key][0] for key in left_out if known.get(key)}
+    own = {key: value for key, value in engine.own_values(recipe.format).items() if key in left_out}
     quantize = type(recipe.quantize).model_validate(recipe.quantize.model_dump() | own)
     refusals = engine.refusals(recipe.format, quantize.model_dump(mode="json"))
+    changes = {f"quantize.{key}": engine.own_values(recipe.format)[key] for key in refusals}
+    lines = list(refusals.values())
     if recipe.calibration.activations != "quantized":
-        refusals.append(f"calibration.activations = {recipe.calibration.activations!r}: {engine.name} has its own way")
-    if refusals:
+        lines.append(f"calibration.activations = {recipe.calibration.activations!r}: {engine.name} has its own way")
+        changes["calibration.activations"] = "quantized"
+    if lines:
         raise RefusedError(
-            f"the engine {engine.name} cannot honour the recipe:\n  " + "\n  ".join(refusals),
+            f"the engine {engine.name} cannot honour the recipe:\n  " + "\n  ".join(lines),
             where="quantize",
-            fix=f'leave the keys out, change them, or choose engine = "{OWN_ENGINE}"',
+            fix=" ".join(f"--set {key}={_word(value)}" for key, value in changes.items())
+            + f', or engine = "{OWN_ENGINE}"',
         )
     return recipe.model_copy(update={"quantize": quantize})
+
+
+def _word(value: Any) -> str:
+    """A value as `--set` takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def quantize_upstream(

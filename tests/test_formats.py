@@ -26,6 +26,16 @@ NOT_REPRODUCIBLE = ("quantkit.json", "README.md")
 CASES = {
     "gptq": ("gptq", {"group_size": 32}),
     "awq": ("awq", {"group_size": 32, "scaling_steps": 4, "scaling_windows": 4, "scale_candidates": 2}),
+    "awq-rounded": (
+        "awq",
+        {
+            "group_size": 32,
+            "scaling_steps": 4,
+            "scaling_windows": 4,
+            "scale_candidates": 4,
+            "solver": "round-to-nearest",
+        },
+    ),
     "awq-unscaled": ("awq", {"group_size": 32, "scaling_steps": 0, "scale_candidates": 2}),
     "compressed-tensors": ("compressed-tensors", {"group_size": 32}),
     "compressed-tensors-8": (

@@ -168,3 +168,24 @@ def test_toml_of_a_resolved_recipe_reads_back():
 def test_only_what_decides_bytes_is_in_the_deciding_part():
     recipe = load_recipe(find_recipe("bielik-nano/gptq"))
     assert recipe.deciding().keys() == {"format", "engine", "model", "quantize", "calibration", "compute"}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "good"),
+    [
+        ("hqq-3bit", ("quantize.bits=4",), False),
+        ("hqq-3bit", ("quantize.bits=4", "release.repo=me/Bielik-4bit-HQQ"), True),
+        ("hqq-3bit", (), True),
+        ("gptq", ("quantize.bits=3",), True),
+    ],
+)
+def test_another_width_than_the_repository_says_is_refused(name, changes, good):
+    if good:
+        load_recipe(find_recipe(name), changes)
+        return
+    with pytest.raises(RefusedError) as caught:
+        load_recipe(find_recipe(name), changes)
+    assert caught.value.what == (
+        "1 problem(s) in the recipe:\n  release.repo = 'speakleash/Bielik-7B-Instruct-v0.1-3bit-HQQ' says 3 bits, "
+        "quantize.bits = 4; give them a repository of their own with --set release.repo=ORG/NAME"
+    )

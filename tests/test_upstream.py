@@ -36,7 +36,8 @@ def test_quantkits_own_recipes_are_left_alone():
 def test_keys_that_are_left_out_take_the_engines_value(engine):
     found = settled(recipe_of(engine)).quantize
     assert found.order == {"auto-gptq": "natural", "gptqmodel": "group-aware"}[engine]
-    assert (found.scale_candidates, found.asymmetric, found.bits, found.damping) == (0, 0.0, 4, 0.01)
+    assert (found.scale_candidates, found.asymmetric, found.bits) == (0, 0.0, 4)
+    assert found.damping == {"auto-gptq": 0.01, "gptqmodel": 0.05}[engine]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -55,7 +56,8 @@ def test_what_the_engine_cannot_honour_is_named_at_once():
         "  asymmetric = 0.5: auto-gptq knows 0.0\n"
         "  skip = ['mlp.down_proj']: auto-gptq knows []\n"
         "  at:  quantize\n"
-        '  fix: leave the keys out, change them, or choose engine = "quantkit"'
+        "  fix: --set quantize.order=natural --set quantize.asymmetric=0.0 --set quantize.skip=[], "
+        'or engine = "quantkit"'
     )
 
 
@@ -72,10 +74,39 @@ def test_statistics_of_the_float_model_are_not_for_engines():
         settled(recipe)
 
 
-@pytest.mark.parametrize("name", [name for name in list_recipes() if name.endswith("/gptq")])
-def test_every_shipped_recipe_runs_with_another_engine(name):
-    for engine in MAKERS:
-        settled(load_recipe(find_recipe(name), (f"engine={engine}",)))
+PAIRS = [
+    (name, engine)
+    for name in list_recipes()
+    for engine in ENGINES
+    if load_recipe(find_recipe(name)).format in find_engine(engine).builds
+]
+
+
+@pytest.mark.parametrize(("name", "engine"), PAIRS, ids=map("-".join, PAIRS))
+def test_every_shipped_recipe_runs_with_every_engine_of_its_format(name, engine):
+    """As it is, or with what the refusal says."""
+    path, changes = find_recipe(name), (f"engine={engine}",)
+    try:
+        found = settled(load_recipe(path, changes))
+    except RefusedError as error:
+        offered, _, other = error.fix.rpartition(", or ")
+        assert other == 'engine = "quantkit"'
+        changes += tuple(filter(None, (change.strip() for change in offered.split("--set "))))
+        assert len(changes) > 1
+        found = settled(load_recipe(path, changes))
+    assert found.engine == engine
+
+
+def test_pairs_of_recipes_and_engines_are_many():
+    assert len({engine for _, engine in PAIRS}) == len(ENGINES)
+    assert len(PAIRS) > 20
+
+
+def test_a_model_that_the_engine_has_no_code_for_is_refused_at_plan(tmp_path):
+    source = make_tiny(tmp_path / "m", "qwen3")
+    recipe = recipe_of("auto-gptq", source, group_size=32)
+    with pytest.raises(RefusedError, match="the engine auto-gptq knows no qwen3; it knows llama, mistral, qwen2"):
+        plan(recipe, out=tmp_path / "out", device=CPU, progress=Progress())
 
 
 def test_an_engine_that_is_not_installed_stops_the_plan_and_the_build(tiny_mistral, tmp_path, monkeypatch):

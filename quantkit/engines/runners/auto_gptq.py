@@ -1,6 +1,7 @@
 # mypy: ignore-errors
 """auto-gptq, inside its environment; see start.py."""
 
+import json
 import os
 import shutil
 import sys
@@ -9,6 +10,8 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
+KNOWN_ROPES = ("default", "linear", "dynamic")
+
 # tokens only, never a tokenizer: transformers 4.40 cannot read a tokenizer.json written by tokenizers 0.23
 
 
@@ -16,6 +19,7 @@ def load(request):
     """Read an artifact (layout version 1; config.json must carry rope_theta, which transformers 4.40 looks for)."""
     from auto_gptq import AutoGPTQForCausalLM
 
+    refuse_what_it_misreads(request["artifact"])
     torch.set_num_threads(request["threads"])
     model = AutoGPTQForCausalLM.from_quantized(
         request["artifact"],
@@ -36,6 +40,30 @@ def load(request):
         return found.logits[0].float().cpu().numpy()
 
     return logits, facts()
+
+
+def refuse_what_it_misreads(folder):
+    """It loads such artifacts without a word and gives wrong numbers, or stops at something far from the cause."""
+    from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
+
+    config = read_json(folder, "config.json")
+    settings = config.get("quantization_config") or read_json(folder, "quantize_config.json")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if config["model_type"] not in GPTQ_CAUSAL_LM_MODEL_MAP:
+        sys.exit(f"auto-gptq knows no {config['model_type']}")
+    if config.get("tie_word_embeddings"):
+        sys.exit("auto-gptq leaves a head that is the embedding (tie_word_embeddings) as it was allocated")
+    if settings.get("dynamic"):
+        sys.exit("auto-gptq takes linears that were left in 16 bits (dynamic) for packed ones")
+    if kind not in KNOWN_ROPES:
+        sys.exit(f"transformers 4.40 does not know the position encoding {kind!r} of this model")
+
+
+def read_json(folder, name):
+    """The content of a JSON file."""
+    with open(os.path.join(folder, name), encoding="utf-8") as file:
+        return json.load(file)
 
 
 def build(request):
@@ -97,10 +125,10 @@ def old_config(folder):
     if "rope_theta" in rope:
         config.rope_theta = rope["rope_theta"]
     kind = rope.get("rope_type", "default")
-    if kind in ("linear", "dynamic"):
-        config.rope_scaling = {"type": kind, "factor": rope["factor"]}
-    elif kind != "default":
+    if kind not in KNOWN_ROPES:
         sys.exit(f"transformers 4.40 does not know the position encoding {kind!r} of this model")
+    if kind != "default":
+        config.rope_scaling = {"type": kind, "factor": rope["factor"]}
     return config
 
 
