@@ -136,6 +136,68 @@ def test_hqqs_own_loader_opens_the_pickle(sources, kept_engine, tmp_path):
     assert largest_difference(found, expected) <= TOLERANCE["hqq"]
 
 
+def in_hqq(kept_engine, script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run Python in hqq's environment."""
+    return subprocess.run(
+        [environment_python(kept_engine("hqq")), "-I", "-c", script, *map(str, arguments)],
+        env=own_variables() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_transformers_refuses_our_hqq_folder_where_it_would_make_random_weights(sources, kept_engine, tmp_path):
+    """With hqq beside it; the same folder under the usual file name shows what is avoided."""
+    recipe = recipe_of("hqq", sources["mistral"], {"group_size": 32, "bits": 3}, tmp_path)
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    script = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    done = in_hqq(kept_engine, script, out)
+    assert done.returncode != 0
+    assert "no file named model.safetensors" in done.stderr
+    assert "newly initialized" not in done.stderr
+    (out / "hqq_model.safetensors").rename(out / "model.safetensors")
+    done = in_hqq(kept_engine, script, out)
+    assert done.returncode == 0
+    assert "newly initialized" in done.stderr
+
+
+# what HQQLinear did before it gave up on quantized zeros and scales
+OLD_HQQ = """
+import sys, torch
+from hqq.core.quantize import Quantizer
+torch.manual_seed(0)
+quantized = set(sys.argv[2].split(","))
+modules, weights = {}, {}
+for name, rows, columns in (("mlp.down_proj", 128, 256), ("mlp.up_proj", 256, 128)):
+    words, meta = Quantizer.quantize(torch.randn(rows, columns), nbits=3, group_size=64, axis=1, device="cpu")
+    meta |= {"quant_zero": "zero" in quantized, "quant_scale": "scale" in quantized}
+    dense = dict(meta)
+    for which, grouped in (("zero", False), ("scale", True)):
+        if which in quantized:
+            keys = {"nbits": 8, "channel_wise": grouped, "group_size": 128 if grouped else None, "axis": 0}
+            found = Quantizer.quantize(meta.pop(which), optimize=False, device="cpu", **keys)
+            meta[f"{which}_q"], meta[f"meta_{which}"] = found
+            dense[which] = Quantizer.dequantize(*(found[0], found[1] | {"compute_dtype": torch.float32}))
+    full = f"model.layers.0.{name}"
+    modules[full] = {"W_q": words, "bias": None, "meta": meta, "offload_meta": False}
+    weights[full] = Quantizer.dequantize(words, dense | {"compute_dtype": torch.float32})
+torch.save(modules, sys.argv[1] + "/qmodel.pt")
+torch.save(weights, sys.argv[1] + "/expected.pt")
+"""
+
+
+@pytest.mark.parametrize("quantized", ["none", "zero", "zero,scale"])
+def test_pickles_with_quantized_zeros_and_scales_decode_as_hqq_decodes_them(quantized, sources, kept_engine, tmp_path):
+    done = in_hqq(kept_engine, OLD_HQQ, tmp_path, quantized)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / "config.json").write_text((sources["mistral"] / "config.json").read_text())
+    found = READERS["hqq"].open(tmp_path).read("layers.0")
+    expected = torch.load(tmp_path / "expected.pt", weights_only=True)
+    assert len(expected) == 2
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[f"{name}.weight"], weight, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_half_quadratic_codes_lose_no_more_than_the_packages(bits, axis, sources, kept_engine, tmp_path):
