@@ -3,6 +3,7 @@
 import errno
 import json
 import signal
+from contextlib import closing
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from quantkit.recipe import Recipe
 from quantkit.solvers import awq as module
 from quantkit.solvers.awq import ChannelScaling, evenly_spaced, folded, producer_channels
 from quantkit.stream import Calibration, stream
-from tests.test_pipeline import hashes, killed_at
+from tests.test_kill import Builds
+from tests.test_pipeline import hashes
 from tests.tiny import VARIANTS, WORDS, make_tiny
 
 CPU = torch.device("cpu")
@@ -265,7 +267,8 @@ def test_a_killed_build_ends_in_the_same_bytes(activations, whole_process, tiny_
     assert "AutoModelForCausalLM" in (whole.out / "README.md").read_text()
     if whole_process:
         # the 7th rename is the second layer's file
-        assert killed_at(recipe, tmp_path / "out", 7, "before") == -signal.SIGKILL
+        with closing(Builds()) as builds:
+            assert builds.run(recipe, tmp_path / "out", renames=7)[0] == -signal.SIGKILL
     else:
         with monkeypatch.context() as patch:
             patch.setattr(pipeline, "write_item", full_at_the_third())
