@@ -1,14 +1,19 @@
-"""What a build took, stage by stage, against what the device could do at best.
+"""What a build must take on a device at least, stage by stage; and what one took.
 
+    python -m bench.floor --shape mistral-7b --device cuda
     python -m bench.floor --artifact artifacts/bielik-nano-GPTQ
 
-Operations, bytes and seconds come from the artifact's record; the rates are measured here and now, so run it on the
-machine that built, with nothing else running: a square matmul in the recipe's dtype, a copy in memory, and the reading
-of a file that was just written. A stage's floor is its operations or bytes at that rate, the ratio what it really took.
+The first is of a shape in bench/shapes and a recipe (GPTQ of Bielik-7B unless --recipe names another), without a build.
+The second takes operations, bytes and seconds from an artifact's record: run it on the machine that built. Rates are
+measured here and now, so with nothing else running: a square matmul in the recipe's dtype and one in float32, a copy in
+memory, and a file in the current folder, written with fsync and read after its pages were dropped from the cache (where
+the system lets a program do so: Linux). A stage's floor is its operations or bytes at that rate. The inner loops are
+compiled once for each machine, at their first use, and then loaded: seconds of a first build have that in `solve`.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,13 +22,25 @@ from typing import Any
 
 import torch
 
+from quantkit.checkpoint.index import describe_model
+from quantkit.machine import choose_device, environment
+from quantkit.methods import METHODS
+from quantkit.plan import IN_FLOAT32, make_plan
+from quantkit.recipe import find_recipe, load_recipe
 from quantkit.report.record import read_record
 
+SHAPES = Path(__file__).parent / "shapes"
 SIDE = 2048
 COPIED = 256 * 1024**2
 REPEATS = 5
 # stages of the record that an operation count stands for; what is factorised is part of solving
-PARTS = {"forward": ("forward",), "statistics": ("statistics",), "solve": ("factorise", "solve")}
+PARTS = {
+    "forward": ("forward",),
+    "statistics": ("statistics",),
+    "prepare": ("prepare",),
+    "survey": ("survey",),
+    "solve": ("factorise", "solve"),
+}
 
 
 def best(work: Callable[[], object], device: torch.device) -> float:
@@ -38,19 +55,77 @@ def best(work: Callable[[], object], device: torch.device) -> float:
     return min(found)
 
 
-def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """FLOP/s of a matmul, bytes/s of a copy on the device and of a file's reading."""
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a square product."""
     left = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
+    return 2.0 * SIDE**3 / best(lambda: left @ left, device)
+
+
+def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """FLOP/s of products, bytes/s of a copy on the device and of a file's writing and reading."""
     block = torch.ones(COPIED, dtype=torch.uint8, device=device)
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(bytes(COPIED))
-        file.flush()
-        path = Path(file.name)
-        return {
-            "matmul_flops": 2.0 * SIDE**3 / best(lambda: left @ left, device),
-            "copy_bytes": 2.0 * COPIED / best(block.clone, device),
-            "read_bytes": COPIED / best(path.read_bytes, torch.device("cpu")),
-        }
+    cpu = torch.device("cpu")
+    # not where temporary files go: that may be memory
+    with tempfile.NamedTemporaryFile(dir=".") as file:
+        content = os.urandom(COPIED)
+
+        def write() -> None:
+            file.seek(0)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+        def read() -> None:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            Path(file.name).read_bytes()
+
+        write_bytes = COPIED / best(write, cpu)
+        read_bytes = COPIED / best(read, cpu)
+    return {
+        "matmul_flops": matmul_rate(dtype, device),
+        "float32_flops": matmul_rate(torch.float32, device),
+        "copy_bytes": 2.0 * COPIED / best(block.clone, device),
+        "write_bytes": write_bytes,
+        "read_bytes": read_bytes,
+    }
+
+
+def floors(operations: dict[str, float], read: int, written: int, found: dict[str, float]) -> dict[str, float]:
+    """Least seconds of each stage that something is counted for."""
+    counted = {
+        stage: sum(
+            operations.get(part, 0.0) / found["float32_flops" if part in IN_FLOAT32 else "matmul_flops"]
+            for part in parts
+        )
+        for stage, parts in PARTS.items()
+    }
+    moved = {
+        "read": read / found["read_bytes"],
+        "pack": 2 * written / found["copy_bytes"],
+        "write": written / found["write_bytes"],
+    }
+    return {stage: seconds for stage, seconds in (counted | moved).items() if seconds}
+
+
+def shape_floors(shape: str, recipe_name: str, device: torch.device) -> dict[str, Any]:
+    """Floors of a model that need not be here."""
+    checkpoint = describe_model(SHAPES / shape)
+    recipe = load_recipe(find_recipe(recipe_name))
+    method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
+    plan = make_plan(recipe, checkpoint, method, out=Path(), device=device)
+    torch.set_num_threads(recipe.compute.threads)
+    found = rates(getattr(torch, recipe.compute.dtype), device)
+    least = floors(plan.operations, plan.source_bytes, plan.artifact_bytes, found)
+    return {
+        "shape": shape,
+        "recipe": recipe_name,
+        "environment": environment(device),
+        "rates": {name: f"{rate:.3g}" for name, rate in found.items()},
+        "operations": plan.operations,
+        "floor_by_stage": {stage: round(seconds, 3) for stage, seconds in least.items()},
+        "floor_seconds": round(sum(least.values()), 3),
+    }
 
 
 def stages(record: dict[str, Any], found: dict[str, float]) -> list[dict[str, Any]]:
@@ -60,18 +135,13 @@ def stages(record: dict[str, Any], found: dict[str, float]) -> list[dict[str, An
     for item in built["items"].values():
         for stage, seconds in item["seconds"].items():
             spent[stage] = spent.get(stage, 0.0) + seconds
-    floors = {
-        stage: sum(built["operations"].get(part, 0.0) for part in parts) / found["matmul_flops"]
-        for stage, parts in PARTS.items()
-    }
-    floors["read"] = built["bytes"]["read"] / found["read_bytes"]
-    floors |= dict.fromkeys(("pack", "write"), 2 * built["bytes"]["written"] / found["copy_bytes"])
+    least = floors(built["operations"], built["bytes"]["read"], built["bytes"]["written"], found)
     return [
         {
             "stage": stage,
             "seconds": round(seconds, 4),
-            "floor": round(floors[stage], 4) if floors.get(stage) else None,
-            "ratio": round(seconds / floors[stage], 2) if floors.get(stage) else None,
+            "floor": round(least[stage], 4) if stage in least else None,
+            "ratio": round(seconds / least[stage], 2) if stage in least else None,
         }
         for stage, seconds in sorted(spent.items(), key=lambda pair: -pair[1])
     ]
@@ -79,8 +149,15 @@ def stages(record: dict[str, Any], found: dict[str, float]) -> list[dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--artifact", type=Path)
+    what.add_argument("--shape", choices=sorted(each.name for each in SHAPES.iterdir()))
+    parser.add_argument("--recipe", default="bielik-7b-instruct-v0.1/gptq")
+    parser.add_argument("--device", default="auto")
     options = parser.parse_args()
+    if options.shape:
+        print(json.dumps(shape_floors(options.shape, options.recipe, choose_device(options.device)), indent=2))
+        return
     record = read_record(options.artifact)
     if record is None:
         parser.error(f"{options.artifact} has no record")

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from quantkit.qtensor import LinearFacts
 
 
@@ -21,8 +23,15 @@ class Progress:
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     """Add the wall time of what is done inside to a stage's seconds.
 
-    Work that a GPU has only been given counts where it is waited for.
+    A GPU is waited for before and after, so that its work counts where it belongs.
     """
+    _wait_for_gpu()
     started = time.perf_counter()
     yield
+    _wait_for_gpu()
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
