@@ -26,6 +26,7 @@ from quantkit.grids.affine import AffineRule, BiasRule, FloatZeroRule
 from quantkit.grids.exl2 import Mixture
 from quantkit.grids.exl2_options import HEADS
 from quantkit.quantize import (
+    I_QUANTS,
     AwqSection,
     CompressedTensorsSection,
     Exl2Section,
@@ -185,7 +186,8 @@ def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
     damping = section.damping if section.solver == "gptq" else None
     with_ggml = section.encoder == "ggml"
     solver = BlockSolver(written.types, section.imatrix, damping, with_ggml)
-    return Method(Solvers(solver, ends=solver), written, GGML if with_ggml else None)
+    needs_ggml = with_ggml or any(name.startswith(I_QUANTS) for name in section.types)
+    return Method(Solvers(solver, ends=solver), written, GGML if needs_ggml else None)
 
 
 def awq(section: AwqSection, config: dict[str, Any]) -> Method:

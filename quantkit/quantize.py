@@ -143,6 +143,8 @@ FileType = Literal[
     "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS",
     "IQ3_S", "IQ3_M", "IQ4_NL", "IQ4_XS",
 ]  # fmt: skip
+I_QUANTS = "IQ"
+"""How the names of the file types begin that only ggml's encoder makes."""
 NEED_IMPORTANCE = ("Q2_K_S", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS")
 """File types that llama-quantize refuses without an importance matrix."""
 
@@ -175,7 +177,7 @@ class GgufSection(Section):
     encoder: Literal["quantkit", "ggml"] = Field(
         default="quantkit",
         description="Who searches: our own encoder, or ggml's of the installed engine `llama-cpp`, whose bytes are "
-        "those of llama-quantize. I-quants need `ggml`.",
+        "those of llama-quantize. The I-quants are always ggml's and need the engine, beside other types of ours.",
     )
     name: str = Field(
         default="model",
@@ -205,8 +207,6 @@ class GgufSection(Section):
     def _types_can_be_made(self) -> "GgufSection":
         if self.encoder == "ggml" and self.solver == "gptq":
             raise ValueError('encoder = "ggml" has no GPTQ: leave solver = "search"')
-        if self.encoder != "ggml" and (found := [name for name in self.types if name.startswith("IQ")]):
-            raise ValueError(f'{", ".join(found)} need encoder = "ggml" (`quantkit engines install llama-cpp`)')
         if not self.imatrix and (found := [name for name in self.types if name in NEED_IMPORTANCE]):
             raise ValueError(f"{', '.join(found)} need imatrix = true")
         if self.system and '"""' in self.system:

@@ -147,7 +147,7 @@ def test_one_pin_of_the_base_serves_every_recipe_of_a_model(tmp_path):
     shutil.copytree(shipped("recipes") / "bielik-7b-instruct-v0.1", tmp_path / "model")
     base = tmp_path / "model" / "base.toml"
     recipes = [path for path in (tmp_path / "model").glob("*.toml") if path != base]
-    assert len(recipes) == 7
+    assert len(recipes) == 8
     with pytest.raises(RefusedError, match=r"so it could not be published(.|\n)*recipes pin FILE"):
         require_pinned(load_recipe(recipes[0]))
     assert model_named_in(base) == model_named_in(recipes[0]) == "speakleash/Bielik-7B-Instruct-v0.1"

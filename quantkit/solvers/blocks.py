@@ -29,7 +29,8 @@ class BlockSolver:
             that a stream goes on with.
         weighted: collect the mean squares of the inputs, weight errors by them and hand them on.
         damping: of GPTQ, see `quantkit.solvers.gptq.factorize`; None searches on the weights alone.
-        with_ggml: ggml's own encoder searches, and errors of what has no input are weighted as it does.
+        with_ggml: ggml's own encoder makes every type, not only those that ours does not make, and errors of what has
+            no input are weighted as it does.
     """
 
     types: Callable[[str, int], tuple[str, ...]]
@@ -58,7 +59,7 @@ class BlockSolver:
             for kind in self.types(name, weight_OI.shape[1]):
                 if kind in DENSE:
                     solved.append(QuantizedLinear(*as_floats(weight_OI, kind, where=name)))
-                elif self.with_ggml:
+                elif self.with_ggml or kind not in TYPES:
                     solved.append(QuantizedLinear(*ggml.encode(weight_OI, kind, mean_I, where=name)))
                 elif self.damping is None or not seen:
                     given_I = self._weights(weight_OI, mean_I)
@@ -75,11 +76,11 @@ class BlockSolver:
             yield name, replace(first, others=tuple(others), importance=importance), facts
 
     def cost(self, work: StageWork) -> Cost:
-        """With GPTQ one factor for each size of block, and feedback for each type; else a search."""
+        """With GPTQ one factor for each size of block, and feedback for each type of ours; else a search."""
         if self.damping is None or not work.tokens:
             return search_cost(work)
         solved = [(shape, kind) for shape in work.shapes for kind in self.types(shape.name, shape.columns)]
-        solved = [(shape, kind) for shape, kind in solved if kind not in DENSE]
+        solved = [(shape, kind) for shape, kind in solved if kind in TYPES]
         sizes = {TYPES[kind].block for _, kind in solved}
         return feedback_cost(replace(work, shapes=tuple(shape for shape, _ in solved)), factors=len(sizes))
 

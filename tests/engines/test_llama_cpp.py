@@ -215,6 +215,41 @@ UNMERGED = "Ġalbo"  # a word of the vocabulary that no merge makes
 SENTENCEPIECE = ("tokenizer.model", "tokenizer.json alone", "with both ends", "no space in front")
 
 
+def test_i_quants_stand_beside_types_of_ours(engine, text, tmp_path):
+    """One run: the I-quants are ggml's bytes, the rest is what the same recipe without them makes."""
+    source = make_tiny(tmp_path / "model", "mistral", hidden_size=256, intermediate_size=256, vocab_size=416)
+
+    def built(name: str, **quantize: object) -> dict[str, dict[str, tuple[str, bytes]]]:
+        recipe = {
+            "format": "gguf",
+            "model": {"id": str(source)},
+            "quantize": quantize,
+            "calibration": {"texts": {str(text): 8}, "window_tokens": 16, "activations": "float"},
+        }
+        out = build(Recipe.of(recipe), out=tmp_path / name, device=CPU, validated=False).out
+        return {
+            path.name: {
+                tensor.name: (tensor.tensor_type.name, tensor.data.tobytes())
+                for tensor in gguf.GGUFReader(path).tensors
+            }
+            for path in out.glob("model.*Q*.gguf")
+        }
+
+    mixed = built("mixed", solver="gptq", types=("IQ1_M", "IQ3_XXS", "Q4_K_M"))
+    ours = built("ours", solver="gptq", types=("Q4_K_M",))
+    ggmls = built("ggml", encoder="ggml", types=("IQ1_M", "IQ3_XXS", "Q4_K_M"))
+    assert mixed["model.Q4_K_M.gguf"] == ours["model.Q4_K_M.gguf"] != ggmls["model.Q4_K_M.gguf"]
+    seen = set()
+    for name in ("model.IQ1_M.gguf", "model.IQ3_XXS.gguf"):
+        for tensor, (kind, content) in mixed[name].items():
+            if kind.startswith("IQ"):
+                assert content == ggmls[name][tensor][1], (name, tensor)
+                seen.add(kind)
+            elif kind != "F32":
+                assert content != ggmls[name][tensor][1], (name, tensor)
+    assert seen == {"IQ1_M", "IQ2_XXS", "IQ3_XXS", "IQ3_S", "IQ2_S"}
+
+
 @pytest.fixture(
     params=[*SENTENCEPIECE, *PRE_TOKENIZERS], ids=[*SENTENCEPIECE, *(f"bytes {number}" for number in range(5))]
 )

@@ -465,7 +465,6 @@ def test_rows_that_no_block_fits_stay_in_sixteen_bits(tmp_path):
 
 def test_what_an_encoder_cannot_make_is_refused_by_the_recipe(sources, text):
     for changes, reason in (
-        ({"types": ("IQ4_XS",)}, 'IQ4_XS need encoder = "ggml"'),
         ({"types": ("Q8_0", "Q2_K_S"), "imatrix": False}, "Q2_K_S need imatrix = true"),
         ({"types": ("IQ1_M",), "imatrix": False, "encoder": "ggml"}, "IQ1_M need imatrix = true"),
         ({"encoder": "ggml", "solver": "gptq"}, "has no GPTQ"),
@@ -476,9 +475,10 @@ def test_what_an_encoder_cannot_make_is_refused_by_the_recipe(sources, text):
 
 def test_ggmls_encoder_is_asked_for_before_the_work_starts(sources, text, tmp_path):
     """In a home without engines the plan says how to get it."""
-    recipe = recipe_of(sources["mistral"], text, encoder="ggml", types=("IQ2_XXS",))
-    with pytest.raises(UnavailableError, match="llama-cpp is not installed"):
-        plan(recipe, out=tmp_path / "a", device=CPU, progress=Progress())
+    for changes in ({"encoder": "ggml", "types": ("Q8_0",)}, {"types": ("IQ2_XXS", "Q8_0")}):
+        recipe = recipe_of(sources["mistral"], text, **changes)
+        with pytest.raises(UnavailableError, match="llama-cpp is not installed"):
+            plan(recipe, out=tmp_path / "a", device=CPU, progress=Progress())
 
 
 @pytest.fixture
