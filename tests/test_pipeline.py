@@ -41,7 +41,7 @@ def recipe(tiny_mistral, text_file) -> Recipe:
             "model": {"id": str(tiny_mistral)},
             "quantize": {"group_size": 32, "scale_candidates": 4},
             "calibration": {"texts": {str(text_file): 8}, "window_tokens": 16},
-            "validation": {"texts": (str(text_file),), "window_tokens": 32, "generated_tokens": 4},
+            "validation": {"texts": (str(text_file),), "window_tokens": 32, "generated_tokens": 3},
         }
     )
 
