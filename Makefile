@@ -101,7 +101,9 @@ test-engines: setup
 # minutes each; `harness` installs lm-evaluation-harness, which one of them compares with
 test-slow: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,harness]"
-	$(BIN)/pytest -m "slow and not gpu"
+	@for daemon in slurmctld slurmd munged; do command -v $$daemon >/dev/null || \
+		echo "no $$daemon: Slurm will NOT be tested (apt-get install slurmctld slurmd slurm-client munge)"; done
+	$(BIN)/pytest -rs -m "slow and not gpu"
 
 test-gpu: setup
 	$(BIN)/pytest -m gpu

@@ -58,20 +58,24 @@ class Partition:
     """A cluster's rules for one of its partitions.
 
     Attributes:
-        account_suffix: that account names have there.
+        account_suffix: that account names have there; empty where it is not known.
         cpus, memory_gb: that come with one GPU; more is billed as more GPUs.
-        minutes: longest job.
+        minutes: longest job; None where it is not known.
+        gpu_memory_gb: of one GPU.
     """
 
     account_suffix: str
     cpus: int
     memory_gb: int
-    minutes: int
+    minutes: int | None
+    gpu_memory_gb: int
 
 
 PARTITIONS = {
     # Athena, ACK Cyfronet AGH
-    "plgrid-gpu-a100": Partition(account_suffix="-gpu-a100", cpus=16, memory_gb=128, minutes=48 * 60),
+    "plgrid-gpu-a100": Partition("-gpu-a100", cpus=16, memory_gb=128, minutes=48 * 60, gpu_memory_gb=40),
+    # Helios, likewise; one GH200 is 72 cores, 120 GB and a GPU of 96 GB
+    "plgrid-gpu-gh200": Partition("", cpus=72, memory_gb=120, minutes=None, gpu_memory_gb=96),
 }
 
 
@@ -106,17 +110,19 @@ class BuildJob:
 
 @dataclass(frozen=True)
 class ReleaseJob:
-    """What follows when all builds have ended, well or not: a report of the artifacts there are, and their publication.
+    """What follows when all builds have ended, well or not: a report of the artifacts they made, and their publication.
 
     Attributes:
-        artifacts: folders; one without a record is left out.
+        artifacts: folders; one whose build did not end with an artifact is left out, for what lies there is older.
         report: folder of the report.
         publishes: whether they are published, each into its recipe's repository.
+        builds: (artifact's name, job) of the builds that went before.
     """
 
     artifacts: tuple[Path, ...]
     report: Path
     publishes: bool = False
+    builds: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -124,10 +130,20 @@ class ReleaseJob:
 
     def __call__(self) -> None:
         """Run it inside a job."""
-        there = [str(folder) for folder in self.artifacts if (folder / RECORD).is_file()]
+        from submitit import JobEnvironment
+
+        _run_in_job(self.commands(JobEnvironment().paths.folder))
+
+    def commands(self, logs: Path) -> list[tuple[str, ...]]:
+        """What is to be run, given the folder where builds leave word of how they ended."""
+        jobs = dict(self.builds)
+        made = [folder for folder in self.artifacts if _made(_ended(logs, jobs[folder.name]))]
+        for folder in self.artifacts:
+            if folder not in made:
+                print(f"{folder.name} is left out: its build made no artifact", flush=True)
+        there = [str(folder) for folder in made if (folder / RECORD).is_file()]
         commands: list[tuple[str, ...]] = [("report", *there, "--out", str(self.report))] if there else []
-        commands += [("publish", folder) for folder in there] if self.publishes else []
-        _run_in_job(commands)
+        return commands + ([("publish", folder) for folder in there] if self.publishes else [])
 
     __submitit_checkpoint__ = BuildJob.__submitit_checkpoint__
 
@@ -167,17 +183,24 @@ def resources(asked: Resources, *, threads: int, memory_bytes: int) -> Resources
     rules = PARTITIONS.get(asked.partition or "")
     if rules is None:
         return replace(asked, cpus=asked.cpus or threads, memory_gb=asked.memory_gb or needed_gb)
-    if not asked.account or not asked.account.endswith(rules.account_suffix):
+    if not (asked.account or "").endswith(rules.account_suffix):
         raise RefusedError(
             f"accounts of the partition {asked.partition} end in {rules.account_suffix}, not as in {asked.account}",
             where="--account",
             fix=f"give --account GRANT{rules.account_suffix}",
         )
-    if asked.minutes > rules.minutes:
+    if rules.minutes is not None and asked.minutes > rules.minutes:
         raise RefusedError(
             f"{asked.partition} lets no job run for more than {rules.minutes // 60} hours",
             where="--time",
             fix="ask for less: a build that reaches its limit is queued again and goes on",
+        )
+    if memory_bytes > rules.gpu_memory_gb * 1e9:
+        raise RefusedError(
+            f"the build needs about {memory_bytes / 1e9:.0f} GB on the GPU; those of {asked.partition} have "
+            f"{rules.gpu_memory_gb}",
+            where="--partition",
+            fix="use fewer or shorter windows (--set calibration.window_tokens=...), or a partition of larger GPUs",
         )
     gpus = asked.gpus or 1
     return replace(
@@ -258,11 +281,15 @@ def submit(
         groups.setdefault(asked, []).append(job)
     ids = [found for asked, group in groups.items() for found in put(group, asked)]
     if after is not None:
-        # neither solves anything: no GPU, and the least memory that a build was given
-        least = min((asked for _, asked in jobs), key=lambda asked: asked.memory_gb)
+        after = replace(after, builds=tuple((job["name"], job["id"]) for job in submitted))
         awaited = ":".join(dict.fromkeys(ids))
-        put([after], least, dependency=f"afterany:{awaited}")
+        put([after], _beside([asked for _, asked in jobs]), dependency=f"afterany:{awaited}")
     return submitted
+
+
+def _beside(asked: list[Resources]) -> Resources:
+    """For what solves nothing: no GPU, and the least memory that a build was given."""
+    return replace(min(asked, key=lambda each: each.memory_gb), gpus=0)
 
 
 def submitted_jobs(folder: Path) -> list[dict[str, Any]]:
@@ -376,6 +403,11 @@ def _ended(logs: Path, identifier: str) -> dict[str, Any] | None:
         return None
     word = json.loads(path.read_text(encoding="utf-8"))
     return {"state": STATES.get(word["exit_code"], "failed")} | word
+
+
+def _made(ended: dict[str, Any] | None) -> bool:
+    """Whether a build ended with an artifact, judged well or not."""
+    return ended is not None and ended["exit_code"] in STATES
 
 
 def _word(logs: Path, identifier: str) -> Path:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from quantkit.cluster import (
     JOBS,
     LOST,
     BuildJob,
+    ReleaseJob,
     Resources,
+    _beside,
     exit_code,
     minutes_of,
     resources,
@@ -58,8 +61,6 @@ def test_a_gpu_of_athena_comes_with_16_cores_and_128_gb():
     [({"account": "plggrant"}, "--account"), ({"account": None}, "--account"), ({"minutes": 2881}, "--time")],
 )
 def test_what_athena_would_refuse_is_refused_here(wrong, where):
-    from dataclasses import replace
-
     with pytest.raises(RefusedError) as caught:
         resources(replace(ATHENA, **wrong), threads=2, memory_bytes=10**9)
     assert caught.value.where == where
@@ -229,6 +230,41 @@ def test_a_cancelled_job_is_lost(slurm, recipes, tmp_path):
     time.sleep(10)
     states = [job["state"] for job in json.loads(quantkit("jobs", "--json", cwd=tmp_path, **slurm).stdout)]
     assert states == [LOST, LOST]
+
+
+def test_what_follows_takes_no_gpu():
+    given = [resources(replace(ATHENA, memory_gb=size), threads=2, memory_bytes=10**9) for size in (200, 128)]
+    assert _beside(given) == replace(given[1], gpus=0)
+
+
+@pytest.mark.parametrize(("partition", "suffix", "holds"), [("a100", "a100", 40), ("gh200", "gh200", 96)])
+def test_a_build_too_large_for_the_gpus_is_refused_before_it_queues(partition, suffix, holds):
+    asked = replace(ATHENA, partition=f"plgrid-gpu-{partition}", account=f"grant-gpu-{suffix}")
+    assert resources(asked, threads=2, memory_bytes=holds * 10**9).gpus == 1
+    with pytest.raises(RefusedError, match=f"have {holds}") as caught:
+        resources(asked, threads=2, memory_bytes=holds * 10**9 + 10**8)
+    assert caught.value.where == "--partition"
+
+
+def test_an_artifact_of_an_earlier_build_is_neither_reported_nor_published(tmp_path, capsys):
+    """What was rebuilt and failed has left its record of before; one that a gate stopped has variants that may pass."""
+    folders = [tmp_path / name for name in ("passed", "gated", "failed", "lost")]
+    for number, (folder, code) in enumerate(zip(folders, (0, 3, 1, None), strict=True)):
+        folder.mkdir()
+        (folder / "quantkit.json").write_text("{}")
+        if code is not None:
+            (tmp_path / f"9_{number}_ended.json").write_text(json.dumps({"exit_code": code, "host": "node"}))
+    builds = tuple((folder.name, f"9_{number}") for number, folder in enumerate(folders))
+    passed, gated, *_ = map(str, folders)
+    report = tmp_path / "report"
+    assert ReleaseJob(tuple(folders), report, True, builds).commands(tmp_path) == [
+        ("report", passed, gated, "--out", str(report)),
+        ("publish", passed),
+        ("publish", gated),
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name} is left out: its build made no artifact" for name in ("failed", "lost")
+    ]
 
 
 def test_jobs_are_pickled_by_name():
