@@ -67,7 +67,7 @@ class Judge:
         self.source = open_checkpoint(model)
         tokenizer = load_tokenizer(model, vocab_size=self.source.config["vocab_size"])
         self.text: EvaluationText = evaluation_text(
-            [load_text_set(validation, "validation")], tokenizer, window_tokens=window_tokens
+            [(load_text_set(validation, "validation"), None)], tokenizer, window_tokens=window_tokens
         )
         self.decoder = Decoder(self.source.config, self.source.family, device=CPU, dtype=torch.float32)
         of_token = [window.document for window in self.text.windows for _ in window.targets]

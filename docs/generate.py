@@ -6,7 +6,7 @@ With --check they are only compared.
 import json
 import sys
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import torch
@@ -92,7 +92,7 @@ def _kind(annotation: Any) -> str:
         return _kind(annotation.__origin__)
     if get_origin(annotation) is None:
         return str(getattr(annotation, "__name__", annotation))
-    if "Literal" in str(annotation):
+    if get_origin(annotation) is Literal:
         return ", ".join(f"`{_shown(value)}`" for value in get_args(annotation))
     kinds = [_kind(part) for part in get_args(annotation) if part not in (..., type(None))]
     name = getattr(get_origin(annotation), "__name__", "")

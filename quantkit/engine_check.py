@@ -74,9 +74,7 @@ def read_check(engine: Engine, model: str, progress: Progress, *, device: str) -
             source.checkpoint.config, source.checkpoint.family, device=torch.device("cpu"), dtype=torch.float32
         )
         settings = Settings(WINDOWS, "", 0)
-        text = evaluation_text(
-            [load_text_set(TEXT, "validation")], tokenizer, window_tokens=WINDOW_TOKENS, max_windows=WINDOWS, seed=0
-        )
+        text = evaluation_text([(load_text_set(TEXT, "validation"), WINDOWS)], tokenizer, window_tokens=WINDOW_TOKENS)
         reference = run(source.checkpoint, text, decoder, tokenizer, settings)
         ours = reference_result(artifact, reference, text, decoder, tokenizer, settings)
         started = time.monotonic()

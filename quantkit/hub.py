@@ -5,7 +5,7 @@ import fnmatch
 import hashlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +27,25 @@ SHIPPED_TEXT = (
     "connect, or use the text that ships with quantkit: "
     """--set 'calibration.texts={"polish-core"=24}' --set 'validation.texts=["polish-core"]'"""
 )
+MODEL_ABSENT = "give a Hub id (org/name), an existing folder, or bielik-nano; private models need `hf auth login`"
+TEXT_ABSENT = "mend the commit behind @, or leave it out; a private or withdrawn set needs another text set"
 
 
 @dataclass(frozen=True)
 class HubText:
-    """A text set on the Hub: data set id, patterns of its files in order of preference, and its licence."""
+    """A text set on the Hub.
+
+    Attributes:
+        dataset: its id.
+        files: patterns of the files that each split, "calibration" or "validation", is read from, in order.
+        licence: as its card states it.
+        revision: commit that it is read at where a recipe names none; None for the main branch's.
+    """
 
     dataset: str
-    patterns: tuple[str, ...]
+    files: Mapping[str, tuple[str, ...]]
     licence: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,23 +120,39 @@ def resolve_revision(model_id: str) -> str:
     return revision
 
 
-def fetch_text_files(source: HubText) -> Iterator[FetchedFile]:
-    """Download a text set's files one by one, as they are asked for.
+def fetch_text_files(source: HubText, split: str, revision: str | None = None) -> Iterator[FetchedFile]:
+    """Download the files of a text set's split one by one, as they are asked for.
+
+    Args:
+        source: the set.
+        split: whose files.
+        revision: commit; None takes the set's own, or the main branch's.
 
     Raises:
+        RefusedError: there is no such set or commit, or it has no file of a name that is looked for.
         UnavailableError: the Hub cannot be reached; the remedy names the text that ships with quantkit.
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    with _reaching(f"the text set {source.dataset}", where="texts", fix=SHIPPED_TEXT):
-        info = HfApi().dataset_info(source.dataset)
-        names = sorted(sibling.rfilename for sibling in info.siblings or [])
-        wanted = next(filter(None, (fnmatch.filter(names, pattern) for pattern in source.patterns)), [])
-        revision = info.sha or ""
-    for name in wanted:
-        with _reaching(f"{name} of {source.dataset}", where="texts", fix=SHIPPED_TEXT):
-            path = hf_hub_download(source.dataset, name, repo_type="dataset", revision=revision)
-        yield FetchedFile(Path(path), revision)
+    where = f"{split}.texts"
+    revision = revision or source.revision
+    wanted = f"text set {source.dataset} at revision {revision or 'main'}"
+    with _reaching(wanted, where=where, fix=SHIPPED_TEXT, absent=TEXT_ABSENT):
+        info = HfApi().dataset_info(source.dataset, revision=revision)
+    names = sorted(sibling.rfilename for sibling in info.siblings or [])
+    commit = info.sha or ""
+    for pattern in source.files[split]:
+        found = fnmatch.filter(names, pattern)
+        if not found:
+            raise RefusedError(
+                f"{source.dataset} has no file {pattern} at revision {commit}, only {', '.join(names) or 'nothing'}",
+                where=where,
+                fix="name a commit that has it, SET@COMMIT, or another text set",
+            )
+        for name in found:
+            with _reaching(f"{name} of {source.dataset}", where=where, fix=SHIPPED_TEXT, absent=TEXT_ABSENT):
+                path = hf_hub_download(source.dataset, name, repo_type="dataset", revision=commit)
+            yield FetchedFile(Path(path), commit)
 
 
 def _reaching_model(model_id: str, revision: str | None) -> AbstractContextManager[None]:
@@ -135,8 +161,15 @@ def _reaching_model(model_id: str, revision: str | None) -> AbstractContextManag
 
 
 @contextmanager
-def _reaching(what: str, *, where: str, fix: str) -> Iterator[None]:
-    """Turn the Hub's refusals and an unreachable network into errors with a remedy."""
+def _reaching(what: str, *, where: str, fix: str, absent: str = MODEL_ABSENT) -> Iterator[None]:
+    """Turn the Hub's refusals and an unreachable network into errors with a remedy.
+
+    Args:
+        what: is fetched.
+        where: the recipe key that names it.
+        fix: what to do where the Hub cannot be reached.
+        absent: what to do where the Hub has no such thing.
+    """
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -145,7 +178,7 @@ def _reaching(what: str, *, where: str, fix: str) -> Iterator[None]:
         raise RefusedError(
             f"the Hub has no {what}: {_first_line(error)}",
             where=where,
-            fix="give a Hub id (org/name), an existing folder, or bielik-nano; private models need `hf auth login`",
+            fix=absent,
         ) from None
     except QuantkitError:
         raise

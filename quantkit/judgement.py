@@ -1,14 +1,16 @@
 """An artifact judged against its source, for `build` and for `validate`."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.engines.env import find_engine, installed_facts, why_not
 from quantkit.engines.runtime import evaluate
 from quantkit.errors import RefusedError, RunFailedError
@@ -17,12 +19,12 @@ from quantkit.formats.contract import Artifact
 from quantkit.machine import deciding_versions, device_model, use_threads
 from quantkit.nano import NAME as NANO
 from quantkit.progress import Progress
-from quantkit.recipe import Recipe, fingerprint, public_name
+from quantkit.recipe import WHOLE, Recipe, ValidationSection, fingerprint, public_name
 from quantkit.report.card import keep
-from quantkit.report.record import CARD, read_record, require_unchanged
+from quantkit.report.record import CARD, read_record, recorded_recipe, require_unchanged
 from quantkit.report.verdict import gates_of, judged_on_own_texts
 from quantkit.sources import Source, open_source
-from quantkit.texts import TextSet, known_sha256, load_text_set, own_text
+from quantkit.texts import TextSet, known_sha256, load_text_set, own_text, require_known
 from quantkit.validation.compare import (
     REFERENCE_RUNTIME,
     failed,
@@ -78,10 +80,12 @@ def validate(
     recipe = _recipe_of(record, name, model)
     use_threads(recipe.compute.threads)
     source = open_source(model, recipe.model.revision, progress)
-    changes: dict[str, Any] = {"texts": texts} if texts else {}
+    changes: dict[str, Any] = {"texts": dict.fromkeys(texts, WHOLE)} if texts else {}
     if record is None:
+        # nobody chose these settings, so they give way to what the model can do
         context = int(source.checkpoint.config["max_position_embeddings"])
         changes["window_tokens"] = min(recipe.validation.window_tokens, context)
+        changes["generated_tokens"] = recipe.validation.generated_tokens if source.tokenizer.has_template else 0
     recipe = recipe.model_copy(update={"validation": recipe.validation.model_copy(update=changes)})
     if record is not None and source.sha256 != record["source"]["sha256"]:
         raise RefusedError(
@@ -91,26 +95,29 @@ def validate(
         )
     earlier = record["validation"] if record is not None else None
     runtimes = _runtimes(runtime, READERS[name].native_engine)
-    sets = [load_text_set(text, "validation") for text in recipe.validation.texts]
-    result = judge(variants, source, recipe, sets, device=device, runtimes=runtimes, progress=progress, earlier=earlier)
-    if record is not None and _are_own_texts(recipe.validation.texts, sets, record):
-        keep(folder, record | judged_by(sets, result))
+    section = recipe.validation
+    check_validation(section, decoder_of(recipe, source.checkpoint, device), source.tokenizer)
+    text = text_to_judge_on(section, source.tokenizer, progress)
+    result = judge(variants, source, recipe, text, device=device, runtimes=runtimes, progress=progress, earlier=earlier)
+    if record is not None and _are_own_texts(section, text, record):
+        keep(folder, record | judged_by(text, result))
     elif record is not None:
         say("judged on other texts than the recipe's: the verdict in the record stays as it was")
     return result
 
 
-def judged_by(sets: Sequence[TextSet], result: dict[str, Any]) -> dict[str, Any]:
+def judged_by(text: EvaluationText, result: dict[str, Any]) -> dict[str, Any]:
     """What a record holds of a judgement by the recipe's own texts."""
-    return {"validation_texts": [{"name": one.name, "sha256": one.sha256} for one in sets], "validation": result}
+    sets = [{"name": part.name, "sha256": part.sha256} for part in text.parts]
+    return {"validation_texts": sets, "validation": result}
 
 
-def stated_texts(names: Sequence[str]) -> list[dict[str, Any]]:
+def stated_texts(names: Iterable[str]) -> list[dict[str, Any]]:
     """Text sets that a recipe names, as a record holds them, without fetching any."""
     return [{"name": public_name(name), "sha256": known_sha256(name, "validation")} for name in names]
 
 
-def judged_as_stated(record: dict[str, Any], names: Sequence[str]) -> bool:
+def judged_as_stated(record: dict[str, Any], names: Iterable[str]) -> bool:
     """Whether a record's verdict is on the texts that a recipe names, as they are now; the Hub's go by their names."""
     stated, recorded = stated_texts(names), record.get("validation_texts") or []
     return (
@@ -123,13 +130,15 @@ def judged_as_stated(record: dict[str, Any], names: Sequence[str]) -> bool:
     )
 
 
-def _are_own_texts(names: Sequence[str], sets: Sequence[TextSet], record: dict[str, Any]) -> bool:
-    """Whether text sets are those of a record's recipe; a file of one's own is known by its content alone."""
-    if [one.name for one in sets] != record["recipe"]["validation"]["texts"]:
+def _are_own_texts(section: ValidationSection, text: EvaluationText, record: dict[str, Any]) -> bool:
+    """Whether text is that of a record's recipe; a file of one's own is known by its content alone."""
+    taken = {part.name: windows for part, windows in zip(text.parts, section.texts.values(), strict=True)}
+    if list(taken.items()) != list(record["recipe"]["validation"]["texts"].items()):
         return False
-    recorded = {text["name"]: text["sha256"] for text in record.get("validation_texts") or []}
+    recorded = {known["name"]: known["sha256"] for known in record.get("validation_texts") or []}
     return all(
-        not own_text(name) or recorded.get(one.name) == one.sha256 for name, one in zip(names, sets, strict=True)
+        not own_text(name) or recorded.get(part.name) == part.sha256
+        for name, part in zip(section.texts, text.parts, strict=True)
     )
 
 
@@ -143,11 +152,64 @@ def check_window(num_tokens: int, decoder: Decoder, key: str) -> None:
         )
 
 
+def check_validation(section: ValidationSection, decoder: Decoder, tokenizer: Tokenizer | None) -> None:
+    """Stop at a [validation] that the model or the names of text sets do not allow; nothing is read or fetched.
+
+    Args:
+        section: to be checked.
+        decoder: the model's.
+        tokenizer: the model's; None where no more than its config.json is known.
+
+    Raises:
+        RefusedError: naming the key.
+    """
+    check_window(section.window_tokens, decoder, "validation.window_tokens")
+    if section.generated_tokens and tokenizer is not None:
+        if not tokenizer.has_template:
+            raise RefusedError(
+                "the model has no chat template, so it cannot be asked validation.prompt",
+                where="validation.generated_tokens",
+                fix="leave the question out with --set validation.generated_tokens=0, or add the chat template to the "
+                "model's tokenizer files",
+            )
+        tokenizer.render([("user", section.prompt)], answer=True)
+    for name in section.texts:
+        require_known(name, "validation")
+
+
+def text_to_judge_on(
+    section: ValidationSection,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    load: Callable[[str], TextSet] = lambda name: load_text_set(name, "validation"),
+) -> EvaluationText:
+    """The text of a [validation] that was checked.
+
+    Args:
+        section: names the text sets, and how much of each.
+        tokenizer: the model's.
+        progress: told what is going on.
+        load: gives a text set by its name.
+
+    Raises:
+        RefusedError: a text set cannot be read or is too short.
+        UnavailableError: a text set must be fetched and cannot be.
+    """
+    progress.stage("reading the validation text")
+    parts = [(load(name), None if windows == WHOLE else int(windows)) for name, windows in section.texts.items()]
+    return evaluation_text(parts, tokenizer, window_tokens=section.window_tokens, seed=section.seed)
+
+
+def decoder_of(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> Decoder:
+    """The code of a recipe's model, without weights."""
+    return Decoder(checkpoint.config, checkpoint.family, device=device, dtype=getattr(torch, recipe.compute.dtype))
+
+
 def judge(
     variants: Mapping[str, Artifact],
     source: Source,
     recipe: Recipe,
-    sets: Sequence[TextSet],
+    text: EvaluationText,
     *,
     device: torch.device,
     runtimes: Sequence[str],
@@ -160,7 +222,7 @@ def judge(
         variants: the artifact's variants by name, opened for reading.
         source: what it is held against.
         recipe: its validation and compute sections say how.
-        sets: the texts to judge by.
+        text: to judge by.
         device: where to compute.
         runtimes: who runs the artifact: "reference", or names of engines; each once.
         progress: told what is going on.
@@ -170,16 +232,7 @@ def judge(
         require_same_model(recipe.format, artifact, source.checkpoint)
     tokenizer = source.tokenizer
     section = recipe.validation
-    dtype = getattr(torch, recipe.compute.dtype)
-    decoder = Decoder(source.checkpoint.config, source.checkpoint.family, device=device, dtype=dtype)
-    check_window(section.window_tokens, decoder, "validation.window_tokens")
-    text = evaluation_text(
-        sets,
-        tokenizer,
-        window_tokens=section.window_tokens,
-        max_windows=section.max_windows,
-        seed=section.seed,
-    )
+    decoder = decoder_of(recipe, source.checkpoint, device)
     settings = Settings(recipe.compute.windows_per_batch, section.prompt, section.generated_tokens)
     progress.stage("running the reference model")
     key = fingerprint(
@@ -308,4 +361,4 @@ def _recipe_of(record: dict[str, Any] | None, name: str, model: str) -> Recipe:
     """The recipe an artifact is judged by: its own, or the defaults for somebody else's."""
     if record is None:
         return Recipe.of({"format": name, "model": {"id": model}})
-    return Recipe.of(record["recipe"])
+    return recorded_recipe(record)

@@ -15,14 +15,23 @@ import torch
 
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.index import Checkpoint
-from quantkit.checkpoint.layer import Decoder, free_bytes
+from quantkit.checkpoint.layer import free_bytes
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.engines.env import find_engine
 from quantkit.errors import QuantkitError, RefusedError
 from quantkit.formats import open_variants
 from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
 from quantkit.formats.shards import read_item, write_item
-from quantkit.judgement import check_window, judge, judged_as_stated, judged_by, stated_texts
+from quantkit.judgement import (
+    check_validation,
+    check_window,
+    decoder_of,
+    judge,
+    judged_as_stated,
+    judged_by,
+    stated_texts,
+    text_to_judge_on,
+)
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, in_passes, make_plan, require_here, together_bytes
@@ -34,9 +43,10 @@ from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, re
 from quantkit.source_pass import Calibration, SourcePass
 from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
 from quantkit.stream import Sinks, stream, survey
-from quantkit.texts import TextSet, load_text_set
+from quantkit.texts import TextSet, load_text_set, require_known
 from quantkit.upstream import adopt, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
+from quantkit.validation.text import EvaluationText
 from quantkit.workdir import Behind, Workdir, discard_work, locked, open_workdir, refuse_other
 
 T = TypeVar("T")
@@ -131,7 +141,7 @@ def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress,
         out: where.
         device: what would compute it.
         progress: told what is going on.
-        here: on this machine, so refuse what it cannot run.
+        here: on this machine, so refuse what it cannot run or fetch.
     """
     artifact = _Artifact(Job("", recipe, out), device, progress)
     artifact.plan(_Once(), here=here)
@@ -217,7 +227,7 @@ def build_all(
         for artifact in artifacts:
             if validated and artifact.record is not None:
                 with artifact.turn():
-                    artifact.judge(once)
+                    artifact.judge()
     return [artifact.outcome for artifact in artifacts]
 
 
@@ -301,6 +311,7 @@ class _Artifact:
         self.record: dict[str, Any] | None = None
         self.passes: list[tuple[str, Callable[[SourcePass], Iterator[None]]]] = []
         self._reused = False
+        self._text: EvaluationText | None = None  # to be judged on
         self._seconds = 0.0
         self._stages: dict[str, float] = {}
         self._engine_facts: dict[str, Any] | None = None
@@ -337,18 +348,20 @@ class _Artifact:
 
         Args:
             once: what others have opened already.
-            here: on this machine, so refuse what it cannot run.
+            here: on this machine, so refuse what it cannot run or fetch.
             reserved_bytes: of the disk, for others.
         """
         self._settle()
         model = self.recipe.model
         checkpoint = once(("described", model), partial(describe_checkpoint, model.id, model.revision, self.progress))
         self.method = _method(self.recipe, checkpoint, self.progress)
-        if not checkpoint.described:
-            once(("tokenizer", model), partial(tokenizer_of, checkpoint))
-        # a model that is only described is not to be built on this machine
+        # a model that is only described has no tokenizer, and is not to be built on this machine
         here = here and not checkpoint.described
-        self._find_needs(checkpoint, once, here=here, validated=True, reserved_bytes=reserved_bytes)
+        tokenizer = None if checkpoint.described else once(("tokenizer", model), partial(tokenizer_of, checkpoint))
+        self._check(checkpoint, tokenizer, once, validated=True)
+        self._find_needs(checkpoint, here=here, reserved_bytes=reserved_bytes)
+        if here and tokenizer is not None:
+            self._held_out(tokenizer, once)
 
     def open(self, once: _Once, *, fresh: bool, validated: bool, reserved_bytes: int) -> None:
         """Find the artifact complete, or find out what it will need. Hold its lock from here on.
@@ -373,12 +386,15 @@ class _Artifact:
         self._identity = _identity(recipe, self.source, self._texts, self.device, engine, self.method.read)
         self.record = _finished(self.job.out, self._identity, fresh=fresh)
         self._reused = self.record is not None
-        if self.record is None:
+        judging = validated and not self._is_judged
+        if self.record is None or judging:
             # checked now, used later
-            once(("tokenizer", model), lambda: self.source.tokenizer)
-            self._find_needs(
-                self.source.checkpoint, once, here=True, validated=validated, reserved_bytes=reserved_bytes
-            )
+            tokenizer = once(("tokenizer", model), lambda: self.source.tokenizer)
+            self._check(self.source.checkpoint, tokenizer, once, validated=judging)
+        if self.record is None:
+            self._find_needs(self.source.checkpoint, here=True, reserved_bytes=reserved_bytes)
+        if judging:
+            self._text = self._held_out(self.source.tokenizer, once)
 
     @property
     def _reads_text(self) -> bool:
@@ -389,18 +405,43 @@ class _Artifact:
         self.recipe = settled(self.recipe)
         use_threads(self.recipe.compute.threads)
 
-    def _find_needs(
-        self, checkpoint: Checkpoint, once: _Once, *, here: bool, validated: bool, reserved_bytes: int
-    ) -> None:
-        """The plan, once everything that can be known before it is known to be right."""
+    @property
+    def _is_judged(self) -> bool:
+        """Whether the artifact is there and was judged as the recipe says."""
+        if self.record is None or self.record["recipe"] != self.recipe.resolved():
+            return False
+        return judged_as_stated(self.record, self.recipe.validation.texts)
+
+    def _check(self, checkpoint: Checkpoint, tokenizer: Tokenizer | None, once: _Once, *, validated: bool) -> None:
+        """Stop at what the model or the names of text sets do not allow.
+
+        Args:
+            validated: refuse what could not be validated.
+        """
         recipe = self.recipe
         self._decoder = once(
-            ("decoder", checkpoint.folder, recipe.compute.dtype), partial(_decoder, recipe, checkpoint, self.device)
+            ("decoder", checkpoint.folder, recipe.compute.dtype), partial(decoder_of, recipe, checkpoint, self.device)
         )
         if self._reads_text:
             check_window(recipe.calibration.window_tokens, self._decoder, "calibration.window_tokens")
+            for name in recipe.calibration.texts:
+                require_known(name, "calibration")
         if validated:
-            check_window(recipe.validation.window_tokens, self._decoder, "validation.window_tokens")
+            check_validation(recipe.validation, self._decoder, tokenizer)
+
+    def _held_out(self, tokenizer: Tokenizer, once: _Once) -> EvaluationText:
+        """The text to judge on: what is wrong with it is found before the work, and what was read is used after it."""
+        section = self.recipe.validation
+
+        def load(name: str) -> TextSet:
+            return once(("held-out text", name), partial(load_text_set, name, "validation"))
+
+        key = ("held-out windows", self.recipe.model, *section.texts.items(), section.window_tokens, section.seed)
+        return once(key, partial(text_to_judge_on, section, tokenizer, self.progress, load))
+
+    def _find_needs(self, checkpoint: Checkpoint, *, here: bool, reserved_bytes: int) -> None:
+        """The plan of what was checked."""
+        recipe = self.recipe
         self.needed = make_plan(recipe, checkpoint, self.method, out=self.job.out, device=self.device)
         if here:
             require_here(
@@ -558,21 +599,19 @@ class _Artifact:
         work.publish()
         self.record = record
 
-    def judge(self, once: _Once) -> None:
+    def judge(self) -> None:
         """Judge it against its source, unless that was done by the same recipe before."""
         assert self.record is not None, "only what is there can be judged"
-        recipe, record = self.recipe, self.record
-        names = recipe.validation.texts
-        if record["recipe"] == recipe.resolved() and judged_as_stated(record, names):
+        if self._text is None:
             return
-        record = record | {"recipe": recipe.resolved()}
+        recipe = self.recipe
+        record = self.record | {"recipe": recipe.resolved()}
         variants = open_variants(recipe.format, self.job.out)
         runtimes = tuple(dict.fromkeys((REFERENCE_RUNTIME, *recipe.validation.require)))
-        sets = [once(("held-out text", name), partial(load_text_set, name, "validation")) for name in names]
         result = judge(
-            variants, self.source, recipe, sets, device=self.device, runtimes=runtimes, progress=self.progress
+            variants, self.source, recipe, self._text, device=self.device, runtimes=runtimes, progress=self.progress
         )
-        self.record = keep(self.job.out, record | judged_by(sets, result))
+        self.record = keep(self.job.out, record | judged_by(self._text, result))
 
 
 def _refuse_other_licence(recipe: Recipe, source: Source) -> None:
@@ -658,10 +697,6 @@ def _lay_out(checkpoint: Checkpoint, form: Format, work: Workdir) -> LaidOut | N
     if places.fresh:
         work.forget_items()
     return places
-
-
-def _decoder(recipe: Recipe, checkpoint: Checkpoint, device: torch.device) -> Decoder:
-    return Decoder(checkpoint.config, checkpoint.family, device=device, dtype=getattr(torch, recipe.compute.dtype))
 
 
 def _record(

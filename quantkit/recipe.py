@@ -11,10 +11,19 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import tomlkit
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    PlainValidator,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from quantkit.engines.env import list_engines
 from quantkit.errors import RefusedError
@@ -29,6 +38,21 @@ ALL = "all"
 ENGINES = tuple(engine.name for engine in list_engines() if engine.builds)
 WIDTH_IN_NAME = re.compile(r"(?<!\d)(\d)[-_ ]?bit", re.IGNORECASE)
 COMMIT = r"^[0-9a-f]{40}$"
+
+
+WHOLE: Final = "all"
+
+
+def _windows(value: Any) -> int | Literal["all"]:
+    if value == WHOLE or (type(value) is int and value >= 1):
+        return value
+    raise PydanticCustomError("windows", 'Input should be "all" or a number of windows from 1 up')
+
+
+Windows = Annotated[
+    int | Literal["all"],
+    PlainValidator(_windows, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal["all"]),
+]
 
 
 class ModelSection(Section):
@@ -48,7 +72,7 @@ class CalibrationSection(Section):
     texts: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default={"polish-core": 64},
         description="Windows to take from each text set: `polish-core`, `polish-plus`, `wikipedia-pl`, `nkjp1m`, "
-        "`poleval2018`, or the path of a .jsonl or .txt file.",
+        "`poleval2018`, or the path of a .jsonl or .txt file (.gz too). A set of the Hub may be pinned: `NAME@COMMIT`.",
     )
     window_tokens: int = Field(default=512, ge=16, description="Tokens per window.")
     seed: int = Field(default=0, description="Order in which documents are drawn.")
@@ -80,16 +104,13 @@ class GatesSection(Section):
 class ValidationSection(Section):
     """On which text, and how strictly, an artifact is judged."""
 
-    texts: tuple[str, ...] = Field(
-        default=("polish-core",), strict=False, description="Text sets; names or paths as for calibration."
+    texts: dict[str, Windows] = Field(
+        default={"polish-core": WHOLE},
+        description='Text sets, named as for calibration, each `"all"` of it, document by document, or a sample of so '
+        'many windows, drawn by `seed`. A list of names means `"all"` of each.',
     )
     window_tokens: int = Field(default=512, ge=16, description="Most tokens predicted per window.")
-    max_windows: int | None = Field(
-        default=None,
-        ge=1,
-        description="Use a sample of this many documents' windows, drawn by `seed`; all if left out.",
-    )
-    seed: int = Field(default=0, description="Draws the sample of `max_windows`.")
+    seed: int = Field(default=0, description="Draws the samples.")
     require: tuple[str, ...] = Field(
         default=("reference",), strict=False, description="Runtimes without whose result the gate fails."
     )
@@ -101,6 +122,13 @@ class ValidationSection(Section):
     variant_gates: dict[str, GatesSection] = Field(
         default={}, description="Limits by variant name; they replace those of `gates` key by key."
     )
+
+    @field_validator("texts", mode="before", json_schema_input_type=dict[str, Windows] | list[str])
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """A list of names means all of each."""
+        named = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+        return dict.fromkeys(value, WHOLE) if named else value
 
 
 class ComputeSection(Section):
@@ -179,7 +207,7 @@ class Recipe(Section):
             content["quantize"][key] = content["quantize"][key] and public_name(content["quantize"][key])
         calibration, validation = content["calibration"], content["validation"]
         calibration["texts"] = {public_name(name): number for name, number in calibration["texts"].items()}
-        validation["texts"] = [public_name(name) for name in validation["texts"]]
+        validation["texts"] = {public_name(name): number for name, number in validation["texts"].items()}
         return content
 
     def deciding(self) -> dict[str, Any]:

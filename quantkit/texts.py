@@ -4,12 +4,16 @@
 one is known.
 """
 
+import gzip
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from quantkit.errors import RefusedError
 from quantkit.home import shipped
@@ -23,12 +27,28 @@ SHIPPED: dict[str, dict[str, str]] = {
     "polish-plus": {"calibration": "plus.jsonl"},
 }
 MOST_DOCUMENTS = 20_000  # taken from a fetched set; more than any recipe uses
+COMMIT = re.compile("[0-9a-f]{40}")  # behind the @ of a name
 
-# sets by name that are fetched; `files` are taken in order until there are enough documents
+
+def _either(*files: str) -> dict[str, tuple[str, ...]]:
+    """Files of a set that is one piece."""
+    return {"calibration": files, "validation": files}
+
+
+# sets by name that are fetched; files are taken in order until there are enough documents
 HUB_TEXTS = {
-    "nkjp1m": HubText("ipipan/nkjp1m", ("*.parquet", "*.jsonl", "*.tsv"), licence="CC-BY-4.0"),
-    "wikipedia-pl": HubText("wikimedia/wikipedia", ("20231101.pl/*.parquet",), licence="CC-BY-SA-3.0 and GFDL"),
-    "poleval2018": HubText("enelpol/poleval2018_task3_test_10k", ("*corpus.txt",), licence="none stated"),
+    "nkjp1m": HubText(
+        "ipipan/nkjp1m",
+        {
+            "calibration": ("nkjp1m_train.jsonl.gz",),
+            "validation": ("nkjp1m_test.jsonl.gz", "nkjp1m_dev.jsonl.gz"),
+        },
+        licence="CC-BY-4.0",
+        # its only upload so far
+        revision="20b5dcbdbc4776c1412131c0b06b319eac97ef8b",
+    ),
+    "wikipedia-pl": HubText("wikimedia/wikipedia", _either("20231101.pl/*.parquet"), licence="CC-BY-SA-3.0 and GFDL"),
+    "poleval2018": HubText("enelpol/poleval2018_task3_test_10k", _either("*corpus.txt"), licence="none stated"),
 }
 
 
@@ -51,7 +71,7 @@ class TextSet:
     """Documents under a name.
 
     Attributes:
-        name: a set's name, or the file's name for one's own text.
+        name: a set's name as the recipe has it, or the file's name for one's own text.
         sha256: of the files it was read from.
         documents: in file order.
         revision: commit on the Hub, for fetched sets.
@@ -67,42 +87,72 @@ def load_text_set(name: str, split: Split) -> TextSet:
     """A text set by name or path.
 
     Args:
-        name: a name of `SHIPPED` or `HUB_TEXTS`, or the path of a .jsonl or .txt file.
-        split: which half of a shipped set; other sets are one piece.
+        name: a name of `SHIPPED` or `HUB_TEXTS`, the latter with `@` and a commit hash where a recipe pins it, or the
+            path of a .jsonl or .txt file, which may be packed with gzip.
+        split: which half of a set that has two; other sets are one piece.
 
     Raises:
         RefusedError: unknown name, invalid UTF-8, a malformed line, or nothing in it.
         UnavailableError: the set must be fetched and cannot be.
     """
+    require_known(name, split)
+    if _on_hub(name):
+        return _fetched(name, split)
+    path = _path(name, split)
+    return TextSet(name if name in SHIPPED else path.name, _sha256(path), tuple(read_documents(path)))
+
+
+def _on_hub(name: str) -> bool:
+    return name.partition("@")[0] in HUB_TEXTS
+
+
+def _path(name: str, split: Split) -> Path:
+    return shipped("calibration") / SHIPPED[name][split] if name in SHIPPED else Path(name)
+
+
+def require_known(name: str, split: Split) -> None:
+    """Stop at a name that means no text set; nothing is read or fetched.
+
+    Raises:
+        RefusedError: no set and no file of that name, a set without that half, or what is behind @ is no commit.
+    """
+    where = f"{split}.texts"
+    base, at, revision = name.partition("@")
+    if base in HUB_TEXTS:
+        if at and not COMMIT.fullmatch(revision):
+            raise RefusedError(
+                f"{name!r} does not name a commit", where=where, fix=f"write {base}@ and the 40 hex digits of one"
+            )
+        return
     if name in SHIPPED:
         if split not in SHIPPED[name]:
-            raise RefusedError(f"the text set {name} has no {split} half", fix="use polish-core")
-        path = shipped("calibration") / SHIPPED[name][split]
-        return TextSet(name, _sha256(path), tuple(read_documents(path)))
-    if name in HUB_TEXTS:
-        return _fetched(name)
+            raise RefusedError(f"the text set {name} has no {split} half", where=where, fix="use polish-core")
+        return
     path = Path(name)
-    if path.suffix not in (".jsonl", ".txt") or not path.is_file():
-        known = ", ".join([*SHIPPED, *HUB_TEXTS])
-        raise RefusedError(
-            f"no text set {name!r}",
-            fix=f"use one of {known}, or the path of a .jsonl or .txt file that exists",
-        )
-    return TextSet(path.name, _sha256(path), tuple(read_documents(path)))
+    if path.name.removesuffix(".gz").endswith((".jsonl", ".txt")) and path.is_file():
+        return
+    known = ", ".join([*SHIPPED, *HUB_TEXTS])
+    raise RefusedError(
+        f"no text set {name!r}",
+        where=where,
+        fix=f"use one of {known}, or the path of a .jsonl or .txt file that exists",
+    )
 
 
 def own_text(name: str) -> bool:
     """Whether a name means a file of one's own, so that its content alone says which text it is."""
-    return name not in SHIPPED and name not in HUB_TEXTS
+    return name not in SHIPPED and not _on_hub(name)
 
 
 def known_sha256(name: str, split: Split) -> str | None:
-    """The hash that `load_text_set` gives; None for a set that it would fetch.
-
-    Raises:
-        RefusedError: as there.
-    """
-    return None if name in HUB_TEXTS else load_text_set(name, split).sha256
+    """The hash that `load_text_set` gives; None for a set that it would fetch or refuse for its name."""
+    if _on_hub(name):
+        return None
+    try:
+        require_known(name, split)
+    except RefusedError:
+        return None
+    return _sha256(_path(name, split))
 
 
 def joined_sha256(hashes: Sequence[str]) -> str:
@@ -111,26 +161,31 @@ def joined_sha256(hashes: Sequence[str]) -> str:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Documents of a file: JSONL with `text` or `messages`, parquet with `text`, or one document of plain text.
+    """Documents of a file, which may be packed with gzip.
 
-    A plain text file whose name ends in `corpus.txt` holds one document per line, as PolEval's does.
+    * .jsonl: each line a document with `text` or `messages`, or a sentence with `tokens`, of which a text's
+      consecutive ones are put together;
+    * .parquet: each row's `text`;
+    * .txt: one document of plain text; one per line where the name ends in `corpus.txt`, as PolEval's does.
 
     Raises:
         RefusedError: naming file and line.
     """
-    if path.suffix == ".parquet":
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
         documents = list(_from_parquet(path))
     else:
         try:
-            content = path.read_text(encoding="utf-8")
+            content = _unpacked(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
         except UnicodeDecodeError as error:
             raise RefusedError(
                 f"not valid UTF-8 at byte {error.start}", where=str(path), fix="save the file as UTF-8"
             ) from None
-        lines = content.splitlines()
-        if path.suffix == ".jsonl":
-            documents = [_from_json(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-        elif path.name.endswith("corpus.txt"):
+        # not splitlines: JSON strings and prose may hold other characters that it breaks lines at
+        lines = content.split("\n")
+        if name.endswith(".jsonl"):
+            documents = _from_json_lines(lines, str(path))
+        elif name.endswith("corpus.txt"):
             documents = [Document(line) for line in lines if line.strip()]
         else:
             documents = [Document(content.strip())] if content.strip() else []
@@ -139,20 +194,104 @@ def read_documents(path: Path) -> Iterator[Document]:
     yield from documents
 
 
-def _from_json(line: str, where: str) -> Document:
-    problem = 'a line must be {"text": "..."} or {"messages": [{"role": ..., "content": ...}, ...]}'
+def _unpacked(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.suffix != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise RefusedError(
+            f"it cannot be unpacked: {error}", where=str(path), fix="it is truncated or damaged; get it again"
+        ) from None
+
+
+def _from_json_lines(lines: list[str], path: str) -> list[Document]:
+    """Documents of JSONL; consecutive sentences of one source text are one."""
+    entries = [
+        (f"{path}:{number}", _entry(line, f"{path}:{number}")) for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    documents = []
+    for text_id, group in groupby(entries, key=lambda found: _source_text(found[1])):
+        if text_id is None:
+            documents += [_document(entry, where) for where, entry in group]
+        else:
+            documents.append(Document(_running_text([_sentence(entry, where) for where, entry in group])))
+    return documents
+
+
+def _entry(line: str, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-        register = str(entry.get("register", ""))
+    except json.JSONDecodeError:
+        entry = None
+    if not isinstance(entry, dict):
+        raise _no_document(where)
+    return entry
+
+
+def _source_text(entry: dict[str, Any]) -> str | None:
+    """Which text a sentence of NKJP is from; None for what is no such sentence."""
+    text_id = entry.get("nkjp_text") if "tokens" in entry else None
+    return text_id if isinstance(text_id, str) else None
+
+
+def _document(entry: dict[str, Any], where: str) -> Document:
+    register = str(entry.get("register", ""))
+    try:
         if "messages" in entry:
             turns = tuple((str(turn["role"]), str(turn["content"])) for turn in entry["messages"])
             if turns:
                 return Document(messages=turns, register=register)
+        elif "tokens" in entry:
+            return Document(_sentence(entry, where).text, register=register)
         elif isinstance(entry.get("text"), str) and entry["text"].strip():
             return Document(entry["text"], register=register)
-    except (json.JSONDecodeError, AttributeError, KeyError, TypeError):
+    except (KeyError, TypeError):
         pass
-    raise RefusedError("the line is not a document", where=where, fix=problem)
+    raise _no_document(where)
+
+
+def _no_document(where: str) -> RefusedError:
+    fix = 'a line must be {"text": "..."} or {"messages": [{"role": ..., "content": ...}, ...]}'
+    return RefusedError("the line is not a document", where=where, fix=fix)
+
+
+@dataclass(frozen=True)
+class _Sentence:
+    """`follows_on`: nothing stands between it and the sentence before it."""
+
+    text: str
+    paragraph: str | None
+    follows_on: bool
+
+
+def _sentence(entry: dict[str, Any], where: str) -> _Sentence:
+    """A tokenized sentence as it was written: `nps` says of each token that no space precedes it."""
+    tokens, glued = entry["tokens"], entry.get("nps")
+    if (
+        not isinstance(tokens, list)
+        or not isinstance(glued, list)
+        or not all(isinstance(token, str) for token in tokens)
+        or not tokens
+        or len(tokens) != len(glued)
+    ):
+        raise RefusedError(
+            "the line is not a tokenized sentence",
+            where=where,
+            fix='it must have "tokens": [...] and "nps": [...] of the same length, true where no space precedes',
+        )
+    text = "".join(token if near else f" {token}" for token, near in zip(tokens, glued, strict=True))
+    return _Sentence(text.strip(), entry.get("nkjp_par"), bool(glued[0]))
+
+
+def _running_text(sentences: list[_Sentence]) -> str:
+    """Sentences of one text in a row, a line for each paragraph."""
+    text = sentences[0].text
+    for before, after in pairwise(sentences):
+        between = "\n" if after.paragraph != before.paragraph else "" if after.follows_on else " "
+        text += between + after.text
+    return text
 
 
 def _from_parquet(path: Path) -> Iterator[Document]:
@@ -164,17 +303,19 @@ def _from_parquet(path: Path) -> Iterator[Document]:
                 yield Document(text)
 
 
-def _fetched(name: str) -> TextSet:
+def _fetched(name: str, split: Split) -> TextSet:
+    base, _, revision = name.partition("@")
     documents: list[Document] = []
     digest = hashlib.sha256()
-    revision = None
-    for fetched in fetch_text_files(HUB_TEXTS[name]):
-        revision = fetched.revision
+    commit = None
+    for fetched in fetch_text_files(HUB_TEXTS[base], split, revision or None):
+        commit = fetched.revision
         digest.update(_sha256(fetched.path).encode())
         documents += read_documents(fetched.path)
         if len(documents) >= MOST_DOCUMENTS:
             break
-    return TextSet(name, digest.hexdigest(), tuple(documents[:MOST_DOCUMENTS]), revision)
+    assert documents, "a file without a document is refused, and so is a set without a file"
+    return TextSet(name, digest.hexdigest(), tuple(documents[:MOST_DOCUMENTS]), commit)
 
 
 def _sha256(path: Path) -> str:

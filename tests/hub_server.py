@@ -1,6 +1,7 @@
 """A model hub over real HTTP on this machine, with as much of the Hub's interface as publishing and fetching use.
 
-Repositories live in memory: branches are lists of commits, large files are kept by SHA-256 and checked against it.
+Repositories live in memory, those of data sets under a name with `datasets/` before it: branches are lists of commits,
+large files are kept by SHA-256 and checked against it.
 `faults` makes the next requests to a path fail in a chosen way.
 """
 
@@ -209,6 +210,8 @@ class Handler(BaseHTTPRequestHandler):
             self.model(*found.groups(), body)
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
             self.model(found[1], "revision", "main", body)
+        elif found := re.fullmatch(r"/api/(datasets/[^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
+            self.model(found[1], "revision", found[2] or "main", body)
         elif found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             objects = [
                 {"oid": wanted["oid"], "size": wanted["size"]}
@@ -218,7 +221,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(
                 200, {"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"}
             )
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+        elif found := re.fullmatch(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             self.resolve(*found.groups())
         else:
             self.fail(404, "EntryNotFound")

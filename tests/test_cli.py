@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,16 +152,115 @@ def test_json_is_the_only_thing_on_stdout(own_recipe, tmp_path):
     assert "tokenizer.json: changed" in broken.stdout
 
 
-def test_a_failed_gate_keeps_the_artifact_and_exits_with_3(own_recipe, tmp_path):
+def test_a_failed_gate_keeps_the_artifact_exits_with_3_and_is_not_published(own_recipe, tmp_path):
     gate = ("--set", "validation.gates.top1_agreement=1.0")
-    junit = tmp_path / "results" / "a.xml"
-    done = quantkit("build", str(own_recipe), "--out", str(tmp_path / "a"), *gate, "--junit", str(junit))
+    junit, out = tmp_path / "results" / "a.xml", tmp_path / "a"
+    done = quantkit("build", str(own_recipe), "--out", str(out), *gate, "--junit", str(junit))
     assert done.returncode == 3
     (failure,) = ElementTree.parse(junit).iter("failure")
     assert failure.get("message").startswith("reference: top1_agreement")
-    assert "error: the artifact is kept but may not be published:\n  reference: top1_agreement" in done.stderr
+    validation = json.loads((out / "quantkit.json").read_text())["validation"]
+    agreement = validation["variants"][0]["results"][0]["top1_agreement"]
+    assert agreement < 1
+    why = (
+        f"  reference: top1_agreement {agreement:.4f} < 1\n"
+        f"  at:  {out}\n"
+        "  fix: more bits, a smaller group, more calibration text, or other gates in the recipe\n"
+    )
+    assert done.stderr.endswith("\nerror: the artifact is kept but may not be published:\n" + why)
+    assert quantkit("inspect", str(out), "--verify").returncode == 0
+    published = quantkit("publish", str(out), "--repo", "an-org/a", "--dry-run")
+    assert (published.returncode, published.stdout) == (3, "")
+    assert published.stderr == "error: no variant passed its gates:\n" + why
+
+
+NO_SUCH_TEXT = (
+    "error: no text set 'polish-cor'\n"
+    "  at:  {key}\n"
+    "  fix: use one of polish-core, polish-plus, nkjp1m, wikipedia-pl, poleval2018, or the path of a .jsonl or .txt "
+    "file that exists\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "change", "expected"),
+    [
+        (
+            WORDS * 20,
+            'calibration.texts={"TEXT"=4000}',
+            "error: the text set text.txt gives 12 windows of 16 tokens, not 4000\n"
+            "  at:  calibration.texts\n"
+            "  fix: ask for fewer or shorter windows, or add text\n",
+        ),
+        (WORDS, 'calibration.texts={"polish-cor"=4}', NO_SUCH_TEXT.format(key="calibration.texts")),
+        (
+            b"ab\x00\xc3\x28",
+            "quantize.bits=4",
+            "error: not valid UTF-8 at byte 3\n  at:  TEXT\n  fix: save the file as UTF-8\n",
+        ),
+        (
+            " \n\n",
+            "quantize.bits=4",
+            "error: there is no text in it\n  at:  TEXT\n  fix: give a file with at least one document\n",
+        ),
+    ],
+    ids=["too short", "unknown", "not UTF-8", "empty"],
+)
+def test_text_that_will_not_do_is_refused(own_recipe, tmp_path, content, change, expected):
+    text, out = tmp_path / "text.txt", tmp_path / "a"
+    text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    change = change.replace("TEXT", str(text))
+    done = quantkit("build", str(own_recipe), "--out", str(out), "--device", "cpu", "--set", change)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith("\n" + expected.replace("TEXT", str(text))), done.stderr
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "a" / "quantkit.json").exists()
+    assert done.stdout == ""
+    assert not out.exists()
+    assert not (tmp_path / "a.work").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("validation.texts=['polish-cor']", NO_SUCH_TEXT.format(key="validation.texts")),
+        (
+            "validation.window_tokens=257",
+            "error: 257 tokens per window are more than the model's 256\n"
+            "  at:  validation.window_tokens\n"
+            "  fix: set validation.window_tokens to 256 or less\n",
+        ),
+        (
+            "validation.generated_tokens=3",
+            "error: the model has no chat template, so it cannot be asked validation.prompt\n"
+            "  at:  validation.generated_tokens\n"
+            "  fix: leave the question out with --set validation.generated_tokens=0, or add the chat template to the "
+            "model's tokenizer files\n",
+        ),
+    ],
+    ids=["unknown text", "long window", "no template"],
+)
+def test_plan_refuses_a_validation_that_cannot_be_made(own_recipe, tiny_mistral, tmp_path, change, expected):
+    model = shutil.copytree(tiny_mistral, tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    changes = ("--set", "validation.generated_tokens=0", "--set", change)
+    done = quantkit("plan", str(own_recipe), "--model", str(model), "--out", str(tmp_path / "a"), *changes)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.endswith(expected), done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_a_text_set_that_cannot_be_reached_exits_with_4(command, own_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    done = quantkit(command, str(own_recipe), "--out", str(tmp_path / "a"), "--set", "validation.texts={nkjp1m=4}")
+    assert done.returncode == 4, done.stderr
+    assert "error: cannot fetch text set ipipan/nkjp1m at revision 20b5dcb" in done.stderr
+    assert done.stderr.endswith(
+        "  at:  validation.texts\n"
+        "  fix: connect, or use the text that ships with quantkit: "
+        """--set 'calibration.texts={"polish-core"=24}' --set 'validation.texts=["polish-core"]'\n"""
+    )
+    assert not (tmp_path / "a.work").exists()
 
 
 def test_what_fails_before_the_gates_is_an_error_in_the_junit_file(own_recipe, tmp_path):

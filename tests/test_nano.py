@@ -116,7 +116,7 @@ def rounded(checkpoint, bits: int):
 def test_fewer_bits_cost_more(nano):
     checkpoint = open_checkpoint(nano)
     tokenizer = load_tokenizer(nano, vocab_size=checkpoint.config["vocab_size"])
-    text = evaluation_text([load_text_set("polish-core", "validation")], tokenizer, window_tokens=512)
+    text = evaluation_text([(load_text_set("polish-core", "validation"), None)], tokenizer, window_tokens=512)
     decoder = Decoder(checkpoint.config, checkpoint.family, device=torch.device("cpu"), dtype=torch.float32)
 
     def perplexity(source) -> float:

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit.errors import RefusedError, RunFailedError
+from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.formats.sidecars import COPIED
 from quantkit.judgement import validate
 from quantkit.machine import peak_memory_bytes
-from quantkit.pipeline import build
+from quantkit.pipeline import build, plan
+from quantkit.progress import Progress
 from quantkit.recipe import Recipe
-from quantkit.report.record import read_record
+from quantkit.report.record import read_record, write_record
 from quantkit.workdir import hash_files, work_folder
 from tests.tiny import WORDS
 
@@ -115,6 +116,84 @@ def test_a_build_killed_before_validation_is_only_validated(recipe, tmp_path):
     again = build(recipe, out=tmp_path / "a", device=CPU)
     assert again.reused
     assert again.record["validation"]["gate"]["passed"]
+
+
+def without_template(model: Path, folder: Path) -> Path:
+    shutil.copytree(model, folder)
+    (folder / "chat_template.jinja").unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected", "message"),
+    [
+        ({"texts": {"polish-cor": "all"}}, RefusedError, "no text set 'polish-cor'"),
+        (
+            {"texts": {"wikipedia-pl": 4}},
+            UnavailableError,
+            "cannot fetch text set wikimedia/wikipedia at revision main",
+        ),
+        ({"window_tokens": 257}, RefusedError, "257 tokens per window are more than the model's 256"),
+        ({"generated_tokens": 1}, RefusedError, "the model has no chat template"),
+    ],
+)
+def test_a_validation_that_cannot_be_made_is_refused_before_the_work(recipe, tmp_path, keys, expected, message):
+    model = without_template(Path(recipe.model.id), tmp_path / "model")
+    recipe = changed(changed(recipe, "model", id=str(model)), "validation", generated_tokens=0)
+    broken, out = changed(recipe, "validation", **keys), tmp_path / "a"
+    with pytest.raises(expected, match=message):
+        plan(broken, out=out, device=CPU, progress=Progress())
+    with pytest.raises(expected, match=message):
+        build(broken, out=out, device=CPU)
+    assert not out.exists()
+    assert not work_folder(out).exists()
+    assert build(broken, out=out, device=CPU, validated=False).record["validation"] is None
+    assert build(recipe, out=out, device=CPU).record["validation"]["gate"]["passed"], "it was only not judged"
+
+
+def test_validation_text_is_read_once_and_only_where_it_is_used(recipe, tmp_path, monkeypatch):
+    from quantkit import pipeline
+
+    plain, read = pipeline.load_text_set, []
+    note = {"calibration": lambda _: None, "validation": read.append}
+    monkeypatch.setattr(pipeline, "load_text_set", lambda name, split: note[split](name) or plain(name, split))
+    build(recipe, out=tmp_path / "a", device=CPU, validated=False)
+    assert len(read) == 0
+    build(recipe, out=tmp_path / "a", device=CPU)
+    assert len(read) == 1
+    build(recipe, out=tmp_path / "a", device=CPU)
+    assert len(read) == 1
+
+
+def test_a_model_without_chat_is_judged_without_the_question_where_no_recipe_asks_it(recipe, tmp_path):
+    model = without_template(Path(recipe.model.id), tmp_path / "model")
+    recipe = changed(changed(recipe, "model", id=str(model)), "validation", generated_tokens=0)
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    (out / "quantkit.json").unlink()
+    result = validate(out, model=str(model), texts=recipe.validation.texts, runtime="reference", device=CPU)
+    assert result["variants"][0]["results"][0]["answer"] is None
+    assert result["gate"]["passed"]
+
+
+def test_a_recipe_that_was_refused_does_not_stand_in_the_way_of_the_mended_one(recipe, text_file, tmp_path):
+    short = changed(recipe, "calibration", texts={str(text_file): 4000})
+    with pytest.raises(RefusedError, match="windows of 16 tokens, not 4000"):
+        build(short, out=tmp_path / "a", device=CPU)
+    assert not build(recipe, out=tmp_path / "a", device=CPU, validated=False).reused
+
+
+def test_a_record_with_the_keys_of_another_version_is_refused(recipe, tmp_path):
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    record = read_record(out)
+    record["recipe"]["validation"]["max_windows"] = None
+    write_record(out, record)
+    with pytest.raises(RefusedError) as caught:
+        validate(out, model=recipe.model.id, texts=(), runtime="reference", device=CPU)
+    assert str(caught.value) == (
+        "the artifact's recipe is of another version of quantkit: validation.max_windows\n"
+        "  at:  quantkit.json\n"
+        "  fix: judge it by a recipe of today: `quantkit build` with the same --out"
+    )
 
 
 def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(recipe, tmp_path):

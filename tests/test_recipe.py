@@ -59,6 +59,38 @@ def test_four_errors_at_once(tmp_path):
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ('["polish-core", "nkjp1m"]', {"polish-core": "all", "nkjp1m": "all"}),
+        ('{ "polish-core" = "all", "nkjp1m" = 100 }', {"polish-core": "all", "nkjp1m": 100}),
+    ],
+)
+def test_validation_texts_are_a_list_or_a_table(tmp_path, value, expected):
+    recipe = load_recipe(write(tmp_path, GOOD + f"[validation]\ntexts = {value}\n"))
+    assert recipe.validation.texts == expected
+    assert recipe.resolved()["validation"]["texts"] == expected
+    assert Recipe.of(recipe.resolved()) == recipe
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "true", '"some"', "1.5"])
+def test_a_sample_of_no_windows_is_refused(tmp_path, value):
+    with pytest.raises(RefusedError) as caught:
+        load_recipe(write(tmp_path, GOOD + f'[validation]\ntexts = {{ "nkjp1m" = {value} }}\n'))
+    (line,) = caught.value.what.splitlines()[1:]
+    assert line.startswith('  validation.texts.nkjp1m: Input should be "all" or a number of windows from 1 up, got ')
+
+
+@pytest.mark.parametrize("model", ["bielik-7b-instruct-v0.1", "bielik-11b-v2.3-instruct"])
+def test_large_models_are_judged_on_all_our_text_and_a_sample_of_nkjp(model):
+    names = [name for name in list_recipes() if name.startswith(f"{model}/")]
+    assert len(names) >= 7
+    for name in names:
+        section = load_recipe(find_recipe(name)).validation
+        assert section.texts == {"polish-core": "all", "nkjp1m": 100}, name
+        assert section.window_tokens == 2048, name
+
+
 def test_missing_keys_are_named(tmp_path):
     with pytest.raises(RefusedError, match=r"(?s)format: required.*model: required"):
         load_recipe(write(tmp_path, "[quantize]\nbits = 4\n"))

@@ -1,5 +1,6 @@
 """The shipped text keeps its promises, and text of one's own gets clear errors."""
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -106,6 +107,21 @@ def test_parquet_as_the_public_sets_have_it(tmp_path):
     assert [document.text for document in read_documents(path)] == ["Pierwszy.", "Trzeci."]
 
 
+def test_files_may_be_packed(tmp_path):
+    line = json.dumps({"text": "Ala ma kota.\u2028I psa."}, ensure_ascii=False)
+    path = write(tmp_path / "own.jsonl.gz", gzip.compress(f"{line}\r\n".encode()))
+    (document,) = load_text_set(str(path), "validation").documents
+    assert document.text == "Ala ma kota.\u2028I psa.", "a line ends where JSON lines do"
+    plain = write(tmp_path / "own.txt.gz", gzip.compress(b"Jeden\r\ndokument."))
+    assert [document.text for document in read_documents(plain)] == ["Jeden\ndokument."]
+
+
+def test_tokenized_sentences_without_a_text_to_belong_to_stand_alone(tmp_path):
+    lines = [{"tokens": ["Jeż", "śpi", "."], "nps": [False, False, True]}] * 2
+    path = write(tmp_path / "own.jsonl", "\n".join(json.dumps(line) for line in lines))
+    assert [document.text for document in read_documents(path)] == ["Jeż śpi."] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -119,6 +135,15 @@ def test_parquet_as_the_public_sets_have_it(tmp_path):
         ("a.jsonl", '{"messages": []}', "the line is not a document"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "the line is not a document"),
         ("a.jsonl", "{", "the line is not a document"),
+        ("a.jsonl", '{"tokens": ["a", "b"], "nps": [true]}', "the line is not a tokenized sentence"),
+        ("a.jsonl", '{"tokens": []}', "the line is not a tokenized sentence"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "ok"}')[:-9],
+            "it cannot be unpacked: Compressed file ended before the end-of-stream marker was reached",
+        ),
+        ("a.jsonl.gz", b'{"text": "ok"}', "it cannot be unpacked: Not a gzipped file (b'{\"')"),
+        ("a.txt.gz", gzip.compress(b""), "there is no text in it"),
     ],
 )
 def test_files_that_are_not_text(tmp_path, name, content, message):
@@ -147,8 +172,24 @@ def test_polish_plus_is_for_calibration_alone():
 
 
 def test_unknown_set():
-    with pytest.raises(RefusedError, match="no text set 'polish-cor'"):
+    with pytest.raises(RefusedError) as caught:
         load_text_set("polish-cor", "calibration")
+    assert str(caught.value) == (
+        "no text set 'polish-cor'\n"
+        "  at:  calibration.texts\n"
+        "  fix: use one of polish-core, polish-plus, nkjp1m, wikipedia-pl, poleval2018, or the path of a .jsonl or "
+        ".txt file that exists"
+    )
+
+
+def test_what_is_behind_the_at_sign_must_be_a_commit():
+    with pytest.raises(RefusedError) as caught:
+        load_text_set("wikipedia-pl@main", "validation")
+    assert str(caught.value) == (
+        "'wikipedia-pl@main' does not name a commit\n"
+        "  at:  validation.texts\n"
+        "  fix: write wikipedia-pl@ and the 40 hex digits of one"
+    )
 
 
 def test_a_public_set_without_a_network_names_the_way_out():

@@ -75,9 +75,7 @@ def windows_for(artifact: Exl2Artifact) -> dict[str, list[list[int]]]:
     vocabulary = int(artifact.config["vocab_size"])
     first = artifact.tensors.folder / Path(artifact.tensors.files[0]).parent
     tokenizer = load_tokenizer(first, vocab_size=vocabulary)
-    text = evaluation_text(
-        [load_text_set("polish-core", "validation")], tokenizer, window_tokens=TEXT, max_windows=TEXTS
-    )
+    text = evaluation_text([(load_text_set("polish-core", "validation"), TEXTS)], tokenizer, window_tokens=TEXT)
     causal = draw.integers(3, vocabulary, WINDOW).tolist()
     other = list(causal)
     other[CHANGED] = 3 + (other[CHANGED] - 2) % (vocabulary - 3)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantkit.errors import RefusedError, RunFailedError
-from quantkit.recipe import fingerprint
+from quantkit.recipe import Recipe, fingerprint
 from quantkit.report.schema import Record
 from quantkit.signature import SIGNATURE, SIGNATURES
 from quantkit.workdir import RECORD, hash_files, write_json
@@ -74,6 +74,23 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             fix="build the artifact again",
         ) from None
     return record
+
+
+def recorded_recipe(record: dict[str, Any]) -> Recipe:
+    """The recipe that an artifact was made by.
+
+    Raises:
+        RefusedError: it has keys that recipes of this version have not, or not like that.
+    """
+    try:
+        return Recipe.of(record["recipe"])
+    except ValidationError as error:
+        keys = ", ".join(dict.fromkeys(".".join(map(str, detail["loc"])) for detail in error.errors()))
+        raise RefusedError(
+            f"the artifact's recipe is of another version of quantkit: {keys}",
+            where=RECORD,
+            fix="judge it by a recipe of today: `quantkit build` with the same --out",
+        ) from None
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:

@@ -171,6 +171,16 @@ class JudgedVariant(Part):
     gate: Verdict
 
 
+class JudgedPart(Part):
+    """A text set that it was judged on."""
+
+    name: str
+    sha256: str = Sha256
+    revision: str | None = Field(description="Commit of the data set, where it is from the Hub.")
+    windows: int = Field(ge=0)
+    sampled: bool = Field(description="The windows are a sample of the set, not all of it.")
+
+
 class JudgedText(Part):
     """The text it was judged on."""
 
@@ -180,6 +190,7 @@ class JudgedText(Part):
     tokens: int
     words: int
     bytes: int
+    parts: list[JudgedPart] = Field(default=[], description="The text sets that it is made of.")
 
 
 class Validation(Part):

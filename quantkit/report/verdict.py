@@ -10,7 +10,11 @@ from quantkit.validation.gate import judge
 def judged_on_own_texts(record: dict[str, Any]) -> bool:
     """Whether a record's verdict is on the texts of its recipe, by their names and content."""
     texts, validation = record.get("validation_texts"), record["validation"]
-    if not texts or validation is None or [text["name"] for text in texts] != record["recipe"]["validation"]["texts"]:
+    if (
+        not texts
+        or validation is None
+        or [text["name"] for text in texts] != list(record["recipe"]["validation"]["texts"])
+    ):
         return False
     hashes = [text["sha256"] for text in texts]
     return None not in hashes and joined_sha256(hashes) == validation["text"]["sha256"]
@@ -18,7 +22,9 @@ def judged_on_own_texts(record: dict[str, Any]) -> bool:
 
 def own_failures(variant: dict[str, Any], record: dict[str, Any]) -> list[str]:
     """Why a judged variant may not be published: what was recorded, and what the recipe's gates say of its figures."""
-    section = ValidationSection.model_validate(record["recipe"]["validation"])
+    # the keys that decide it, so that a record of another version is judged too
+    stated = {key: record["recipe"]["validation"][key] for key in ("gates", "variant_gates", "require")}
+    section = ValidationSection.model_validate(stated)
     recorded = [] if variant["gate"]["passed"] else variant["gate"]["failures"]
     reference = record["validation"]["reference"]
     found = judge(variant["results"], gates_of(section, variant["name"]), section.require, reference)

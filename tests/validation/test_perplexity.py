@@ -47,7 +47,7 @@ def models(tmp_path_factory):
 def text_of(folder, limit=16):
     tokenizer = load_tokenizer(folder, vocab_size=384)
     text_set = TextSet("own", "0" * 64, tuple(Document(text) for text in TEXTS))
-    return evaluation_text([text_set], tokenizer, window_tokens=limit), tokenizer
+    return evaluation_text([(text_set, None)], tokenizer, window_tokens=limit), tokenizer
 
 
 def judged(folder, text, batch=4):
