@@ -25,7 +25,7 @@ COUNTED = {
     "awq": {"forward": 64994.93, "statistics": 2382.36, "solve": 7449.08, "loops": 748.29},
     "compressed-tensors": {"forward": 1107.3, "statistics": 2382.36, "solve": 7449.08, "loops": 748.29},
     # with the measurement
-    "exl2": {"forward": 24283.45, "statistics": 4781.51, "solve": 1164.71, "loops": 2606.81},
+    "exl2": {"forward": 19720.04, "statistics": 4781.51, "solve": 1164.71, "loops": 2606.81},
     "gguf": {"forward": 1107.3, "statistics": 2399.14, "solve": 1044.38, "loops": 71.02},
     # two streams, as MLX has them, which has the ends besides
     "gptq": {"forward": 2214.59, "statistics": 5838.47, "solve": 8480.88, "loops": 748.29},

@@ -159,8 +159,4 @@ def _least(tried_CO: Tensor, scale_CO: Tensor, weight_IO: Tensor, importance_I: 
     usable_CO = torch.where(scale_CO == 0, 1.0, scale_CO)
     zero_CO = torch.full_like(scale_CO, 2 ** (bits - 1))
     error_CO = rounding_errors(weight_IO, importance_I, usable_CO, zero_CO, 2**bits - 1)
-    best_O, least_O = tried_CO[0], error_CO[0]
-    for other_O, error_O in zip(tried_CO[1:], error_CO[1:], strict=True):
-        better_O = error_O < least_O
-        best_O, least_O = torch.where(better_O, other_O, best_O), torch.where(better_O, error_O, least_O)
-    return best_O
+    return tried_CO.gather(0, error_CO.argmin(0, keepdim=True))[0]

@@ -1,24 +1,25 @@
 """What each mixture of EXL2 does to a sub-layer's output, and which to take for a target of bits per weight.
 
-Statistics and one factorization per input serve every mixture; a mixture that several options name is solved once.
+Statistics and one factorization per input serve every mixture; a mixture that several options name is solved once, and
+what comes out of it for the tokens that are compared is kept instead of its weights.
 Figures have the shape of exllamav2's measurement.json, so that either program can read the other's.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.checkpoint.families import Stage
 from quantkit.checkpoint.layer import DecoderLayer
-from quantkit.costs import Cost, LayerWork, Shape, StageWork, total
+from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, Shape, StageWork, total
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import SCALE_BITS, UNIT, WIDTHS, Mixture, Part
 from quantkit.grids.exl2_options import ATTENTION, LINEARS, MLP, OPTIONS, Option
-from quantkit.qtensor import QuantizedLinear
 from quantkit.solvers.exl2 import activation_factor, solve_exl2
 from quantkit.solvers.gptq import feedback_cost
 from quantkit.solvers.knapsack import Choice, choose
@@ -28,7 +29,8 @@ UNMEASURED = ("model.norm.norm", "lm_head.linear")  # as exllamav2's measurement
 WINDOWS = 4
 Measured = dict[str, list[dict[str, Any]]]
 """Options with their accuracy, by the sub-layer's full name."""
-Solved = dict[tuple[str, Mixture], QuantizedLinear]
+Groups = tuple[tuple[int, int], ...]
+"""(bits, channels) of each group."""
 
 
 @dataclass(frozen=True)
@@ -66,35 +68,44 @@ class OptionTrial:
         float32: what 8-bit codes change is less than what bfloat16 rounds away.
         """
         _in_float32(layer)
+        weights = sum(linear.weight.numel() for linear in layer.linears.values())
         length = min(-(-self.tokens // len(hidden_BTD)), hidden_BTD.shape[1])
         hidden_BTD = hidden_BTD[:, :length].float()
         rope = (rope[0][:, :length].float(), rope[1][:, :length].float())
         found: Measured = {}
         for block, stages in ((ATTENTION, layer.family.stages[:2]), (MLP, layer.family.stages[2:])):
-            solved = self._solved(layer, block, stages, statistics)
             inputs_BTD = layer.normed(stages[0], hidden_BTD)
             exact_BTD = layer.block_output(stages[0], inputs_BTD, rope)
             hidden_BTD += exact_BTD
             norm_B = _norms(hidden_BTD)
-            weights = {linear: layer.linears[f"{block}.{linear}"].weight for linear in LINEARS[block]}
-            exact = {linear: weight.data for linear, weight in weights.items()}
-            shapes = {linear: (weight.shape[0], weight.shape[1]) for linear, weight in weights.items()}
-            rows = found[layer.linear_name(block)] = []
-            *_, closing = LINEARS[block]
-            held: dict[str, Mixture] = {}
-            for option in OPTIONS[block]:
-                changed = _changed(option, held)
-                held = dict(option.mixtures)
-                for linear in changed:
-                    weights[linear].data = solved[linear, held[linear]].dequantize()
-                if changed != [closing]:
-                    closing_BTF = layer.closing_input(stages[0], inputs_BTD, rope)
-                share_B = _norms(layer.block_output(stages[1], closing_BTF, rope) - exact_BTD) / norm_B
-                accuracy = max(LEAST_ACCURACY, 1 - float(share_B.mean()))
-                rows.append(option_row(accuracy, option.stored_bits(shapes), held))
-            for linear, weight in weights.items():
-                weight.data = exact[linear]
-        return {"weights": sum(linear.weight.numel() for linear in layer.linears.values()), "measured": found}
+            linears = {linear: layer.linears[f"{block}.{linear}"] for linear in LINEARS[block]}
+            shapes = {linear: (module.out_features, module.in_features) for linear, module in linears.items()}
+            cut = {option: _cut(option, shapes) for option in OPTIONS[block]}
+            biases = {linear: module.bias for linear, module in linears.items()}
+            outputs = {
+                (linear, groups): functional.linear(inputs_BTD, weight_OI, biases[linear])
+                for linear, groups, weight_OI in self._solved(layer, stages[0], statistics)
+            }
+            closing_inputs: dict[tuple[Groups, ...], Tensor] = {}
+            for *opened, _ in cut.values():
+                if tuple(opened) not in closing_inputs:
+                    for linear, groups in zip(LINEARS[block], opened, strict=False):
+                        layer.replace(f"{block}.{linear}", _Given(outputs[linear, groups]))
+                    closing_inputs[tuple(opened)] = layer.closing_input(stages[0], inputs_BTD, rope)
+            del outputs
+            accuracy: dict[tuple[Groups, ...], float] = {}
+            wanted = set(cut.values())
+            for closing, groups, weight_OI in self._solved(layer, stages[1], statistics):
+                for before, closing_BTF in closing_inputs.items():
+                    if (*before, groups) in wanted:
+                        error_BTD = functional.linear(closing_BTF, weight_OI, biases[closing]) - exact_BTD
+                        share = float((_norms(error_BTD) / norm_B).mean())
+                        accuracy[(*before, groups)] = max(LEAST_ACCURACY, 1 - share)
+            found[layer.linear_name(block)] = [
+                option_row(accuracy[cut[option]], option.stored_bits(shapes), dict(option.mixtures))
+                for option in OPTIONS[block]
+            ]
+        return {"weights": weights, "measured": found}
 
     def cost(self, layer: LayerWork) -> Cost:
         """Every linear solved with each of its mixtures, and each option's walk through its block."""
@@ -102,47 +113,53 @@ class OptionTrial:
         qkv, o, gate_up, down = layer.stages.values()
         attention = 2 * layer.window * layer.attention_columns
         tokens = min(self.tokens, self.windows * layer.window)
-        walked = sum(
-            2.0 * tokens * (openings * (sum(shape.size for shape in opening.shapes) + beside) + options * closing)
-            for (openings, options), opening, beside, closing in (
-                (_steps(ATTENTION), qkv, attention, o.largest),
-                (_steps(MLP), gate_up, 0, down.largest),
-            )
-        )
-        return solved + Cost({"forward": walked})
+        walked, held = 0.0, 0
+        for opening, closing, beside in ((qkv, o, attention), (gate_up, down, 0)):
+            tried = _tried(opening)
+            combinations, options = _steps(closing)
+            walked += 2.0 * tokens * (sum(shape.size for shape in tried) + combinations * beside)
+            walked += 2.0 * tokens * options * closing.largest
+            held = max(held, tokens * (sum(shape.rows for shape in tried) + combinations * closing.columns))
+        memory_bytes = solved.memory_bytes + FLOAT_BYTES * (held + layer.forward_weights)
+        return Cost(solved.operations | {"forward": walked}, memory_bytes)
 
     def _solved(
-        self, layer: DecoderLayer, block: str, stages: Sequence[Stage], statistics: Mapping[str, Statistics]
-    ) -> Solved:
-        """Every linear of a block with every mixture that an option gives it; what comes to the same is solved once."""
-        solved: Solved = {}
-        for stage in stages:
-            where = layer.linear_name(stage.linears[0])
-            factor = activation_factor(statistics[stage.name], self.damping, where=where)
-            for full in stage.linears:
-                linear = full.rsplit(".", 1)[1]
-                weight_OI = layer.linears[full].weight.to(factor.upper_II.dtype)
-                by_groups: dict[tuple[tuple[int, int], ...], QuantizedLinear] = {}
-                for mixture in dict.fromkeys(dict(option.mixtures)[linear] for option in OPTIONS[block]):
-                    groups = mixture.groups(weight_OI.shape[1])
-                    if groups not in by_groups:
-                        by_groups[groups], _ = solve_exl2(
-                            weight_OI, factor, mixture, candidates=self.candidates, where=layer.linear_name(full)
-                        )
-                    solved[linear, mixture] = by_groups[groups]
-        return solved
+        self, layer: DecoderLayer, stage: Stage, statistics: Mapping[str, Statistics]
+    ) -> Iterator[tuple[str, Groups, Tensor]]:
+        """(linear, groups, float32 weights) for every way in which an option cuts the channels of a stage's linears."""
+        where = layer.linear_name(stage.linears[0])
+        factor = activation_factor(statistics[stage.name], self.damping, where=where)
+        for full in stage.linears:
+            block, linear = full.rsplit(".", 1)
+            weight_OI = layer.linears[full].weight.to(factor.upper_II.dtype)
+            mixtures = [dict(option.mixtures)[linear] for option in OPTIONS[block]]
+            for groups, mixture in {mixture.groups(weight_OI.shape[1]): mixture for mixture in mixtures}.items():
+                solved, _ = solve_exl2(
+                    weight_OI, factor, mixture, candidates=self.candidates, where=layer.linear_name(full)
+                )
+                yield linear, groups, solved.dequantize()
 
 
-def _changed(option: Option, held: Mapping[str, Mixture]) -> list[str]:
-    return [linear for linear, mixture in option.mixtures if held.get(linear) != mixture]
+class _Given(nn.Module):
+    """Stands for a linear whose output is known."""
+
+    def __init__(self, output_BTO: Tensor) -> None:
+        super().__init__()
+        self.output_BTO = output_BTO
+
+    def forward(self, inputs_BTD: Tensor) -> Tensor:
+        return self.output_BTO
 
 
-def _steps(block: str) -> tuple[int, int]:
-    """How often the opening linears of a block are walked while all options are tried, and the closing one."""
-    *_, closing = LINEARS[block]
-    before = [{}, *(dict(option.mixtures) for option in OPTIONS[block])]
-    changes = [_changed(option, held) for option, held in zip(OPTIONS[block], before, strict=False)]
-    return sum(changed != [closing] for changed in changes), len(changes)
+def _cut(option: Option, shapes: Mapping[str, tuple[int, int]]) -> tuple[Groups, ...]:
+    """The groups of each of a block's linears."""
+    return tuple(mixture.groups(shapes[linear][1]) for linear, mixture in option.mixtures)
+
+
+def _steps(closing: StageWork) -> tuple[int, int]:
+    """How many combinations of its opening linears the options of a block have, and how many options there are."""
+    *_, block, _ = closing.shapes[0].name.split(".")
+    return len({option.mixtures[:-1] for option in OPTIONS[block]}), len(OPTIONS[block])
 
 
 def _tried(stage: StageWork) -> tuple[Shape, ...]:
