@@ -116,7 +116,7 @@ class OptionTrial:
         walked, held = 0.0, 0
         for opening, closing, beside in ((qkv, o, attention), (gate_up, down, 0)):
             tried = _tried(opening)
-            combinations, options = _steps(closing)
+            combinations, options = _steps(opening, closing)
             walked += 2.0 * tokens * (sum(shape.size for shape in tried) + combinations * beside)
             walked += 2.0 * tokens * options * closing.largest
             held = max(held, tokens * (sum(shape.rows for shape in tried) + combinations * closing.columns))
@@ -156,10 +156,12 @@ def _cut(option: Option, shapes: Mapping[str, tuple[int, int]]) -> tuple[Groups,
     return tuple(mixture.groups(shapes[linear][1]) for linear, mixture in option.mixtures)
 
 
-def _steps(closing: StageWork) -> tuple[int, int]:
-    """How many combinations of its opening linears the options of a block have, and how many options there are."""
+def _steps(opening: StageWork, closing: StageWork) -> tuple[int, int]:
+    """How many different combinations of its opening linears the options of a block have, and of all its linears."""
+    shapes = {shape.name.rsplit(".", 1)[1]: (shape.rows, shape.columns) for shape in opening.shapes + closing.shapes}
     *_, block, _ = closing.shapes[0].name.split(".")
-    return len({option.mixtures[:-1] for option in OPTIONS[block]}), len(OPTIONS[block])
+    cuts = {_cut(option, shapes) for option in OPTIONS[block]}
+    return len({cut[:-1] for cut in cuts}), len(cuts)
 
 
 def _tried(stage: StageWork) -> tuple[Shape, ...]:
