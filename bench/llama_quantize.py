@@ -2,46 +2,37 @@
 
     python -m bench.llama_quantize RECIPE.toml OUT
 
-The 16-bit file is written by quantkit, for llama.cpp's converter runs with its own checkout of gguf-py only; each
-type is made by `llama_model_quantize` of the `llama-cpp` engine in a process of its own, as by the command line tool,
-without an importance matrix. The 16-bit file stays beside the others.
+The 16-bit file is written by quantkit, for llama.cpp's converter runs with its own checkout of gguf-py only; the types
+are made by `llama_model_quantize` in the runner of the `llama-cpp` engine, without an importance matrix. The 16-bit
+file stays beside the others.
 """
 
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from quantkit.engines.env import environment_python, find_engine
-from quantkit.engines.runtime import variables
-from quantkit.formats.gguf.mixtures import MIXTURES
+from quantkit.engines import runtime
+from quantkit.engines.env import find_engine
 from quantkit.pipeline import build
 from quantkit.recipe import load_recipe
-
-ENGINE = "llama-cpp"
-QUANTIZE = """
-import ctypes, sys
-import llama_cpp
-llama_cpp.llama_backend_init()
-params = llama_cpp.llama_model_quantize_default_params()
-params.ftype, params.nthread = int(sys.argv[3]), int(sys.argv[4])
-sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
-"""
 
 
 def main() -> None:
     recipe, out = load_recipe(Path(sys.argv[1])), Path(sys.argv[2])
     dense = recipe.quantize.model_copy(update={"types": ("BF16",), "imatrix": False, "solver": "search"})
-    build(recipe.model_copy(update={"quantize": dense}), out=out, device=torch.device("cpu"), validated=False)
-    engine, stem, threads = find_engine(ENGINE), out / recipe.quantize.name, recipe.compute.threads
-    for kind in recipe.quantize.types:
-        arguments = [f"{stem}.BF16.gguf", f"{stem}.{kind}.gguf", str(MIXTURES[kind].number), str(threads)]
-        subprocess.run(
-            [str(environment_python(engine)), "-I", "-c", QUANTIZE, *arguments],
-            env=variables(engine, threads, "cpu"),
-            check=True,
-        )
+    whole = recipe.model_copy(update={"quantize": dense})
+    build(whole, out=out / "16-bit", device=torch.device("cpu"), validated=False)
+    runtime.build(
+        find_engine("llama-cpp"),
+        recipe.format,
+        out / "16-bit",
+        np.zeros((0, 0)),
+        {"types": list(recipe.quantize.types), "name": recipe.quantize.name, "imatrix": False},
+        out / "types",
+        threads=recipe.compute.threads,
+    )
 
 
 if __name__ == "__main__":

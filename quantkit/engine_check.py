@@ -1,5 +1,6 @@
 """An engine put to the test on bielik-nano: it builds and reads its own; if it only reads, an artifact of ours."""
 
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -44,26 +45,31 @@ def check_engine(engine: Engine, model: str, progress: Progress) -> dict[str, An
     """
     device = "cpu" if "cpu" in engine.hardware else engine.hardware[0]
     require(engine, device)
-    if engine.builds:
+    if engine.builds and engine.takes_checkpoint:
         return check(engine, open_source(model, None, progress).checkpoint.folder, device=device)
     return read_check(engine, model, progress, device=device)
 
 
-def _shipped(made: str, model: str) -> Recipe:
-    """bielik-nano's first recipe of a format, for another folder of it, on few windows."""
-    names = (name for name in list_recipes() if name.startswith(f"{NAME}/"))
-    changes = (f'calibration.texts={{"{TEXT}"=8}}', f"calibration.window_tokens={WINDOW_TOKENS}")
-    recipes = (load_recipe(find_recipe(name), changes, model=model) for name in names)
-    return next(recipe for recipe in recipes if recipe.format == made)
+def _shipped(made: str, model: str, engine: Engine) -> Recipe:
+    """bielik-nano's first recipe of a format, for another folder of it, on few windows, by the engine if it can."""
+    paths = (find_recipe(name) for name in list_recipes() if name.startswith(f"{NAME}/"))
+    path = next(path for path in paths if load_recipe(path).format == made)
+    changes: tuple[str, ...] = (f'calibration.texts={{"{TEXT}"=8}}', f"calibration.window_tokens={WINDOW_TOKENS}")
+    if made in engine.builds:
+        own = {f"quantize.{key}": value for key, value in engine.own_values(made).items()}
+        changes += (f"engine={engine.name}", *(f"{key}={json.dumps(value)}" for key, value in own.items()))
+    return load_recipe(path, changes, model=model)
 
 
 def read_check(engine: Engine, model: str, progress: Progress, *, device: str) -> dict[str, Any]:
-    """Let an engine read an artifact of ours in the first of its formats, and hold it against our own decode.
+    """Let an engine read an artifact in the first of its formats, and hold it against our own decode.
+
+    The artifact is one of ours, or one that it builds from what we prepare.
 
     Returns:
         {"package", "version", "read", "ratio", "ratio_of_reference", "evaluate_seconds"}
     """
-    recipe = _shipped(engine.reads[0], model)
+    recipe = _shipped(engine.reads[0], model, engine)
     use_threads(recipe.compute.threads)
     with tempfile.TemporaryDirectory(prefix="quantkit-check-") as folder:
         done = build(recipe, out=Path(folder) / "artifact", device=torch.device("cpu"), validated=False)
@@ -81,10 +87,11 @@ def read_check(engine: Engine, model: str, progress: Progress, *, device: str) -
         tensors = artifact.tensors
         logits = evaluate(engine, tensors.folder, text.windows, files=tensors.files, device=device)
         theirs = logits_result(engine.name, logits, reference, text)
+    whose = "of its own" if recipe.upstream else "of ours"
     # a comparison with NaN is false
     if not abs(theirs["ratio"] / ours["ratio"] - 1) <= LARGEST_DISTANCE:
         raise RunFailedError(
-            f"the engine {engine.name} reads {name} of ours as something else: its perplexity is {theirs['ratio']:.3f} "
+            f"the engine {engine.name} reads {name} {whose} as something else: its perplexity is {theirs['ratio']:.3f} "
             f"times the source's, where {ours['ratio']:.3f} is right",
             where=str(environment_of(engine)),
             fix=f"remove that folder and run `{engine.install_command}`",

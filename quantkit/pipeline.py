@@ -34,7 +34,7 @@ from quantkit.judgement import (
 )
 from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
 from quantkit.methods import METHODS, Method
-from quantkit.plan import Plan, in_passes, make_plan, require_here, together_bytes
+from quantkit.plan import Plan, in_passes, make_plan, reads_text, require_here, together_bytes
 from quantkit.progress import Progress, timed
 from quantkit.qtensor import Item
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
@@ -44,7 +44,7 @@ from quantkit.source_pass import Calibration, SourcePass
 from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
 from quantkit.stream import Sinks, stream, survey
 from quantkit.texts import TextSet, load_text_set, require_known
-from quantkit.upstream import adopt, quantize_upstream, settled
+from quantkit.upstream import adopt, adopt_files, prepare, prepared_items, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
 from quantkit.validation.text import EvaluationText
 from quantkit.workdir import Behind, Workdir, discard_work, locked, open_workdir, refuse_other
@@ -398,8 +398,8 @@ class _Artifact:
 
     @property
     def _reads_text(self) -> bool:
-        """Whether calibration text is used: by an engine always, for it is not known what it does with it."""
-        return self.recipe.engine != OWN_ENGINE or bool(self.method.solvers.needs)
+        """Whether calibration text is used."""
+        return reads_text(self.recipe, self.method)
 
     def _settle(self) -> None:
         self.recipe = settled(self.recipe)
@@ -454,8 +454,9 @@ class _Artifact:
         self._calibration = _calibration(recipe, self._texts, source, once)
         # a recipe that is refused leaves no work that the mended one would be held against
         self._work = open_workdir(self.job.out, self._identity, fresh=fresh)
-        if recipe.engine != OWN_ENGINE:
-            self.passes = [("quantize", self._upstream)]
+        if recipe.upstream is not None:
+            prepares = [] if recipe.upstream.takes_checkpoint else [("prepare", self._prepare)]
+            self.passes = [*prepares, ("quantize", self._upstream)]
         else:
             measures = [("measure", self._survey)] if self.method.survey is not None else []
             self.passes = [*measures, ("quantize", self._quantize)]
@@ -542,15 +543,35 @@ class _Artifact:
         with timed(seconds, "write"):
             write_item(path, tensors if self._places is None else self._places.write(tensors))
 
+    @property
+    def _prepared(self) -> Path:
+        """Folder of what an engine starts from that is not given the checkpoint."""
+        return self._work.folder / "prepared"
+
+    def _prepare(self, shared: SourcePass) -> Iterator[None]:
+        """Write what the engine starts from."""
+        checkpoint = self.source.checkpoint
+        names = checkpoint.items
+        return prepare(
+            checkpoint,
+            self.recipe,
+            self._calibration,
+            self._prepared,
+            decoder=self._decoder,
+            sinks=Sinks(item=lambda name: self.progress.steps("prepare", names.index(name), len(names))),
+            shared=shared,
+        )
+
     def _upstream(self, shared: SourcePass) -> Iterator[None]:
         """Let an engine do it, in one step."""
-        assert self._calibration is not None, "an engine is always given text"
-        engine = self.recipe.engine
-        self.progress.stage(f"{engine} is quantizing")
+        engine, calibration = self.recipe.upstream, self._calibration
+        assert engine is not None, "an engine was asked for"
+        assert calibration is not None or not engine.takes_checkpoint, "it is not known what an engine needs"
+        self.progress.stage(f"{engine.name} is quantizing")
         self._engine_facts = quantize_upstream(
-            find_engine(engine),
-            self.source.checkpoint.folder,
-            self._calibration.tokens_WT,
+            engine,
+            self.source.checkpoint.folder if engine.takes_checkpoint else self._prepared,
+            torch.zeros(0, 0, dtype=torch.int64) if calibration is None else calibration.tokens_WT,
             self.recipe,
             self._work.folder / "engine",
             device=self.device,
@@ -562,14 +583,19 @@ class _Artifact:
         source, work, form = self.source, self._work, self.method.format
         self.progress.stage("writing the artifact")
         with timed(self._stages, "write"):
-            if self.recipe.engine == OWN_ENGINE:
+            if self.recipe.upstream is None:
                 items = [work.path(name) for name in source.checkpoint.items]
                 variants = work.assemble(
                     lambda folder: form.assemble(source.checkpoint, items, folder),
                     kept=frozenset() if self._places is None else self._places.files,
                 )
             else:
-                work.assemble(lambda folder: adopt(work.folder / "engine", source.checkpoint, folder))
+                left = work.folder / "engine"
+                if self.recipe.upstream.takes_checkpoint:
+                    work.assemble(lambda folder: adopt(left, source.checkpoint, folder))
+                else:
+                    items = prepared_items(source.checkpoint, self._prepared)
+                    work.assemble(lambda folder: adopt_files(left, form, source.checkpoint, items, folder))
                 opened = open_variants(self.recipe.format, work.artifact)
                 variants = {name: artifact.tensors.files for name, artifact in opened.items()}
         record = _record(self.recipe, source, self._texts, self._identity, self.device, self._calibration)

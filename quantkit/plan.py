@@ -127,10 +127,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     Raises:
         RefusedError: the format cannot hold a linear; every problem is named.
     """
-    if recipe.engine != OWN_ENGINE:
-        find_engine(recipe.engine).require_model(checkpoint.family.model_type)
+    engine = recipe.upstream
+    if engine is not None:
+        engine.require_model(checkpoint.family.model_type)
     several = isinstance(method.format, SeveralVariants) and len(method.format.variants) > 1
-    if several and recipe.engine == OWN_ENGINE and method.solvers.needs and recipe.calibration.activations != "float":
+    if several and engine is None and method.solvers.needs and recipe.calibration.activations != "float":
         raise RefusedError(
             "several variants cannot share statistics of a quantized stream, which is different for each",
             where="calibration.activations",
@@ -168,21 +169,26 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     beside_bytes = dense_bytes + (method.format.head_bytes(checkpoint) if isinstance(method.format, Headed) else 0)
     variants = _variants(method.format, solved, beside_bytes)
     artifact_bytes = quantized_bits // 8 + beside_bytes * max(len(variants), 1)
-    reads_text = method.solvers.needs or recipe.engine != OWN_ENGINE
-    tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens if reads_text else 0
+    if engine is not None and not engine.takes_checkpoint:
+        _require_whole(recipe, variants)
+    tokens = 0
+    if reads_text(recipe, method):
+        tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens
     work = work_of(recipe, checkpoint, solved, tokens)
     taken = (
-        _footprint(recipe, checkpoint, method, work, waiting=artifact_bytes // checkpoint.num_layers)
-        if recipe.engine == OWN_ENGINE
-        else Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
+        Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
+        if engine is not None and engine.takes_checkpoint
+        else _footprint(recipe, checkpoint, method, work, waiting=artifact_bytes // checkpoint.num_layers)
     )
+    # what is not given the checkpoint starts from a copy of it in 16 bits
+    prepared_bytes = 0 if engine is None or engine.takes_checkpoint else 2 * parameters_held
     counted = operations(method, work, from_float=recipe.calibration.activations == "float")
     return Plan(
         linears=len(solved),
         parameters=parameters,
         artifact_bytes=artifact_bytes,
         bits_per_weight=quantized_bits / max(quantized * max(len(variants), 1), 1),
-        disk_bytes=artifact_bytes * (1 if isinstance(method.format, InPlace) else 2),
+        disk_bytes=prepared_bytes + artifact_bytes * (1 if isinstance(method.format, InPlace) else 2),
         disk_free_bytes=shutil.disk_usage(_existing(out)).free,
         memory_bytes=together_bytes([taken]),
         memory_free_bytes=free_bytes(device),
@@ -211,8 +217,8 @@ def require_here(
         RefusedError: disk or memory will not do.
         UnavailableError: an engine that the build calls cannot run here.
     """
-    if recipe.engine != OWN_ENGINE:
-        require(find_engine(recipe.engine), device.type)
+    if recipe.upstream is not None:
+        require(recipe.upstream, device.type)
     if method.engine:
         require(find_engine(method.engine), "cpu")
     if plan.disk_bytes + reserved_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
@@ -271,6 +277,23 @@ def _variants(form: Format, solved: list[tuple[str, int, int]], beside_bytes: in
         for name, stored in form.variant_bits(*shape).items():
             bits[name] = bits.get(name, 0) + stored
     return {name: stored // 8 + beside_bytes for name, stored in bits.items()}
+
+
+def _require_whole(recipe: Recipe, variants: dict[str, int]) -> None:
+    """Stop where a file would have to be split that an engine writes whole."""
+    large = [name for name, size_bytes in variants.items() if size_bytes > recipe.quantize.shard_gb * 1e9]
+    if large:
+        raise RefusedError(
+            f"the engine {recipe.engine} does not split files, and {', '.join(large)} would be larger than "
+            f"{recipe.quantize.shard_gb:g} GB",
+            where="quantize.shard_gb",
+            fix=f'choose a larger one, other types, or engine = "{OWN_ENGINE}"',
+        )
+
+
+def reads_text(recipe: Recipe, method: Method) -> bool:
+    """Whether a build uses calibration text: an engine that is given it always, for nobody knows what for."""
+    return bool(method.solvers.needs) or (recipe.upstream is not None and recipe.upstream.takes_checkpoint)
 
 
 def _upstream_memory(parameters: int, device: torch.device) -> int:

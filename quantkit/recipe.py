@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from quantkit.engines.env import list_engines
+from quantkit.engines.env import Engine, find_engine, list_engines
 from quantkit.errors import RefusedError
 from quantkit.home import shipped
 from quantkit.quantize import QUANTIZE, Section
@@ -189,6 +189,11 @@ class Recipe(Section):
                 "give them a repository of their own with --set release.repo=ORG/NAME"
             )
         return self
+
+    @property
+    def upstream(self) -> Engine | None:
+        """The engine that quantizes; None where quantkit does."""
+        return None if self.engine == OWN_ENGINE else find_engine(self.engine)
 
     @staticmethod
     def of(content: dict[str, Any]) -> "Recipe":

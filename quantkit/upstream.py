@@ -1,29 +1,43 @@
 """Builds by an engine: what a recipe means to it, and how what it leaves becomes an artifact.
 
-The engine quantizes in its own environment, on the same checkpoint and the same calibration tokens. Its weight files
-are kept as they are; everything beside them comes from the source, as in quantkit's own builds.
+The engine quantizes in its own environment, on the same checkpoint and the same calibration tokens, or on what quantkit
+prepares of both: a 16-bit file and statistics. Its weight files are kept as they are; everything beside them comes from
+the source, as in quantkit's own builds.
 """
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from quantkit.checkpoint.index import Checkpoint, read_json
-from quantkit.engines.env import Engine, find_engine
+from quantkit.checkpoint.layer import Decoder
+from quantkit.engines.env import Engine
 from quantkit.engines.runtime import build
 from quantkit.errors import RefusedError
+from quantkit.formats.contract import Format, InPlace
+from quantkit.formats.gguf.write import importance_of
+from quantkit.formats.shards import extents, write_item
 from quantkit.formats.sidecars import quantized_config, write_sidecars
+from quantkit.methods import METHODS
+from quantkit.qtensor import Item
 from quantkit.recipe import OWN_ENGINE, Recipe
+from quantkit.source_pass import Calibration, SourcePass
+from quantkit.stream import Sinks, stream
 
 # what an engine leaves that belongs into an artifact beside config.json; anything else is its own business
 KEPT = ("*.safetensors", "*.safetensors.index.json", "qmodel.pt")
 SETTINGS_KEYS = ("quantization_config", "quantization")
 SETTINGS_FILE = "quantize_config.json"
 PATH_KEYS = ("model_name_or_path", "model_file_base_name")
+# what an engine is given that does not take the checkpoint itself
+WHOLE_GB = 1e9  # of a file that is never split
+IMPORTANCE_FILE = "importance.npz"
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -32,9 +46,9 @@ def settled(recipe: Recipe) -> Recipe:
     Raises:
         RefusedError: the engine does not make the format, or a key says something it cannot do; every one is named.
     """
-    if recipe.engine == OWN_ENGINE:
+    engine = recipe.upstream
+    if engine is None:
         return recipe
-    engine = find_engine(recipe.engine)
     if recipe.format not in engine.builds:
         raise RefusedError(
             f"the engine {engine.name} does not make {recipe.format}; it makes {', '.join(engine.builds) or 'nothing'}",
@@ -43,13 +57,15 @@ def settled(recipe: Recipe) -> Recipe:
         )
     left_out = type(recipe.quantize).model_fields.keys() - recipe.quantize.model_fields_set
     own = {key: value for key, value in engine.own_values(recipe.format).items() if key in left_out}
-    quantize = type(recipe.quantize).model_validate(recipe.quantize.model_dump() | own)
-    refusals = engine.refusals(recipe.format, quantize.model_dump(mode="json"))
+    refusals = engine.refusals(recipe.format, recipe.quantize.model_dump(mode="json") | own)
     changes = {f"quantize.{key}": engine.own_values(recipe.format)[key] for key in refusals}
     lines = list(refusals.values())
-    if recipe.calibration.activations != "quantized":
-        lines.append(f"calibration.activations = {recipe.calibration.activations!r}: {engine.name} has its own way")
-        changes["calibration.activations"] = "quantized"
+    calibration = recipe.calibration
+    if "activations" not in calibration.model_fields_set:
+        calibration = calibration.model_copy(update={"activations": engine.activations})
+    if calibration.activations != engine.activations:
+        lines.append(f"calibration.activations = {calibration.activations!r}: {engine.name} has its own way")
+        changes["calibration.activations"] = engine.activations
     if lines:
         raise RefusedError(
             f"the engine {engine.name} cannot honour the recipe:\n  " + "\n  ".join(lines),
@@ -57,7 +73,8 @@ def settled(recipe: Recipe) -> Recipe:
             fix=" ".join(f"--set {key}={_word(value)}" for key, value in changes.items())
             + f', or engine = "{OWN_ENGINE}"',
         )
-    return recipe.model_copy(update={"quantize": quantize})
+    quantize = type(recipe.quantize).model_validate(recipe.quantize.model_dump() | own)
+    return recipe.model_copy(update={"quantize": quantize, "calibration": calibration})
 
 
 def _word(value: Any) -> str:
@@ -65,15 +82,77 @@ def _word(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def prepare(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    folder: Path,
+    *,
+    decoder: Decoder,
+    sinks: Sinks,
+    shared: SourcePass,
+) -> Iterator[None]:
+    """Write what an engine starts from that is not given the checkpoint, an item of the source at a time.
+
+    It is a GGUF file of 16 bits, F16 for a source of float16 and BF16 for any other, as llama.cpp's own converter
+    chooses; the files of `prepared_items`; and, if the recipe wants it, the importance of every column by the tensors'
+    names in the file, float32 [I], as `importance.npz`.
+
+    Args:
+        checkpoint: the source.
+        recipe: settled.
+        calibration: the text; None if nothing is to be collected.
+        folder: to be filled; what an earlier run left there is removed.
+        decoder, sinks, shared: as for `quantkit.stream.stream`.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    first = next(iter(checkpoint.tensors.tensors.values()))
+    changes = {"types": ("F16" if first.dtype == "F16" else "BF16",), "shard_gb": WHOLE_GB}
+    method = METHODS[recipe.format](recipe.quantize.model_copy(update=changes), checkpoint.config)
+    form = method.format
+    assert isinstance(form, InPlace), "a file of 16 bits is one whose tensors have their places"
+    places = form.lay_out(checkpoint, folder)
+    solved = stream(
+        checkpoint,
+        method.solvers,
+        calibration,
+        decoder=decoder,
+        stored_dtype=form.stored_dtype,
+        sinks=sinks,
+        shared=shared,
+    )
+    paths = prepared_items(checkpoint, folder)
+
+    def keep(item: Item | None, path: Path) -> None:
+        assert item is not None, "nothing is kept of an earlier run"
+        write_item(path, places.write(form.encode_item(item)))
+
+    def go_through() -> Iterator[None]:
+        # mapped, for a loop would hold on to an item while others take their turns
+        yield from map(keep, solved, paths)
+        if calibration is not None:
+            importance = importance_of({extent.name: extent.path for path in paths for extent in extents(path)})
+            means: dict[str, Any] = {name: mean_I for name, (mean_I, _) in importance.items()}
+            np.savez(folder / IMPORTANCE_FILE, **means)
+
+    return go_through()
+
+
+def prepared_items(checkpoint: Checkpoint, folder: Path) -> list[Path]:
+    """What of each item has no place in the 16-bit file, as work files in stream order; see `prepare`."""
+    return [folder / f"{item}.safetensors" for item in checkpoint.items]
+
+
 def quantize_upstream(
-    engine: Engine, checkpoint: Path, tokens_WT: Tensor, recipe: Recipe, scratch: Path, *, device: torch.device
+    engine: Engine, given: Path, tokens_WT: Tensor, recipe: Recipe, scratch: Path, *, device: torch.device
 ) -> dict[str, Any]:
     """Let an engine quantize into `scratch`; returns the versions it ran with and its seconds.
 
     Args:
         engine: who.
-        checkpoint: the source's folder.
-        tokens_WT: int64 [W, T], the calibration windows.
+        given: the source's folder, or what `prepare` made of it.
+        tokens_WT: int64 [W, T], the calibration windows; none where they were used before.
         recipe: settled.
         scratch: a folder for its output; what an earlier run left there is removed.
     """
@@ -84,7 +163,7 @@ def quantize_upstream(
     return build(
         engine,
         recipe.format,
-        checkpoint,
+        given,
         tokens_WT.numpy(),
         settings,
         scratch,
@@ -107,6 +186,21 @@ def adopt(scratch: Path, checkpoint: Checkpoint, folder: Path) -> None:
         target = folder / path.parent.relative_to(scratch)
         target.mkdir(exist_ok=True)
         _adopt_variant(path.parent, checkpoint, target)
+
+
+def adopt_files(scratch: Path, form: Format, checkpoint: Checkpoint, items: list[Path], folder: Path) -> None:
+    """Fill an artifact folder from the files that an engine left, and with what the format puts beside them.
+
+    Args:
+        scratch: the engine's output; its files are moved away.
+        form: as for a build of quantkit's own.
+        checkpoint: the source.
+        items: see `prepared_items`.
+        folder: the artifact's; exists.
+    """
+    for path in sorted(scratch.iterdir()):
+        path.rename(folder / path.name)
+    form.assemble(checkpoint, items, folder)
 
 
 def _adopt_variant(scratch: Path, checkpoint: Checkpoint, folder: Path) -> None:

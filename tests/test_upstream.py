@@ -2,19 +2,25 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.index import open_checkpoint
+from quantkit.checkpoint.layer import Decoder
 from quantkit.engines import env
 from quantkit.engines.env import find_engine
 from quantkit.errors import RefusedError, UnavailableError
+from quantkit.formats import open_variants
 from quantkit.pipeline import build, plan
 from quantkit.progress import Progress
 from quantkit.quantize import QUANTIZE
 from quantkit.recipe import ENGINES, Recipe, find_recipe, list_recipes, load_recipe
 from quantkit.report.record import read_record
-from quantkit.upstream import adopt, settled
+from quantkit.source_pass import Calibration, SourcePass
+from quantkit.stream import Sinks
+from quantkit.upstream import adopt, prepare, settled
 from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
@@ -72,6 +78,69 @@ def test_statistics_of_the_float_model_are_not_for_engines():
     )
     with pytest.raises(RefusedError, match="'float': gptqmodel has its own way"):
         settled(recipe)
+
+
+def gguf_recipe(source="bielik-nano", *, calibration=(), **quantize) -> Recipe:
+    content = {"format": "gguf", "engine": "llama-cpp", "model": {"id": str(source)}, "quantize": quantize}
+    return Recipe.of(content | SHORT | {"calibration": {"window_tokens": 64} | dict(calibration)})
+
+
+def test_llama_cpp_is_given_statistics_of_the_float_model():
+    found = settled(gguf_recipe())
+    assert (found.quantize.encoder, found.quantize.imatrix, found.calibration.activations) == ("ggml", True, "float")
+    assert settled(found) == found
+    with pytest.raises(RefusedError) as caught:
+        settled(gguf_recipe(solver="gptq", encoder="quantkit", calibration={"activations": "quantized"}))
+    assert str(caught.value) == (
+        "the engine llama-cpp cannot honour the recipe:\n"
+        "  solver = 'gptq': llama-cpp knows search\n"
+        "  encoder = 'quantkit': llama-cpp knows ggml\n"
+        "  calibration.activations = 'quantized': llama-cpp has its own way\n"
+        "  at:  quantize\n"
+        "  fix: --set quantize.solver=search --set quantize.encoder=ggml --set calibration.activations=float, "
+        'or engine = "quantkit"'
+    )
+
+
+def test_a_file_that_llama_cpp_would_have_to_split_is_refused_at_plan(tiny_mistral, tmp_path):
+    recipe = gguf_recipe(tiny_mistral, types=["Q4_0", "Q8_0"], shard_gb=0.00011)
+    with pytest.raises(
+        RefusedError, match=r"llama-cpp does not split files, and Q8_0 would be larger than 0\.00011 GB"
+    ):
+        plan(recipe, out=tmp_path / "out", device=CPU, progress=Progress())
+    with pytest.raises(UnavailableError, match="llama-cpp is not installed"):
+        plan(gguf_recipe(tiny_mistral, types=["Q4_0"]), out=tmp_path / "out", device=CPU, progress=Progress())
+
+
+@pytest.mark.parametrize("imatrix", [True, False])
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "F16"), (torch.bfloat16, "BF16")])
+def test_what_llama_cpp_starts_from_is_the_checkpoint_and_its_importance(dtype, kind, imatrix, tmp_path):
+    source = make_tiny(tmp_path / "source", "mistral", dtype=dtype, hidden_size=256, intermediate_size=256)
+    checkpoint = open_checkpoint(source)
+    recipe = settled(gguf_recipe(source, types=["Q2_K", "Q8_0"], name="tiny", imatrix=imatrix))
+    tokens_WT = torch.arange(64).reshape(2, 32) + 3
+    calibration = Calibration(tokens_WT, 8, from_float=True) if imatrix else None
+    decoder = Decoder(checkpoint.config, checkpoint.family, device=CPU, dtype=torch.float32)
+    folder = tmp_path / "prepared"
+    with SourcePass(checkpoint) as shared:
+        for _ in prepare(checkpoint, recipe, calibration, folder, decoder=decoder, sinks=Sinks(), shared=shared):
+            assert not (folder / "importance.npz").exists()
+    assert [path.name for path in folder.glob("*.gguf")] == [f"tiny.{kind}.gguf"]
+    (artifact,) = open_variants("gguf", folder).values()
+    for item in checkpoint.items:
+        for name, weight in checkpoint.read(item).items():
+            assert torch.equal(artifact.read(item)[name], weight.float()), name
+    assert (folder / "importance.npz").exists() is imatrix
+    if imatrix:
+        found = dict(np.load(folder / "importance.npz"))
+        assert len(found) == 2 * 7 + 1
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        seen = []
+        model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with torch.inference_mode():
+            model(tokens_WT)
+        expected = seen[0].square().mean(dim=(0, 1))
+        torch.testing.assert_close(torch.from_numpy(found["output.weight"]), expected, rtol=1e-4, atol=1e-6)
 
 
 PAIRS = [

@@ -29,6 +29,7 @@ from quantkit.workdir import write_json
 MARKER = "installed.json"
 INSTALL_LOG = "install.log"
 LAST_LINES = 12
+CHECKPOINT = "checkpoint"
 # of the caller's environment, what would make a runner import from elsewhere than its own environment
 FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
@@ -55,11 +56,22 @@ class Engine:
     settings: dict[str, dict[str, tuple[Any, ...]]]
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    starts_from: str = CHECKPOINT
 
     @property
     def builds(self) -> tuple[str, ...]:
         """Formats it can make."""
         return tuple(self.settings)
+
+    @property
+    def takes_checkpoint(self) -> bool:
+        """Whether its builds are given the checkpoint itself, and hold the whole of it."""
+        return self.starts_from == CHECKPOINT
+
+    @property
+    def activations(self) -> str:
+        """What `calibration.activations` says of its builds."""
+        return "quantized" if self.takes_checkpoint else "float"
 
     @property
     def pins(self) -> str:

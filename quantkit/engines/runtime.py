@@ -153,15 +153,15 @@ def build(
 
     Args:
         made: the format.
-        checkpoint: its folder.
-        tokens: int64 [W, T], the calibration windows.
+        checkpoint: the folder that it starts from, see `Engine.starts_from`.
+        tokens: int64 [W, T], the calibration windows; none for an engine that is given statistics.
         settings: the recipe's [quantize], as the engine can honour it (`Engine.refusals`).
         out: must not exist.
         device: "cpu" or "cuda".
         threads: of the CPU.
 
     Returns:
-        {"package", "version", "torch", "transformers", "seconds"}
+        {"package", "version", "seconds"}, and versions of what else decides
 
     Raises:
         UnavailableError: the engine cannot run here.

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from quantkit.checkpoint.index import read_json
+from quantkit.engine_check import check_engine
 from quantkit.engines.env import environment_of, environment_python
 from quantkit.engines.runtime import evaluate
 from quantkit.errors import RefusedError, RunFailedError
@@ -20,7 +22,8 @@ from quantkit.formats.gguf.mixtures import MIXTURES
 from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS, Splitting
 from quantkit.grids.blocks import TYPES, error_weights, quantize
 from quantkit.judgement import validate
-from quantkit.pipeline import build
+from quantkit.pipeline import Build, build
+from quantkit.progress import Progress
 from quantkit.recipe import Recipe, find_recipe, load_recipe
 from quantkit.solvers import ggml
 from tests.formats.test_gguf import byte_level, rewritten
@@ -209,6 +212,60 @@ def test_ggmls_encoder_writes_what_llama_quantize_writes(shape, weighted, engine
         assert seen > {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ3_S", "IQ4_XS"} | low
     else:
         assert seen == {"F32", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"}
+
+
+def content_of(path: Path) -> dict[str, Any]:
+    """Tensors with their types and bytes, and every key."""
+    reader = gguf.GGUFReader(path)
+    tensors = {tensor.name: (tensor.tensor_type.name, tensor.data.tobytes()) for tensor in reader.tensors}
+    return tensors | {field.name: field.contents() for field in reader.fields.values()}
+
+
+def test_what_llama_cpp_builds_is_read_judged_and_recorded(engine, text, tmp_path):
+    """Every file as our own build with ggml's encoder has it, metadata too; so is what stands beside the files."""
+    source = make_tiny(tmp_path / "model", "mistral", hidden_size=256, intermediate_size=512, vocab_size=416)
+    types = ("Q4_K_M", "IQ2_XXS", "Q8_0", "F16", "BF16")
+
+    def built(name: str, **keys: Any) -> Build:
+        content = {
+            "format": "gguf",
+            "model": {"id": str(source)},
+            "quantize": {"types": types, "name": "tiny", "base_model": "zuraw/Zuraw", "imatrix_dat": True},
+            "calibration": {"texts": {str(text): 8}, "window_tokens": 16, "activations": "float"},
+            "validation": {
+                "texts": (str(text),),
+                "window_tokens": 32,
+                "generated_tokens": 0,
+                "require": ("reference", engine.name),
+            },
+        }
+        content["quantize"] |= keys.pop("quantize", {})
+        return build(Recipe.of(content | keys), out=tmp_path / name, device=CPU)
+
+    theirs, ours = built("theirs", engine=engine.name), built("ours", quantize={"encoder": "ggml"})
+    files = {path.name for path in ours.out.iterdir()}
+    assert {path.name for path in theirs.out.iterdir()} == files
+    for name in files - {"quantkit.json", "README.md"}:
+        if name.endswith(".gguf") and "imatrix" not in name:
+            found, expected = (content_of(done.out / name) for done in (theirs, ours))
+            # llama.cpp orders tensors as it likes
+            assert [key for key in found | expected if found.get(key) != expected.get(key)] == [], name
+        else:
+            assert (theirs.out / name).read_bytes() == (ours.out / name).read_bytes(), name
+    record = theirs.record
+    assert record["validation"]["gate"] == {"passed": True, "failures": []}
+    assert len(record["validation"]["variants"]) == len(types)
+    assert record["variants"] == ours.record["variants"]
+    assert (record["engine_facts"]["package"], record["reproducible"]) == ("llama-cpp-python", False)
+    assert record["recipe"]["quantize"]["encoder"] == "ggml"
+    assert not (tmp_path / "theirs.work").exists()
+
+
+def test_llama_cpp_is_checked_on_what_it_builds(engine, nano):
+    facts = check_engine(engine, str(nano), Progress())
+    assert facts["package"] == "llama-cpp-python"
+    assert facts["read"] == "Q2_K"
+    assert facts["ratio"] == pytest.approx(facts["ratio_of_reference"], rel=0.02)
 
 
 UNMERGED = "Ġalbo"  # a word of the vocabulary that no merge makes

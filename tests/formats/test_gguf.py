@@ -624,7 +624,7 @@ def small(tmp_path_factory, text) -> Path:
     return out / "tiny.Q8_0.gguf"
 
 
-FUZZED = EvaluationText("fuzz", "", (Window((1, 5, 6), (5, 6, 7), 0),), 1, 1, 1)
+FUZZED = EvaluationText("fuzz", "", (Window((1, 5, 6), (5, 6, 7), 0),), (), 1, 1, 1)
 EXTREMES = (0, 1, 2, 7, 31, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 
 

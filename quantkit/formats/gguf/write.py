@@ -260,7 +260,7 @@ def write_imatrix(path: Path, places: dict[str, Path]) -> None:
     """
     writer = gguf.GGUFWriter(path, "imatrix")
     writer.add_type("imatrix")
-    found = _importance(places)
+    found = importance_of(places)
     writer.add_array("imatrix.datasets", [THE_RECORD])
     writer.add_uint32("imatrix.chunk_count", CHUNKS)
     writer.add_uint32("imatrix.chunk_size", max(count for _, count in found.values()))
@@ -279,7 +279,7 @@ def write_imatrix_dat(path: Path, places: dict[str, Path]) -> None:
     Args:
         path, places: as for `write_imatrix`.
     """
-    found = _importance(places)
+    found = importance_of(places)
     dataset = THE_RECORD.encode()
     with path.open("wb") as file:
         file.write(struct.pack("<i", len(found)))
@@ -290,8 +290,12 @@ def write_imatrix_dat(path: Path, places: dict[str, Path]) -> None:
         file.write(struct.pack("<2i", CHUNKS, len(dataset)) + dataset)
 
 
-def _importance(places: dict[str, Path]) -> dict[str, tuple[np.ndarray, int]]:
-    """Mean squares and token counts by tensor."""
+def importance_of(places: dict[str, Path]) -> dict[str, tuple[np.ndarray, int]]:
+    """Mean squares, float32 [I], and token counts by tensor.
+
+    Args:
+        places: work files by key; those with "|importance" and "|tokens" are taken.
+    """
     names = [key.removesuffix(f"|{IMPORTANCE}") for key in places if key.endswith(f"|{IMPORTANCE}")]
     return {
         name: (
