@@ -1,26 +1,38 @@
 """The demonstration: bielik-nano, every recipe of it, and one table."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quantkit.engines.env import find_engine, why_not
+from quantkit.formats import READERS
+from quantkit.judgement import validate
 from quantkit.nano import NAME
 from quantkit.pipeline import Build, Job, build_all, default_out
 from quantkit.progress import Progress
 from quantkit.recipe import ALL, find_recipe, load_recipe, recipes_named
+from quantkit.report.record import read_record
 from quantkit.report.table import rows_of_several
 
 # the 4-bit recipe with 2 bits: it shows a gate that fails
 SPOILT = "gptq-2bit-under-4bit-gates"
+# the recipe whose artifact its format's own reader judges, too; the others' would take longer than all builds
+NATIVE = "gguf"
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demonstration built, by recipe name."""
+    """What the demonstration built.
+
+    Attributes:
+        builds: by recipe name.
+        not_run: what could not judge an artifact, and why; empty if all could.
+    """
 
     builds: dict[str, Build]
+    not_run: str = ""
 
     @property
     def rows(self) -> list[list[str]]:
@@ -29,12 +41,13 @@ class Demo:
 
     @property
     def remarks(self) -> list[str]:
-        """What did not pass its gate, and why."""
-        return [
+        """What did not pass its gate, and what could not judge, with the reasons."""
+        failed = [
             f"{name} failed its gate: {failure}"
             for name, done in self.builds.items()
             for failure in done.record["validation"]["gate"]["failures"]
         ]
+        return failed + [self.not_run] * bool(self.not_run)
 
     def document(self) -> dict[str, Any]:
         """All records by recipe name."""
@@ -43,6 +56,8 @@ class Demo:
 
 def run_demo(out: Path, *, device: torch.device, progress: Progress) -> Demo:
     """Build and judge every recipe of bielik-nano, and one that fails its gate; what is there already is kept.
+
+    llama.cpp judges the GGUF files, too, where it is installed.
 
     Args:
         out: artifacts go into folders of this one.
@@ -62,4 +77,26 @@ def run_demo(out: Path, *, device: torch.device, progress: Progress) -> Demo:
             raise outcome.error
         assert outcome.build is not None, "neither built nor failed"
         builds[outcome.name] = outcome.build
-    return Demo(builds)
+    native, not_run = run_natively(builds[NATIVE], NAME, device=device, progress=progress)
+    return Demo(builds | {NATIVE: native}, not_run)
+
+
+def run_natively(done: Build, model: str, *, device: torch.device, progress: Progress) -> tuple[Build, str]:
+    """A build judged by its format's own reader, too, and no word; or as it is, and why that reader did not run.
+
+    Args:
+        done: the build; one that its reader judged before stays as it is.
+        model: its source.
+        device: where to compute.
+        progress: told what is going on.
+    """
+    engine = find_engine(READERS[done.record["format"]].native_engine)
+    if reason := why_not(engine, device.type):
+        return done, f"{done.record['format']} by {engine.name}: not run: {reason}"
+    variants = done.record["validation"]["variants"]
+    if all(any(result["runtime"] == engine.name for result in variant["results"]) for variant in variants):
+        return done, ""
+    validate(done.out, model=model, texts=(), runtime=engine.name, device=device, progress=progress)
+    record = read_record(done.out)
+    assert record is not None, "what was judged has a record"
+    return replace(done, record=record), ""

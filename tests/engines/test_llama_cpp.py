@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from quantkit.checkpoint.index import read_json
+from quantkit.demo import Demo, run_natively
 from quantkit.engine_check import check_engine
 from quantkit.engines.env import environment_of, environment_python
 from quantkit.engines.runtime import evaluate
@@ -25,6 +26,7 @@ from quantkit.judgement import validate
 from quantkit.pipeline import Build, build
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe, find_recipe, load_recipe
+from quantkit.report.record import read_record
 from quantkit.solvers import ggml
 from tests.formats.test_gguf import byte_level, rewritten
 from tests.tiny import VARIANTS, WORDS, make_tiny
@@ -259,6 +261,26 @@ def test_what_llama_cpp_builds_is_read_judged_and_recorded(engine, text, tmp_pat
     assert (record["engine_facts"]["package"], record["reproducible"]) == ("llama-cpp-python", False)
     assert record["recipe"]["quantize"]["encoder"] == "ggml"
     assert not (tmp_path / "theirs.work").exists()
+
+
+def test_the_demonstration_asks_llama_cpp_once(engine, text, tmp_path, monkeypatch):
+    source = make_tiny(tmp_path / "model", "mistral", hidden_size=256, intermediate_size=256, vocab_size=416)
+    content = {
+        "format": "gguf",
+        "model": {"id": str(source)},
+        "quantize": {"types": ("Q4_0", "Q8_0"), "imatrix": False},
+        "validation": {"texts": (str(text),), "window_tokens": 32, "generated_tokens": 0},
+    }
+    # the record names the text without its folder
+    monkeypatch.chdir(text.parent)
+    done = build(Recipe.of(content), out=tmp_path / "out", device=CPU)
+    judged, not_run = run_natively(done, str(source), device=CPU, progress=Progress())
+    assert not_run == ""
+    assert judged.record == read_record(done.out)
+    for variant in judged.record["validation"]["variants"]:
+        assert [result["runtime"] for result in variant["results"]] == ["reference", "llama-cpp"]
+    assert len(Demo({"gguf": judged}).rows) == 1 + 2 * 2
+    assert run_natively(judged, str(source), device=CPU, progress=Progress()) == (judged, "")
 
 
 def test_llama_cpp_is_checked_on_what_it_builds(engine, nano):
