@@ -5,7 +5,9 @@ import os
 import shutil
 import struct
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,7 +19,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from quantkit.checkpoint.index import open_checkpoint, read_json
+from quantkit.checkpoint.index import Checkpoint, open_checkpoint, read_json
 from quantkit.checkpoint.layer import Decoder
 from quantkit.errors import RefusedError, UnavailableError
 from quantkit.formats import detect, require_same_model
@@ -27,6 +29,7 @@ from quantkit.formats.gguf.mixtures import MIXTURES, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, interleave
 from quantkit.formats.gguf.read import open_file, open_variants
 from quantkit.formats.gguf.tokenizer import DIGITS, OWN_PATTERN, PRE_TOKENIZERS, Splitting, pre_tokenizer, vocabulary
+from quantkit.grids.blocks import BlockType
 from quantkit.judgement import validate
 from quantkit.pipeline import build, plan
 from quantkit.plan import plan_lines
@@ -34,6 +37,7 @@ from quantkit.progress import Progress
 from quantkit.quantize import NEED_IMPORTANCE, GgufSection
 from quantkit.recipe import GatesSection, Recipe
 from quantkit.report.inspect import inspect_artifact, inspection_lines
+from quantkit.solvers import blocks
 from quantkit.units import size_text
 from quantkit.validation.perplexity import final_states
 from quantkit.validation.text import EvaluationText, Window
@@ -124,6 +128,78 @@ def test_types_of_a_four_layer_model(file_type):
     assert {found(f"{layer}.{name}") for layer in layers for name in rest} == {"."}
     assert found("model.embed_tokens") == "."
     assert found("lm_head") == ("." if base in ("Q8_0", "Q6_K") else "Q6_K")
+
+
+# shapes of four layers whose every row is a multiple of 256, and where none is, but each is one of 32
+SHAPES = {
+    "rows of 256 and 512": {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 416},
+    "rows of 96 and 160": {
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
+}
+FALLEN = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_types_of_every_tensor_in_the_files_of_a_four_layer_model(shape, tmp_path):
+    """What gguf-py finds in the ten files: the K-quants they are named for, and what stands for these in short rows."""
+    source = make_tiny(tmp_path / "model", "mistral", layers=4, **SHAPES[shape])
+    quantize = {"types": tuple(EXPECTED), "imatrix": False, "name": "tiny"}
+    recipe = Recipe.of({"format": "gguf", "model": {"id": str(source)}, "quantize": quantize})
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    seen = set()
+    for file_type, (base, values, downs, output) in EXPECTED.items():
+        expected = {"token_embd": base, "output": base if base in ("Q8_0", "Q6_K") else "Q6_K", "output_norm": "F32"}
+        for layer, (value, down) in enumerate(zip(values.split(), downs.split(), strict=True)):
+            kinds = dict.fromkeys(("attn_q", "attn_k", "ffn_gate", "ffn_up"), ".")
+            kinds |= {"attn_v": value, "ffn_down": down, "attn_output": output}
+            kinds |= {"attn_norm": "F32", "ffn_norm": "F32"}
+            expected |= {f"blk.{layer}.{role}": kind.replace(".", base) for role, kind in kinds.items()}
+        if shape == "rows of 96 and 160":
+            expected = {name: FALLEN.get(kind, kind) for name, kind in expected.items()}
+        tensors = gguf.GGUFReader(out / f"tiny.{file_type}.gguf").tensors
+        found = {tensor.name.removesuffix(".weight"): tensor.tensor_type.name for tensor in tensors}
+        assert found == expected, file_type
+        seen |= set(found.values())
+    assert seen == {"F32", "Q8_0"} | (set(FALLEN.values()) if "96" in shape else set(FALLEN))
+
+
+@pytest.mark.parametrize("solver", ["search", "gptq"])
+def test_a_tensor_is_read_once_and_encoded_once_in_each_type(solver, sources, text, tmp_path, monkeypatch):
+    reads, encoded, packed = [], [], []
+
+    def counted(function: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
+        def call(*args: Any, **keys: Any) -> Any:
+            note(*args, **keys)
+            return function(*args, **keys)
+
+        return call
+
+    def encoding(*args: Any, where: str) -> None:
+        encoded.append((where, next(each.name for each in args if isinstance(each, BlockType))))
+
+    for name in ("quantize", "solve_blocks"):
+        monkeypatch.setattr(blocks, name, counted(getattr(blocks, name), encoding))
+    monkeypatch.setattr(write, "pack", counted(write.pack, packed.append))
+    monkeypatch.setattr(Checkpoint, "read", counted(Checkpoint.read, lambda _, item: reads.append(item)))
+    recipe = recipe_of(sources["mistral"], text, types=("Q4_K_S", "Q4_K_M", "Q5_K_M"), solver=solver)
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    held: list[tuple[str, str]] = []
+    content: dict[tuple[str, str], set[bytes]] = {}
+    for path in out.glob("tiny.Q*.gguf"):
+        for tensor in gguf.GGUFReader(path).tensors:
+            if tensor.tensor_type.name != "F32":
+                module = str(checkpoint_name(tensor.name)).removesuffix(".weight")
+                held.append((module, tensor.tensor_type.name))
+                content.setdefault(held[-1], set()).add(tensor.data.tobytes())
+    assert len(held) == 3 * (2 * 7 + 2)
+    assert sorted(encoded) == sorted(set(held))
+    assert len(packed) == len(encoded) < len(held)
+    assert {len(found) for found in content.values()} == {1}
+    assert reads == list(open_checkpoint(sources["mistral"]).items)
 
 
 # llama-quantize's choice for eight layers with an importance matrix: base, head, embedding, attn_q and attn_k, attn_v,
@@ -297,6 +373,23 @@ def test_metadata(artifacts, sources):
     assert str(sources["mistral"].parent) not in str(data)
     tied = gguf.GGUFReader(artifacts["qwen2"] / "tiny.Q8_0.gguf")
     assert "output.weight" not in {tensor.name for tensor in tied.tensors}
+
+
+def test_the_base_model_and_who_quantized_are_in_the_file(tiny_mistral, artifacts, tmp_path):
+    quantize = {"types": ("Q8_0",), "imatrix": False, "base_model": "zuraw/Zuraw-7B", "quantized_by": "speakleash"}
+    recipe = Recipe.of({"format": "gguf", "model": {"id": str(tiny_mistral)}, "quantize": quantize})
+    (path,) = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out.glob("*.gguf")
+    told = {
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "Zuraw-7B",
+        "general.base_model.0.organization": "zuraw",
+        "general.base_model.0.repo_url": "https://huggingface.co/zuraw/Zuraw-7B",
+        "general.quantized_by": "speakleash",
+    }
+    for file, expected in ((path, told), (artifacts["mistral"] / "tiny.Q8_0.gguf", {})):
+        fields = gguf.GGUFReader(file).fields.values()
+        found = {field.name: field.contents() for field in fields}
+        assert {key: found[key] for key in found if "base_model" in key or "quantized_by" in key} == expected
 
 
 def test_llama_3_frequencies_are_those_of_transformers(sources, artifacts):
