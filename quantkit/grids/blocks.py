@@ -262,17 +262,19 @@ def _fit_ranges(x_LM: Tensor, w_LM: Tensor, kind: BlockType) -> tuple[Tensor, Te
 
 def _starts(low_M: Tensor, high_M: Tensor, kind: BlockType) -> Iterator[tuple[Tensor, Tensor]]:
     """Steps and subtrahends whose codes are worth fitting."""
-    # where no rounding of scales follows that would swamp it, a finer search pays
-    fineness = 2 if kind.has_sub_scales else 4
+    # codes beyond the top that are spread over the range: from, in steps of, how often; where no rounding of scales
+    # follows that would swamp it, fewer codes may pay for a grid that lies on the few weights that rule a block
+    spread = (-0.9, 0.1, 20) if kind.has_sub_scales else (-4.0, 0.125, 41)
+    coarse = (-0.9, 0.5, 4)
     zero_M = torch.zeros_like(low_M)
     # one weight far from all others, which then are best called the same: that code must stand for about 0
-    for low, high, count in (
-        (low_M, high_M, 10 * fineness),
-        (zero_M, high_M.clamp(min=0), 4),
-        (low_M.clamp(max=0), zero_M, 4),
+    for low, high, (first, step, count) in (
+        (low_M, high_M, spread),
+        (zero_M, high_M.clamp(min=0), coarse),
+        (low_M.clamp(max=0), zero_M, coarse),
     ):
         for candidate in range(count):
-            yield (high - low) / (kind.top - 0.9 + 2.0 / count * candidate), zero_M - low
+            yield (high - low) / (kind.top + first + step * candidate), zero_M - low
 
 
 def _round_scales(value_NS: Tensor, weight_NS: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
