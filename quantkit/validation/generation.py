@@ -13,6 +13,7 @@ from quantkit.checkpoint.tokenizer import Tokenizer
 
 LONGEST_PERIOD = 8
 ENDLESS_REPEATS = 4
+ENDLESS_TOKENS = 16  # digits are tokens of their own: a large round number is no loop
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Answer:
 
 
 def repeats_endlessly(ids: list[int]) -> bool:
-    """Whether the last tokens are one period of at most 8 tokens, four times over."""
-    return any(
-        len(ids) >= period * ENDLESS_REPEATS and ids[-period * ENDLESS_REPEATS :] == ids[-period:] * ENDLESS_REPEATS
-        for period in range(1, LONGEST_PERIOD + 1)
-    )
+    """Whether the last tokens, 16 at least, are one period of at most 8 tokens, four times over or more often."""
+    for period in range(1, LONGEST_PERIOD + 1):
+        length = max(period * ENDLESS_REPEATS, ENDLESS_TOKENS)
+        last = ids[-length:]
+        if len(last) == length and last[period:] == last[:-period]:
+            return True
+    return False
 
 
 def greedy_answer(
