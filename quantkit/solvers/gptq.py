@@ -237,7 +237,9 @@ def drift(deviation_II: Tensor, hessian_II: Tensor, *, damping: float) -> Tensor
     """
     damped_II = hessian_II.clone()
     damped_II.diagonal().add_(damping * (hessian_II.diagonal().mean()))
-    return torch.cholesky_solve(deviation_II.t(), torch.linalg.cholesky(damped_II)).t()
+    lower_II = torch.linalg.cholesky(damped_II)
+    del damped_II  # the solution takes as much again
+    return torch.cholesky_solve(deviation_II.t(), lower_II).t()
 
 
 @dataclass(frozen=True)
