@@ -22,7 +22,7 @@ from quantkit.progress import Progress
 from quantkit.recipe import WHOLE, Recipe, ValidationSection, fingerprint, public_name
 from quantkit.report.card import keep
 from quantkit.report.record import CARD, read_record, recorded_recipe, require_unchanged
-from quantkit.report.verdict import gates_of, judged_on_own_texts
+from quantkit.report.verdict import gates_of, judged_on_own_texts, told
 from quantkit.sources import Source, open_source
 from quantkit.texts import TextSet, known_sha256, load_text_set, own_text, require_known
 from quantkit.validation.compare import (
@@ -308,12 +308,7 @@ def _document(
     expected: dict[str, Any],
 ) -> dict[str, Any]:
     variants = [_variant(name, artifact, recipe, expected, results) for name, artifact, results in judged]
-    several = len(variants) > 1
-    failures = [
-        f"{variant['name']}: {failure}" if several else failure
-        for variant in variants
-        for failure in variant["gate"]["failures"]
-    ]
+    failures = told({variant["name"]: variant["gate"]["failures"] for variant in variants})
     return {
         "artifact": judged[0][1].tensors.folder.resolve().name,
         "format": recipe.format,

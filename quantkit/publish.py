@@ -23,7 +23,7 @@ from quantkit.hub import Branch, collect, read_branch, read_text, upload
 from quantkit.report.card import PICTURES, keep
 from quantkit.report.page import DATA
 from quantkit.report.record import CARD, read_record, require_unchanged
-from quantkit.report.verdict import judged_on_own_texts, own_failures
+from quantkit.report.verdict import judged_on_own_texts, own_failures, told
 from quantkit.signature import SIGNATURE, SIGNATURES, problem, public_part, sign
 from quantkit.units import size_text
 from quantkit.workdir import RECORD, alone, sha256_of, write_text
@@ -240,9 +240,8 @@ def passing_variants(record: dict[str, Any], folder: Path) -> tuple[list[str], d
     passed = [name for name in failures if not failures[name]]
     left_out = {name: failures.get(name, ["not validated"]) for name in record["variants"] if name not in passed}
     if not passed:
-        told = [f"{name}: {failure}" for name, found in left_out.items() for failure in found]
         raise GateError(
-            "no variant passed its gates:\n  " + "\n  ".join(told),
+            "no variant passed its gates:\n  " + "\n  ".join(told(left_out)),
             where=str(folder),
             fix="more bits, a smaller group, more calibration text, or other gates in the recipe",
         )

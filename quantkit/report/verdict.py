@@ -1,5 +1,6 @@
 """Whether a record's verdict is one that counts: on the texts that its recipe names, and by the recipe's own gates."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from quantkit.recipe import ValidationSection
@@ -36,3 +37,9 @@ def gates_of(section: ValidationSection, variant: str) -> dict[str, float | None
     own = section.variant_gates.get(variant)
     given = {} if own is None else {key: value for key, value in own.model_dump().items() if value is not None}
     return section.gates.model_dump() | given
+
+
+def told(failures: Mapping[str, list[str]]) -> list[str]:
+    """Failures by variant, one after another; the variant is named where there are several."""
+    several = len(failures) > 1
+    return [f"{name}: {failure}" if several else failure for name, found in failures.items() for failure in found]
