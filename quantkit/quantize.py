@@ -48,7 +48,7 @@ class GptqSection(Section):
         "one stream instead of two.",
     )
     refine_sweeps: int = Field(
-        default=3,
+        default=1,
         ge=0,
         le=20,
         description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
@@ -82,7 +82,7 @@ class HqqSection(Section):
         description="Shrunken ranges the scale search tries per group beside the full one.",
     )
     refine_sweeps: int = Field(
-        default=3,
+        default=1,
         ge=0,
         le=20,
         description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
@@ -125,7 +125,7 @@ class MlxSection(Section):
         description="Shrunken ranges the scale search of `gptq` tries per group beside the full one.",
     )
     refine_sweeps: int = Field(
-        default=3,
+        default=1,
         ge=0,
         le=20,
         description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
@@ -252,7 +252,7 @@ class AwqSection(Section):
         "what the group adds to the output with `round-to-nearest`; 0 is none.",
     )
     refine_sweeps: int = Field(
-        default=3,
+        default=1,
         ge=0,
         le=20,
         description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
@@ -295,7 +295,7 @@ class CompressedTensorsSection(Section):
         "one stream instead of two.",
     )
     refine_sweeps: int = Field(
-        default=3,
+        default=1,
         ge=0,
         le=20,
         description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
