@@ -1,7 +1,7 @@
 """Peak memory and seconds per layer against depth, each build in a process of its own.
 
     python -m bench.growth --layers 4 16     # same width, more depth: memory must stay, time per layer too
-    python -m bench.growth --layers 1 --hidden 4096 --feed-forward 14336 --windows 64   # a layer of Bielik-7B
+    python -m bench.growth --layers 1 --hidden 4096 --feed-forward 14336 --windows 64 --set asymmetric=0  # of a 7B
 
 Models are random; weights are made and read as bf16, text is the shipped calibration half (repeated if need be).
 """
@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bench.models import make_model
+from bench.ways import parse_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW_TOKENS = 512
@@ -41,10 +43,11 @@ print(json.dumps({
 """
 
 
-def measure(folder: Path, text: Path, out: Path, windows: int, threads: int) -> dict:
+def measure(folder: Path, text: Path, out: Path, windows: int, threads: int, quantize: dict[str, Any]) -> dict:
     """One build in a fresh process."""
     recipe = {
         "format": "gptq",
+        "quantize": quantize,
         "model": {"id": str(folder)},
         "calibration": {"texts": {str(text): windows}, "window_tokens": WINDOW_TOKENS},
         "compute": {"threads": threads},
@@ -66,8 +69,9 @@ def main() -> None:
     parser.add_argument("--feed-forward", type=int, default=1536)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", default="", help="keys of [quantize], as KEY=VALUE,...")
     options = parser.parse_args()
-    rows = []
+    rows, quantize = [], parse_pairs(options.set)
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
         text.write_text((ROOT / "calibration" / "calibration.jsonl").read_text(encoding="utf-8") * 3, encoding="utf-8")
@@ -75,7 +79,7 @@ def main() -> None:
             folder = Path(scratch) / f"model-{layers}"
             folder.mkdir()
             make_model(folder, layers=layers, hidden=options.hidden, feed_forward=options.feed_forward)
-            found = measure(folder, text, Path(scratch) / f"out-{layers}", options.windows, options.threads)
+            found = measure(folder, text, Path(scratch) / f"out-{layers}", options.windows, options.threads, quantize)
             rows.append({"layers": layers, "seconds_per_layer": round(found["quantize_s"] / layers, 3), **found})
     first, last = rows[0], rows[-1]
     print(
