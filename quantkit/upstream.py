@@ -20,9 +20,8 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.engines.env import Engine
 from quantkit.engines.runtime import build
 from quantkit.errors import RefusedError
-from quantkit.formats.contract import Format, InPlace
-from quantkit.formats.gguf.write import importance_of
-from quantkit.formats.shards import extents, write_item
+from quantkit.formats.contract import Format, InPlace, KeepsImportance
+from quantkit.formats.shards import write_item
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.methods import METHODS
 from quantkit.qtensor import Item
@@ -132,9 +131,9 @@ def prepare(
         # mapped, for a loop would hold on to an item while others take their turns
         yield from map(keep, solved, paths)
         if calibration is not None:
-            importance = importance_of({extent.name: extent.path for path in paths for extent in extents(path)})
-            means: dict[str, Any] = {name: mean_I for name, (mean_I, _) in importance.items()}
-            np.savez(folder / IMPORTANCE_FILE, **means)
+            assert isinstance(form, KeepsImportance), "what was collected is for the engine"
+            importance: dict[str, Any] = form.importance(paths)
+            np.savez(folder / IMPORTANCE_FILE, **importance)
 
     return go_through()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,6 +143,19 @@ class InPlace(Protocol):
 
     def lay_out(self, checkpoint: Checkpoint, folder: Path) -> LaidOut:
         """Make the files in the folder, or open those of an earlier run."""
+        ...
+
+
+@runtime_checkable
+class KeepsImportance(Protocol):
+    """A format that keeps what was collected of the inputs, so that others can start from it."""
+
+    def importance(self, items: Sequence[Path]) -> dict[str, np.ndarray]:
+        """The mean square of every input channel, float32 [I], by the tensor's name in the files.
+
+        Args:
+            items: work files.
+        """
         ...
 
 

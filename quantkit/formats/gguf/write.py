@@ -6,6 +6,7 @@ is made of: "<name>|importance" (mean squares) and "<name>|tokens".
 
 import json
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -101,6 +102,11 @@ class GgufFormat:
             self._describe(writer, self.file_types[0], checkpoint, words)
             write_head(writer, self._planned(checkpoint, self.file_types[0]))
             return path.stat().st_size
+
+    def importance(self, items: Sequence[Path]) -> dict[str, np.ndarray]:
+        """See `quantkit.formats.contract.KeepsImportance`."""
+        found = importance_of({extent.name: extent.path for path in items for extent in extents(path)})
+        return {name: mean_I for name, (mean_I, _) in found.items()}
 
     def lay_out(self, checkpoint: Checkpoint, folder: Path) -> TypedFiles:
         """Every type's files with their heads and room for all tensors; what an earlier run left is kept."""
