@@ -45,7 +45,13 @@ class Made:
         self.log.write_text("")
         given = ("MODEL=bielik-nano", f"OUT={self.out}", f"BIN={self.folder}", f"INSTALLED={self.folder / 'installed'}")
         process = subprocess.Popen(
-            ["make", *goals, *given], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, process_group=0
+            ["make", *goals, *given],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+            # who is started in the background inherits that interrupts are ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         if self.interrupted:
             while not self.log.read_text():
