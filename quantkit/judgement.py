@@ -21,7 +21,7 @@ from quantkit.nano import NAME as NANO
 from quantkit.progress import Progress
 from quantkit.recipe import WHOLE, Recipe, ValidationSection, fingerprint, public_name
 from quantkit.report.card import keep
-from quantkit.report.record import CARD, read_record, recorded_recipe, require_unchanged
+from quantkit.report.record import CARD, read_record, recorded_recipe, require_unchanged, require_weights_here
 from quantkit.report.verdict import gates_of, judged_on_own_texts, told
 from quantkit.sources import Source, open_source
 from quantkit.texts import TextSet, known_sha256, load_text_set, own_text, require_known
@@ -70,9 +70,11 @@ def validate(
         the document of `validate --json`.
     """
     progress = progress or Progress()
+    record = read_record(folder)
+    if record is not None:
+        require_weights_here(folder, record)
     name = detect(folder)
     variants = open_variants(name, folder)
-    record = read_record(folder)
     if record is not None:
         progress.stage("checking the artifact's hashes")
         require_unchanged(folder, record, but=(CARD,))  # the card is written anew

@@ -22,7 +22,7 @@ from quantkit.formats import READERS
 from quantkit.hub import Branch, collect, read_branch, read_text, upload
 from quantkit.report.card import PICTURES, keep
 from quantkit.report.page import DATA
-from quantkit.report.record import CARD, read_record, require_unchanged
+from quantkit.report.record import CARD, read_record, require_unchanged, require_weights_here
 from quantkit.report.verdict import judged_on_own_texts, own_failures, told
 from quantkit.signature import SIGNATURE, SIGNATURES, problem, public_part, sign
 from quantkit.units import size_text
@@ -95,6 +95,7 @@ def publish(
             where=str(folder),
             fix="publish the folder of an artifact that `quantkit build` made",
         )
+    require_weights_here(folder, record)
     release = record["recipe"]["release"]
     repo = repo or release["repo"]
     if repo is None or not REPO.fullmatch(repo):
@@ -345,12 +346,17 @@ def _staged(
     for name, (path, _) in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).symlink_to(path.resolve())
-    validation = record["validation"]
+    validation, facts = record["validation"], record["build"]
+    if "allotments" in facts:
+        facts = facts | {
+            "allotments": {name: facts["allotments"][name] for name in facts["allotments"] if name in judged}
+        }
     keep(
         folder,
         record
         | {
             "variants": variants,
+            "build": facts,
             "outputs": [
                 {"name": name, "size_bytes": path.stat().st_size, "sha256": sha256}
                 for name, (path, sha256) in sorted(files.items())

@@ -559,12 +559,15 @@ def test_exl2_goes_to_a_branch_for_each_size_that_passed(hub, tiny_exl2, tmp_pat
     assert f"hf download {REPO} --revision 5.0bpw" in card
     assert "| exl2 8.0bpw |" in card
     assert "* 4.0bpw: reference: " in card
+    shown = run(hub, START, "inspect", str(fetched(hub, tmp_path / "main")), "--json")
+    assert [branch["name"] for branch in json.loads(shown.stdout)["branches"]] == ["5.0bpw", "8.0bpw"]
     for branch in ("5.0bpw", "8.0bpw"):
         folder = fetched(hub, tmp_path / branch, branch)
         card = (folder / "README.md").read_text("utf-8")
         assert f"hf download {REPO} --revision {branch}" in card
         now = judged(hub, folder, source, built.parent / "text.txt")
         assert [variant["name"] for variant in now["variants"]] == [branch]
+        assert read_record(folder)["build"]["allotments"].keys() == {branch}
         then = read_record(folder)["validation"]
         for validation in (now, then):
             del validation["variants"][0]["results"][0]["seconds"], validation["artifact"]

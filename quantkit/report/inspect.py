@@ -7,7 +7,7 @@ from typing import Any
 from quantkit.errors import RefusedError
 from quantkit.formats import detect, open_variants
 from quantkit.formats.contract import Artifact
-from quantkit.report.record import CARD, changed_files, read_record
+from quantkit.report.record import CARD, branches_of, changed_files, read_record
 from quantkit.signature import SIGNATURE, problem
 from quantkit.units import size_text
 from quantkit.workdir import RECORD
@@ -24,16 +24,20 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
         public_key: also check the signature; one that is missing is broken then.
 
     Returns:
-        {"artifact", "format", "bits_per_weight" (the variants' mean), "size_bytes",
+        {"artifact", "format", "bits_per_weight" (the variants' mean, None without any), "size_bytes",
         "variants": [{"name", "files", "bits_per_weight", "size_bytes"}],
+        "branches": [{"name", "bits_per_weight", "size_bytes"}] of the repository that hold the variants, where the
+        folder is its branch without weights,
         "tensors": [{"name", "dtype", "shape", "file"}], "record", "verified", "changed",
         "signature": "good", "broken", "not checked" or "none", "signature_problem"}.
     """
     if public_key is not None and not verify:
         raise RefusedError("a signature is checked with --verify only", where="--public-key", fix="add --verify")
-    name = detect(folder)
-    variants = [_variant(name, artifact) for name, artifact in open_variants(name, folder).items()]
     record = read_record(folder)
+    branches = [] if record is None else branches_of(record)
+    name = record["format"] if record is not None and branches else detect(folder)
+    opened = {} if branches else open_variants(name, folder)
+    variants = [_variant(name, artifact) for name, artifact in opened.items()]
     signature, why = _signature(folder, public_key)
     changed = []
     if verify:
@@ -41,9 +45,10 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
     return {
         "artifact": folder.resolve().name,
         "format": name,
-        "bits_per_weight": fmean(variant["bits_per_weight"] for variant in variants),
+        "bits_per_weight": fmean(variant["bits_per_weight"] for variant in variants) if variants else None,
         "size_bytes": sum(variant["size_bytes"] for variant in variants),
         "variants": [{key: value for key, value in variant.items() if key != "tensors"} for variant in variants],
+        "branches": [{key: branch[key] for key in ("name", "bits_per_weight", "size_bytes")} for branch in branches],
         "tensors": [tensor for variant in variants for tensor in variant["tensors"]],
         "record": record,
         "verified": verify,
@@ -81,16 +86,19 @@ def _signature(folder: Path, public_key: Path | None) -> tuple[str, str | None]:
 def inspection_lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     record, several = found["record"], len(found["variants"]) > 1
-    lines = [
-        f"artifact          {found['artifact']}",
-        f"format            {found['format']}",
-        f"bits per weight   {found['bits_per_weight']:.3f}" + (", mean of the variants" if several else ""),
-        f"size              {size_text(found['size_bytes'])} in weights, {len(found['tensors'])} tensors",
-        *(
-            f"  {variant['name']:<16}{size_text(variant['size_bytes'])}, {variant['bits_per_weight']:.3f} bits a weight"
-            for variant in found["variants"]
-            if several
-        ),
+    lines = [f"artifact          {found['artifact']}", f"format            {found['format']}"]
+    if found["branches"]:
+        repo = record["published"]["repo"]
+        lines += [f"weights           none here: `hf download {repo} --revision BRANCH` fetches them, BRANCH one of"]
+    else:
+        lines += [
+            f"bits per weight   {found['bits_per_weight']:.3f}" + (", mean of the variants" if several else ""),
+            f"size              {size_text(found['size_bytes'])} in weights, {len(found['tensors'])} tensors",
+        ]
+    lines += [
+        f"  {variant['name']:<16}{size_text(variant['size_bytes'])}, {variant['bits_per_weight']:.3f} bits a weight"
+        for variant in found["branches"] or found["variants"]
+        if several or found["branches"]
     ]
     if record is None:
         lines += ["record            none: not made by quantkit"]

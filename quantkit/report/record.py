@@ -76,6 +76,26 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def branches_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The judged variants that are on branches of their own, for the branch that has a card and no weights."""
+    return record["validation"]["variants"] if record.get("published") and not record["variants"] else []
+
+
+def require_weights_here(folder: Path, record: dict[str, Any]) -> None:
+    """Stop where a folder is the branch of a repository whose variants are on other branches.
+
+    Raises:
+        RefusedError: naming these branches.
+    """
+    if branches := [variant["name"] for variant in branches_of(record)]:
+        repo = record["published"]["repo"]
+        raise RefusedError(
+            f"no weights here: {repo} has them on branches, {', '.join(branches)}",
+            where=str(folder),
+            fix=f"hf download {repo} --revision {branches[0]} --local-dir DIR, and give DIR",
+        )
+
+
 def recorded_recipe(record: dict[str, Any]) -> Recipe:
     """The recipe that an artifact was made by.
 

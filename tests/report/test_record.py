@@ -9,13 +9,15 @@ import torch
 
 from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats import READERS
+from quantkit.judgement import validate
 from quantkit.pipeline import build
+from quantkit.publish import publish
 from quantkit.recipe import Recipe
 from quantkit.report.card import keep
 from quantkit.report.inspect import inspect_artifact, inspection_lines
 from quantkit.report.record import changed_files, read_record
 from quantkit.sources import stated_licence
-from tests.report.records import record_of
+from tests.report.records import record_of, variant
 from tests.tiny import WORDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,6 +64,30 @@ def test_an_edited_card_is_named(tmp_path):
     with (tmp_path / "README.md").open("a", encoding="utf-8") as file:
         file.write("Najlepszy model świata.\n")
     assert changed_files(tmp_path, record) == ["README.md: changed"]
+
+
+def test_the_branch_without_weights_names_those_that_have_them(tmp_path):
+    published = {"repo": "an-org/Zuraw-7B-EXL2", "revision": "main", "left_out": {}, "pictures": []}
+    sizes = variant("4.0bpw", 4.25, 1.01), variant("6.0bpw", 6.25, 1.0)
+    keep(tmp_path, record_of("exl2", *sizes, variants={}, outputs=[], published=published))
+    found = inspect_artifact(tmp_path, verify=True)
+    assert (found["format"], found["variants"], found["changed"]) == ("exl2", [], [])
+    assert [branch["name"] for branch in found["branches"]] == ["4.0bpw", "6.0bpw"]
+    lines = inspection_lines(found)
+    start = lines.index(
+        "weights           none here: `hf download an-org/Zuraw-7B-EXL2 --revision BRANCH` fetches them, BRANCH one of"
+    )
+    assert lines[start + 1 : start + 3] == [
+        "  4.0bpw          4.25 GB, 4.250 bits a weight",
+        "  6.0bpw          6.25 GB, 6.250 bits a weight",
+    ]
+    options = {"repo": None, "revision": "main", "private": True, "dry_run": True}
+    for command in (
+        lambda: publish(tmp_path, **options),
+        lambda: validate(tmp_path, model=None, texts=(), runtime="reference", device=torch.device("cpu")),
+    ):
+        with pytest.raises(RefusedError, match=r"has them on branches, 4\.0bpw, 6\.0bpw(.|\n)*--revision 4\.0bpw"):
+            command()
 
 
 @pytest.mark.parametrize(
