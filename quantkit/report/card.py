@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 # plots of the report, by their names in a published folder
 PICTURES = {f"plots/{measure.file}": measure.title for measure in MEASURES}
+# for who never saw the columns of the table
+COLUMNS_TOLD = (
+    "*reference*: the source itself, on the same text by the same code. *ratio*: perplexity over the reference's. "
+    "*KLD*: mean KL divergence of the next token's probabilities from the reference's, in nats. *top-1*: how often "
+    "both find the same token most likely. *seconds*: what the judging took.\n"
+)
 BACKTICKS = re.compile("`+")
 METRICS = (
     ("ppl_per_word", "word_perplexity", "Perplexity per word"),
@@ -59,7 +65,7 @@ def card(record: dict[str, Any]) -> str:
     parts = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {name.rsplit('/')[-1]}\n",
-        f"{record['format'].upper()} version of {source['id']}"
+        f"{record['format'].upper()} version of {_linked(source)}"
         + (f" (revision `{source['revision']}`)" if source["revision"] else "")
         + f", made with {_maker(record)}.\n",
         *([release["notes"].strip() + "\n"] if release["notes"] else []),
@@ -78,6 +84,10 @@ def card(record: dict[str, Any]) -> str:
         _provenance(record),
     ]
     return "\n".join(parts)
+
+
+def _linked(source: dict[str, Any]) -> str:
+    return f"[{source['id']}](https://huggingface.co/{source['id']})" if source["on_hub"] else str(source["id"])
 
 
 def keep(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -144,6 +154,7 @@ def _quality(record: dict[str, Any]) -> str:
         "|" + "---|" * len(COLUMNS),
         *("| " + " | ".join(row) + " |" for row in rows(record["format"], validation)),
         "",
+        COLUMNS_TOLD,
     ]
     gate = validation["gate"]
     verdict = "Passed the recipe's gates." if gate["passed"] else "**Did not pass the recipe's gates:**"
@@ -164,7 +175,7 @@ def _making(record: dict[str, Any]) -> str:
     else:
         sets = ", ".join(f"{part['name']} ({part['windows']} windows)" for part in calibration["texts"])
         text = f"Calibration: {sets} of {calibration['window_tokens']} tokens; seed {calibration['seed']}."
-    return f"{quantize}\n\n{text}\n"
+    return f"Settings of the recipe:\n\n{quantize}\n\n{text}\n"
 
 
 def _shown(value: Any) -> str:

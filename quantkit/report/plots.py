@@ -21,6 +21,8 @@ MARK = 6.5
 LEFT, RIGHT, TOP, BOTTOM = 68.0, 18.0, 16.0, 46.0
 PNG_COLOURS = ("#1d4ed8", "#b45309", "#0f766e", "#be185d", "#6d28d9", "#4d7c0f", "#0369a1", "#b91c1c")
 PNG_MARKERS = ("o", "s", "^", "D", "P", "*", "p", "v")
+# a star of the width of the others covers less than half of their area
+WIDER = {"*": 1.6}
 
 
 @dataclass(frozen=True)
@@ -318,17 +320,21 @@ def draw_png(points: Sequence[dict[str, Any]], measure: Measure, title: str, pat
     formats = {dot.point["series"]: dot.point["format"] for dot in drawn.dots}
     for index, name in sorted(formats.items()):
         style = PNG_MARKERS[index % len(PNG_MARKERS)]
-        axes.plot([], [], style, color=PNG_COLOURS[index % len(PNG_COLOURS)], markersize=6, label=name)
+        size = 6 * WIDER.get(style, 1)
+        axes.plot([], [], style, color=PNG_COLOURS[index % len(PNG_COLOURS)], markersize=size, label=name)
+    if not all(dot.point["passed"] for dot in drawn.dots):
+        (hollow,) = axes.plot([], [], PNG_MARKERS[0], linestyle="", markersize=6, label="hollow: did not pass")
+        hollow.set(markerfacecolor="white", markeredgecolor="#4b5563")
     axes.legend(loc="upper right", frameon=False, fontsize=8.5, labelcolor="#374151")
     for dot in drawn.dots:
         index = dot.point["series"]
-        colour = PNG_COLOURS[index % len(PNG_COLOURS)]
+        colour, style = PNG_COLOURS[index % len(PNG_COLOURS)], PNG_MARKERS[index % len(PNG_MARKERS)]
         axes.plot(
             dot.x,
             dot.y,
-            PNG_MARKERS[index % len(PNG_MARKERS)],
+            style,
             color=colour,
-            markersize=8,
+            markersize=8 * WIDER.get(style, 1),
             markerfacecolor=colour if dot.point["passed"] else "white",
             markeredgecolor="white" if dot.point["passed"] else colour,
         )

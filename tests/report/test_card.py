@@ -61,7 +61,9 @@ def test_the_snippet_names_a_variant_that_is_to_be_had():
 
 
 def test_sizes_are_read_as_the_hub_shows_them_and_keys_not_asked_for_are_left_out():
-    assert [size_text(num) for num in (999_990_000, 1_000_000_000, 4_250_000_000)] == [
+    assert [size_text(num) for num in (313, 51_870, 999_990_000, 1_000_000_000, 4_250_000_000)] == [
+        "0.31 kB",
+        "51.87 kB",
         "999.99 MB",
         "1.00 GB",
         "4.25 GB",
