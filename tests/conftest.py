@@ -2,12 +2,14 @@
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.tiny import make_tiny
+from tests.hub_server import HubServer
+from tests.tiny import WORDS, make_tiny
 
 # without a GPU its kernels are interpreted; Triton asks for this when it is first imported
 if not torch.cuda.is_available():
@@ -65,6 +67,39 @@ def _poisoned_memory(monkeypatch):
 def tiny_mistral(tmp_path_factory) -> Path:
     """A random two-layer Mistral with a tokenizer; read it, do not write to it."""
     return make_tiny(tmp_path_factory.mktemp("tiny") / "mistral", "mistral")
+
+
+@pytest.fixture
+def own_recipe(tmp_path, tiny_mistral) -> Path:
+    """The file of a recipe for `tiny_mistral` on a text of its own: builds and judges in seconds."""
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 20, encoding="utf-8")
+    path = tmp_path / "own.toml"
+    path.write_text(
+        f"""format = "gptq"
+[model]
+id = "{tiny_mistral}"
+[quantize]
+group_size = 32
+scale_candidates = 2
+[calibration]
+window_tokens = 16
+texts = {{ "{text}" = 4 }}
+[validation]
+window_tokens = 32
+generated_tokens = 2
+texts = ["{text}"]
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """A hub on this machine that holds nothing yet."""
+    with HubServer() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -71,6 +71,10 @@ class HubServer:
     spoils: str | None = None
     url: str = ""
 
+    def variables(self, token: str = TOKEN) -> dict[str, str]:
+        """Of the environment of a client that is to find this hub, with a token, by the LFS protocol."""
+        return {"HF_ENDPOINT": self.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
+
     def sent(self, pattern: str) -> list[str]:
         return [request for request in self.requests if re.search(pattern, request)]
 

@@ -1,8 +1,6 @@
 """Several recipes in one pass: the bytes of single builds, what is shared done once, and nobody lost with another."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,11 +19,11 @@ from quantkit.plan import Footprint, in_passes, together_bytes
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
 from quantkit.workdir import locked, work_folder
+from tests.commands import run
 from tests.test_formats import CASES, hashes
 from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
 FLOAT = {
     "gguf-float": ("gguf", {"types": ["Q4_K_M", "Q6_K"], "solver": "gptq"}),
     "exl2-float": ("exl2", {"bits": [4.0, 5.0]}),
@@ -169,7 +167,7 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(source, alone, tmp_pa
     names = ["gptq", "gguf-float", "awq-float"]
     jobs = jobs_of(names, source, tmp_path)
     given = [(job.name, job.recipe.model_dump(mode="json"), str(job.out)) for job in jobs]
-    done = subprocess.run([sys.executable, "-c", KILLED, json.dumps(given), "5"], cwd=ROOT)
+    done = run(KILLED, json.dumps(given), "5")
     assert done.returncode < 0
     assert all(work_folder(job.out).exists() for job in jobs)
     solved = []
@@ -306,35 +304,30 @@ main()
 """
 
 
-def quantkit(shelf: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", PROGRAM, str(shelf), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-
-
 def test_the_command_builds_all_and_exits_as_the_worst_of_them(shelf, tmp_path):
     out, junit = tmp_path / "artifacts", tmp_path / "all.xml"
     common = ("--out", str(out), "--device", "cpu", "--junit", str(junit))
-    done = quantkit(shelf, "build", "tiny/all", *common, "--json")
+    done = run(PROGRAM, str(shelf), "build", "tiny/all", *common, "--json")
     assert done.returncode == 0, done.stderr
     assert [record["format"] for record in json.loads(done.stdout)] == ["gptq", "hqq", "mlx"]
     assert sorted(path.name for path in out.iterdir()) == ["m-GPTQ", "m-HQQ", "m-MLX"]
     assert [suite.get("name") for suite in ElementTree.parse(junit).iter("testsuite")] == ["m-GPTQ", "m-HQQ", "m-MLX"]
     # 4 bits lose little, 3 bits more; a key that one format does not have
     changes = ("--set", "validation.gates.top1_agreement=0.999", "--set", "quantize.damping=0.01")
-    worse = quantkit(shelf, "build", "tiny/all", *common, *changes)
+    worse = run(PROGRAM, str(shelf), "build", "tiny/all", *common, *changes)
     assert worse.returncode == 2, worse.stderr
     assert "error: hqq: 1 problem(s) in the recipe:\n  quantize.damping: unknown key" in worse.stderr
     assert "error: gptq: the artifact is kept but may not be published:\n  reference: top1_agreement" in worse.stderr
     assert worse.stdout.count("FAILED") == 1
-    gate = quantkit(shelf, "build", "tiny/all", *common, *changes[:2])
+    gate = run(PROGRAM, str(shelf), "build", "tiny/all", *common, *changes[:2])
     assert gate.returncode == 3, gate.stderr
     assert "Traceback" not in worse.stderr + gate.stderr
 
 
 def test_plan_all_says_what_goes_together(shelf, tmp_path):
-    done = quantkit(shelf, "plan", "tiny/all", "--out", str(tmp_path / "a"), "--device", "cpu")
+    done = run(PROGRAM, str(shelf), "plan", "tiny/all", "--out", str(tmp_path / "a"), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "pass 1            gptq, hqq, mlx" in done.stdout
-    missing = quantkit(shelf, "plan", "tinny/all")
+    missing = run(PROGRAM, str(shelf), "plan", "tinny/all")
     assert missing.returncode == 2
     assert "error: no recipes of a model 'tinny'\n  fix: did you mean tiny/all?" in missing.stderr

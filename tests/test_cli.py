@@ -5,14 +5,13 @@ import resource
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from tests.commands import ROOT, quantkit, run
 from tests.tiny import WORDS
 
-ROOT = Path(__file__).parent.parent
 FROZEN = {
     "build": {"--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--release", "--junit", "--json"},
     "validate": {"--model", "--text", "--runtime", "--device", "--junit", "--json"},
@@ -37,41 +36,6 @@ FROZEN = {
     "engines install": set(),
     "engines check": {"--json"},
 }
-
-
-def quantkit(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The real command, as installed."""
-    return subprocess.run(
-        [sys.executable, "-c", "from quantkit.cli import main; main()", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-
-
-@pytest.fixture
-def own_recipe(tmp_path, tiny_mistral) -> Path:
-    text = tmp_path / "text.txt"
-    text.write_text(WORDS * 20, encoding="utf-8")
-    path = tmp_path / "own.toml"
-    path.write_text(
-        f"""format = "gptq"
-[model]
-id = "{tiny_mistral}"
-[quantize]
-group_size = 32
-scale_candidates = 2
-[calibration]
-window_tokens = 16
-texts = {{ "{text}" = 4 }}
-[validation]
-window_tokens = 32
-generated_tokens = 2
-texts = ["{text}"]
-""",
-        encoding="utf-8",
-    )
-    return path
 
 
 def test_commands_and_options_are_frozen():
@@ -99,7 +63,7 @@ def test_help_starts_light():
         "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    done = run(program)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 

@@ -5,19 +5,15 @@ The sentences are our own; field names and their meaning are those of the data s
 
 import gzip
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from quantkit.texts import HUB_TEXTS
-from tests.hub_server import TOKEN, HubServer, Repo
+from tests.commands import quantkit, run
+from tests.hub_server import HubServer, Repo
 
-ROOT = Path(__file__).parent.parent
 DATASET = "datasets/ipipan/nkjp1m"
-COMMAND = "from quantkit.cli import main; main()"
 READ = (
     "import json, sys\nfrom quantkit.texts import load_text_set\n"
     "found = load_text_set(*sys.argv[1:])\n"
@@ -57,12 +53,6 @@ TRAIN = packed(
 FILES = {"nkjp1m_train.jsonl.gz": TRAIN, "nkjp1m_dev.jsonl.gz": DEV, "nkjp1m_test.jsonl.gz": TEST}
 
 
-@pytest.fixture
-def hub():
-    with HubServer() as server:
-        yield server
-
-
 def held(hub: HubServer, **changes: tuple[bytes, bool] | None) -> str:
     """Let the hub hold the set, with files changed or taken away; its commit."""
     files = {name: changes.get(name.partition(".")[0], stored) for name, stored in FILES.items()}
@@ -70,21 +60,9 @@ def held(hub: HubServer, **changes: tuple[bytes, bool] | None) -> str:
     return hub.repos[DATASET].commit("main", {name: stored for name, stored in files.items() if stored is not None})
 
 
-def run(hub: HubServer, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    surroundings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | surroundings,
-        timeout=120,
-    )
-
-
 def test_sentences_become_documents_as_they_were_written(hub):
     commit = held(hub)
-    done = run(hub, READ, f"nkjp1m@{commit}", "validation")
+    done = run(READ, f"nkjp1m@{commit}", "validation", **hub.variables())
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [
         f"nkjp1m@{commit}",
@@ -100,7 +78,7 @@ def test_sentences_become_documents_as_they_were_written(hub):
 
 def test_calibration_reads_other_files_than_validation(hub):
     commit = held(hub)
-    done = run(hub, READ, f"nkjp1m@{commit}", "calibration")
+    done = run(READ, f"nkjp1m@{commit}", "calibration", **hub.variables())
     documents = json.loads(done.stdout)[2]
     assert len(documents) == 40
     assert documents[0] == "Jeż numer 0 śpi pod figą."
@@ -112,7 +90,7 @@ def test_calibration_reads_other_files_than_validation(hub):
 
 def test_without_a_commit_the_one_it_was_written_for_is_asked_for(hub):
     held(hub)
-    done = run(hub, READ, "nkjp1m", "validation")
+    done = run(READ, "nkjp1m", "validation", **hub.variables())
     assert done.returncode != 0
     assert hub.sent(f"/revision/{HUB_TEXTS['nkjp1m'].revision}$")
 
@@ -147,7 +125,7 @@ def at(recipe: Path, commit: str) -> str:
 
 def test_a_build_records_the_commit_it_read(hub, recipe, tmp_path):
     commit = held(hub)
-    done = run(hub, COMMAND, "build", at(recipe, commit), "--out", str(tmp_path / "a"), "--device", "cpu")
+    done = quantkit("build", at(recipe, commit), "--out", str(tmp_path / "a"), "--device", "cpu", **hub.variables())
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "a" / "quantkit.json").read_text())
     (calibrated,) = record["calibration"]["texts"]
@@ -187,7 +165,7 @@ NOT_TOKENIZED = {"nkjp_text": "NKJP_1M_9", "tokens": ["Jeż", "."], "nps": [Fals
 )
 def test_a_set_of_another_shape_is_an_error_and_never_an_empty_text(hub, recipe, changes, expected, tmp_path):
     commit = held(hub, **changes)
-    done = run(hub, COMMAND, "plan", at(recipe, commit), "--device", "cpu", "--out", str(tmp_path / "a"))
+    done = quantkit("plan", at(recipe, commit), "--device", "cpu", "--out", str(tmp_path / "a"), **hub.variables())
     assert done.returncode == 2, done.stderr
     home = tmp_path / "hf" / "hub" / "datasets--ipipan--nkjp1m" / "snapshots" / commit
     assert done.stderr.endswith(expected.format(commit=commit, home=home)), done.stderr
@@ -195,7 +173,7 @@ def test_a_set_of_another_shape_is_an_error_and_never_an_empty_text(hub, recipe,
 
 def test_a_commit_that_is_not_there(hub, recipe, tmp_path):
     held(hub)
-    done = run(hub, COMMAND, "plan", at(recipe, "0" * 40), "--device", "cpu", "--out", str(tmp_path / "a"))
+    done = quantkit("plan", at(recipe, "0" * 40), "--device", "cpu", "--out", str(tmp_path / "a"), **hub.variables())
     assert done.returncode == 2, done.stderr
     assert f"error: the Hub has no text set ipipan/nkjp1m at revision {'0' * 40}: " in done.stderr
     assert "  at:  validation.texts\n  fix: mend the commit behind @, or leave it out" in done.stderr

@@ -1,5 +1,6 @@
 """Publishing as a user runs it, against a hub that speaks real HTTP on this machine."""
 
+import base64
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,18 +26,29 @@ from quantkit.report.inspect import inspect_artifact, inspection_lines
 from quantkit.report.page import write_report
 from quantkit.report.record import output_entries, read_record, write_record
 from quantkit.workdir import sha256_of
+from tests import commands
+from tests.commands import COMMAND, ROOT
 from tests.hub_server import READ_ONLY, TOKEN, HubServer, Repo
 from tests.tiny import WORDS, make_tiny
 
-ROOT = Path(__file__).parent.parent
 REPO = "an-org/tiny-GPTQ"
 PROGRAM = "from quantkit import hub; hub.FIRST_PAUSE_S = 0.01; from quantkit.cli import main; main()"
-START = "from quantkit.cli import main; main()"
 DOWNLOAD = """
 import sys, huggingface_hub
 huggingface_hub.snapshot_download(sys.argv[1], revision=sys.argv[2], local_dir=sys.argv[3])
 """
 PLANTED = "hf_plantedSecret0123456789"
+# what names a machine to a program; `platform` asks `os`, once
+SOMEWHERE = (
+    (socket, "gethostname", lambda: PLANTED),
+    (os, "uname", lambda: os.uname_result(("Linux", PLANTED, "6.1", "1", "x86_64"))),
+)
+PLANTING = f"""
+import os, socket
+socket.gethostname = lambda: {PLANTED!r}
+os.uname = lambda: os.uname_result(("Linux", {PLANTED!r}, "6.1", "1", "x86_64"))
+{COMMAND}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +70,8 @@ def built(tmp_path_factory, tiny_mistral) -> Path:
         for name in ("USER", "LOGNAME", "HOSTNAME", "HF_TOKEN"):
             patch.setenv(name, PLANTED)
         patch.setattr(platform, "node", lambda: PLANTED)
-        patch.setattr(socket, "gethostname", lambda: PLANTED)
+        for module, name, planted in SOMEWHERE:
+            patch.setattr(module, name, planted)
         return build(recipe, out=folder / "tiny-GPTQ", device=torch.device("cpu")).out
 
 
@@ -66,22 +80,9 @@ def artifact(built, tmp_path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "tiny-GPTQ"))
 
 
-@pytest.fixture
-def hub():
-    with HubServer() as server:
-        yield server
-
-
 def run(hub: HubServer, program: str, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
-    surroundings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | surroundings,
-        timeout=120,
-    )
+    """A program that finds the hub."""
+    return commands.run(program, *arguments, **hub.variables(token))
 
 
 def publish(hub: HubServer, artifact: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
@@ -121,32 +122,68 @@ def fetched(hub: HubServer, folder: Path, branch: str = "main") -> Path:
     """A branch as somebody downloads it, held against its own record."""
     done = run(hub, DOWNLOAD, REPO, branch, str(folder))
     assert done.returncode == 0, done.stderr
-    verified = run(hub, START, "inspect", str(folder), "--verify")
+    verified = run(hub, COMMAND, "inspect", str(folder), "--verify")
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert "files are as recorded" in verified.stdout
     return folder
 
 
+def downloads(card: str) -> list[str]:
+    """The commands with which a card has its files fetched."""
+    return re.findall(r"hf download [^`\n]+", card)
+
+
+def followed(hub: HubServer, command: str, folder: Path) -> Path:
+    """The folder that a card's command fetches into, run as it stands in a folder that is made for it."""
+    folder.mkdir()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command.split(), cwd=folder, env=os.environ | hub.variables() | {"PATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / command.split()[-1]
+
+
 def judged(hub: HubServer, folder: Path, source: Path, *texts: Path) -> dict:
     """What `validate --json` makes of a folder, with exit code 0."""
     options = [option for text in texts for option in ("--text", str(text))]
-    done = run(hub, START, "validate", str(folder), "--model", str(source), *options, "--json")
+    done = run(hub, COMMAND, "validate", str(folder), "--model", str(source), *options, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-def test_record_and_card_hold_no_secret_and_no_path(built, tiny_mistral):
-    text = "".join(path.read_text("utf-8") for path in built.iterdir() if path.suffix in (".json", ".md", ".jinja"))
-    assert "fingerprint" in text
-    for secret in (
-        PLANTED,
-        str(built.parent),
-        str(tiny_mistral),
-        str(Path.home()) + "/",
-        str(ROOT),
-        socket.gethostname(),
-    ):
-        assert secret not in text, secret
+def told(content: bytes) -> list[str]:
+    """What a file tells of who made it, where, and with which token."""
+    # sources, artifacts, keys and what is staged for the Hub: tests have them all in the system's folder for such
+    secrets = (PLANTED, TOKEN, f"{tempfile.gettempdir()}/", f"{Path.home()}/", str(ROOT))
+    return [secret for secret in secrets if secret.encode() in content]
+
+
+def test_an_artifact_tells_of_nobody(built):
+    contents = {path.name: path.read_bytes() for path in built.iterdir()}
+    assert b"fingerprint" in contents["quantkit.json"]
+    assert {name: told(content) for name, content in contents.items() if told(content)} == {}
+
+
+@pytest.mark.slow
+def test_what_goes_up_tells_of_nobody(hub, artifact, tmp_path):
+    """Record, card, plots and signature on the Hub, and the report that the plots are from."""
+    pytest.importorskip("matplotlib", reason="of the extra `report`")
+    pytest.importorskip("model_signing", reason="of the extra `sign`")
+    private, _ = make_key(tmp_path, "own")
+    somebody = hub.variables() | dict.fromkeys(("USER", "LOGNAME", "HOSTNAME", "LNAME", "USERNAME"), PLANTED)
+    report = tmp_path / "report"
+    drawn = commands.run(PLANTING, "report", str(artifact), "--out", str(report), **somebody)
+    assert drawn.returncode == 0, drawn.stderr
+    options = ("--repo", REPO, "--sign", str(private), "--report", str(report))
+    done = commands.run(PLANTING, "publish", str(artifact), *options, **somebody)
+    assert done.returncode == 0, done.stderr
+    contents = on_hub(hub) | {path.name: path.read_bytes() for path in report.iterdir()}
+    signature = json.loads(contents["model.sig"])
+    contents["what is signed"] = base64.b64decode(signature["dsseEnvelope"]["payload"])
+    assert b"model.safetensors" in contents["what is signed"]
+    assert len(contents) == len(on_hub(hub)) + 5
+    assert {name: told(content) for name, content in contents.items() if told(content)} == {}
 
 
 def test_the_card_announces_what_passed(built):
@@ -345,25 +382,24 @@ repo = "{REPO}"
 """,
         encoding="utf-8",
     )
-    out, start = tmp_path / "tiny-GPTQ", START
-    assert run(hub, start, "build", str(recipe), "--out", str(out)).returncode == 0
-    refused = run(hub, start, "publish", str(out))
+    out = tmp_path / "tiny-GPTQ"
+    assert run(hub, COMMAND, "build", str(recipe), "--out", str(out)).returncode == 0
+    refused = run(hub, COMMAND, "publish", str(out))
     assert refused.returncode == 2
     assert "does not say which revision" in refused.stderr
-    assert run(hub, start, "recipes", "pin", str(base)).returncode == 0
-    built = run(hub, start, "build", str(recipe), "--out", str(out))
+    assert run(hub, COMMAND, "recipes", "pin", str(base)).returncode == 0
+    built = run(hub, COMMAND, "build", str(recipe), "--out", str(out))
     assert built.returncode == 0, built.stderr
     assert "was complete already" in built.stderr, "a pin to what it was made from is no other build"
-    published = run(hub, start, "publish", str(out))
+    published = run(hub, COMMAND, "publish", str(out))
     assert published.returncode == 0, published.stderr
     data = ModelCard(on_hub(hub)["README.md"].decode()).data
     assert (data.license, data.base_model) == ("cc-by-nc-4.0", "an-org/zuraw")
     folder = tmp_path / "fetched"
-    program = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], local_dir=sys.argv[2])"
-    assert run(hub, program, REPO, str(folder)).returncode == 0
-    assert run(hub, start, "inspect", str(folder), "--verify").returncode == 0
+    assert run(hub, DOWNLOAD, REPO, "main", str(folder)).returncode == 0
+    assert run(hub, COMMAND, "inspect", str(folder), "--verify").returncode == 0
     expected = read_record(folder)["validation"]
-    judged = run(hub, start, "validate", str(folder), "--text", str(text), "--json")
+    judged = run(hub, COMMAND, "validate", str(folder), "--text", str(text), "--json")
     assert judged.returncode == 0, judged.stderr
     figures = ("ppl_per_token", "ratio", "mean_kld", "top1_agreement")
     (now,), (then,) = json.loads(judged.stdout)["variants"][0]["results"], expected["variants"][0]["results"]
@@ -402,7 +438,7 @@ h.snapshot_download(sys.argv[1], local_dir=sys.argv[2], max_workers=1)
     assert "File too large" in broken.stderr
     assert not (fetched / "model.safetensors").exists()
     assert run(hub, program, REPO, str(fetched), str(1 << 40)).returncode == 0
-    verified = run(hub, "from quantkit.cli import main; main()", "inspect", str(fetched), "--verify")
+    verified = run(hub, COMMAND, "inspect", str(fetched), "--verify")
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
@@ -559,7 +595,10 @@ def test_exl2_goes_to_a_branch_for_each_size_that_passed(hub, tiny_exl2, tmp_pat
     assert f"hf download {REPO} --revision 5.0bpw" in card
     assert "| exl2 8.0bpw |" in card
     assert "* 4.0bpw: reference: " in card
-    shown = run(hub, START, "inspect", str(fetched(hub, tmp_path / "main")), "--json")
+    (command,) = downloads(card)
+    inside = inspect_artifact(followed(hub, command, tmp_path / "followed"), verify=True)
+    assert ([variant["name"] for variant in inside["variants"]], inside["changed"]) == (["5.0bpw"], [])
+    shown = run(hub, COMMAND, "inspect", str(fetched(hub, tmp_path / "main")), "--json")
     assert [branch["name"] for branch in json.loads(shown.stdout)["branches"]] == ["5.0bpw", "8.0bpw"]
     for branch in ("5.0bpw", "8.0bpw"):
         folder = fetched(hub, tmp_path / branch, branch)
@@ -610,6 +649,9 @@ def test_gguf_types_that_passed_go_up_as_an_artifact_of_their_own(hub, tiny_gguf
         assert "tiny.Q4_K_M.gguf" not in text
         assert "tiny.Q8_0.gguf" in text
     assert f"ollama run hf.co/{REPO}:Q8_0" in (folder / "README.md").read_text("utf-8")
+    (command,) = downloads((folder / "README.md").read_text("utf-8"))
+    (file,) = followed(hub, command, tmp_path / "followed").glob("*.gguf")
+    assert file.read_bytes() == (artifact / file.name).read_bytes()
     assert (folder / "Modelfile").read_text("utf-8").splitlines()[1:] == (artifact / "Modelfile").read_text(
         "utf-8"
     ).splitlines()[1:]
@@ -788,7 +830,7 @@ def meanwhile(self, repo, operations, **named):
         real(self, repo, [other], commit_message="other", revision=named["revision"])
     return real(self, repo, operations, **named)
 huggingface_hub.HfApi.create_commit = meanwhile
-{START}
+{COMMAND}
 """
     done = run(hub, program, "publish", str(artifact), "--repo", REPO)
     assert done.returncode == 4, done.stderr
@@ -837,11 +879,10 @@ def test_of_several_large_files_only_the_rest_goes_up_after_a_reset(hub, in_shar
 @pytest.mark.slow
 def test_a_publication_that_is_killed_sends_only_the_rest_the_next_time(hub, in_shards):
     hub.faults = [["^PUT ", None, 1], ["^PUT ", "slow", 1]]
-    surroundings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "publish", str(in_shards), "--repo", REPO],
         cwd=ROOT,
-        env=os.environ | surroundings,
+        env=os.environ | hub.variables(),
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )

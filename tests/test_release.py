@@ -10,27 +10,15 @@ from xml.etree import ElementTree
 
 import pytest
 
+from tests.commands import COMMAND, ROOT
 from tests.hub_server import TOKEN, HubServer
 
-ROOT = Path(__file__).parent.parent
 FORMATS = ("hqq-3bit", "mlx")
 
 
-@pytest.fixture
-def surroundings(tmp_path):
-    with HubServer() as hub:
-        yield (
-            hub,
-            os.environ
-            | {
-                "HF_ENDPOINT": hub.url,
-                "HF_TOKEN": TOKEN,
-                "HF_HUB_DISABLE_XET": "1",
-                "NO_PROXY": "127.0.0.1",
-                # its cache of reference results is part of what runs at once
-                "QUANTKIT_HOME": str(tmp_path / "home"),
-            },
-        )
+def surroundings_of(hub: HubServer, folder: Path) -> dict[str, str]:
+    """The environment of make; its cache of reference results is part of what runs at once."""
+    return os.environ | hub.variables() | {"QUANTKIT_HOME": str(folder / "home")}
 
 
 def run(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
@@ -38,9 +26,9 @@ def run(*command: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.timeout(600)
-def test_a_gate_that_fails_stops_its_own_artifact_alone(surroundings, tiny_mistral, tmp_path):
+def test_a_gate_that_fails_stops_its_own_artifact_alone(hub, tiny_mistral, tmp_path):
     """What passed is on the Hub, the report shows both, the JUnit files tell, and make fails."""
-    hub, env = surroundings
+    env = surroundings_of(hub, tmp_path)
     if not (Path(sys.executable).parent / "quantkit").exists():
         pytest.skip("quantkit is not installed as a command beside this Python")
     (tmp_path / "installed").touch()
@@ -84,8 +72,8 @@ def test_a_gate_that_fails_stops_its_own_artifact_alone(surroundings, tiny_mistr
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_formats_are_released_at_once_and_come_back_whole(surroundings, nano, tmp_path):
-    hub, env = surroundings
+def test_two_formats_are_released_at_once_and_come_back_whole(hub, nano, tmp_path):
+    env = surroundings_of(hub, tmp_path)
     shutil.copytree(nano, tmp_path / "home" / "models" / nano.name)
     out = tmp_path / "artifacts"
     installed = tmp_path / "installed"
@@ -119,7 +107,7 @@ def test_two_formats_are_released_at_once_and_come_back_whole(surroundings, nano
         program = "import sys, huggingface_hub as h; h.snapshot_download(sys.argv[1], local_dir=sys.argv[2])"
         fetched = run(sys.executable, "-c", program, f"an-org/bielik-nano-{name}", str(folder), env=env)
         assert fetched.returncode == 0, fetched.stderr
-        start = (sys.executable, "-c", "from quantkit.cli import main; main()")
+        start = (sys.executable, "-c", COMMAND)
         verified = run(*start, "inspect", str(folder), "--verify", env=env)
         assert verified.returncode == 0, verified.stdout + verified.stderr
         published = json.loads((folder / "quantkit.json").read_text())["validation"]

@@ -1,10 +1,7 @@
 """A Hub model's plan needs no weights: what is fetched for it, and what a wrong model is told, over real HTTP."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ from quantkit import workdir
 from quantkit.pipeline import plan
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
-from tests.hub_server import TOKEN, HubServer, Repo
-from tests.test_cli import ROOT, own_recipe  # noqa: F401 (a fixture)
+from tests.commands import quantkit
+from tests.hub_server import HubServer, Repo
 from tests.tiny import make_tiny
 
 NAME = "an-org/tiny"
@@ -33,63 +30,51 @@ def put(hub: HubServer, folder: Path) -> None:
     hub.repos[NAME].commit("main", files)
 
 
-def quantkit(hub: HubServer, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    surroundings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
-    return subprocess.run(
-        [sys.executable, "-m", "quantkit", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | surroundings | variables,
-        timeout=120,
-    )
-
-
-def test_a_plan_fetches_headers_and_no_weights(wide, own_recipe, tmp_path):  # noqa: F811
+def test_a_plan_fetches_headers_and_no_weights(hub, wide, own_recipe, tmp_path):
     out = ("--out", str(tmp_path / "a"), "--json")
-    with HubServer() as hub:
-        put(hub, wide)
-        done = quantkit(hub, "plan", str(own_recipe), "--model", NAME, *out)
-        assert done.returncode == 0, done.stderr
-        size = (wide / "model.safetensors").stat().st_size
-        assert size > 800_000
-        assert hub.served["model.safetensors"] <= 100_001
-        fetched = json.loads(done.stdout)
-        local = json.loads(quantkit(hub, "plan", str(own_recipe), "--model", str(wide), *out).stdout)
-        for key in ("linears", "parameters", "artifact_bytes", "disk_bytes", "memory_bytes", "source_bytes"):
-            assert fetched[key] == local[key], key
-        # what a plan fetched serves the build; then the cache is enough for a plan
-        built = quantkit(hub, "build", str(own_recipe), "--model", NAME, "--out", str(tmp_path / "a"), "--no-validate")
-        assert built.returncode == 0, built.stderr
-        hub.requests.clear()
-        again = quantkit(hub, "plan", str(own_recipe), "--model", NAME, *out, HF_HUB_OFFLINE="1")
-        assert json.loads(again.stdout)["parameters"] == fetched["parameters"]
-        assert not hub.requests
+    put(hub, wide)
+    done = quantkit("plan", str(own_recipe), "--model", NAME, *out, **hub.variables())
+    assert done.returncode == 0, done.stderr
+    size = (wide / "model.safetensors").stat().st_size
+    assert size > 800_000
+    assert hub.served["model.safetensors"] <= 100_001
+    fetched = json.loads(done.stdout)
+    local = json.loads(quantkit("plan", str(own_recipe), "--model", str(wide), *out, **hub.variables()).stdout)
+    for key in ("linears", "parameters", "artifact_bytes", "disk_bytes", "memory_bytes", "source_bytes"):
+        assert fetched[key] == local[key], key
+    # what a plan fetched serves the build; then the cache is enough for a plan
+    built = quantkit(
+        "build", str(own_recipe), "--model", NAME, "--out", str(tmp_path / "a"), "--no-validate", **hub.variables()
+    )
+    assert built.returncode == 0, built.stderr
+    hub.requests.clear()
+    again = quantkit("plan", str(own_recipe), "--model", NAME, *out, HF_HUB_OFFLINE="1", **hub.variables())
+    assert json.loads(again.stdout)["parameters"] == fetched["parameters"]
+    assert not hub.requests
 
 
-def test_a_hub_model_that_is_refused_at_plan(tiny_mistral, own_recipe, tmp_path):  # noqa: F811
+def test_a_hub_model_that_is_refused_at_plan(hub, tiny_mistral, own_recipe, tmp_path):
     folder = shutil.copytree(tiny_mistral, tmp_path / "m")
     shard = sorted(folder.glob("*.safetensors"))[0]
     out = ("--out", str(tmp_path / "a"))
-    with HubServer() as hub:
-        whole = shard.read_bytes()
-        shard.write_bytes(b"no header at all")
-        put(hub, folder)
-        done = quantkit(hub, "plan", str(own_recipe), "--model", NAME, *out)
-        assert done.returncode == 2
-        assert f"error: {shard.name} of {NAME} is no safetensors file" in done.stderr
-        shard.unlink()
-        put(hub, folder)
-        done = quantkit(hub, "plan", str(own_recipe), "--model", NAME, *out)
-        assert done.returncode == 2
-        assert f"error: shard {shard.name} is missing" in done.stderr
-        shard.write_bytes(whole)
-        put(hub, folder)
-        hub.faults.append(["GET .*safetensors$", 500, 99])
-        done = quantkit(hub, "plan", str(own_recipe), "--model", NAME, *out)
-        assert done.returncode == 4, done.stderr
-        assert f"error: cannot fetch {NAME} at revision" in done.stderr
-        assert "Traceback" not in done.stderr
+    whole = shard.read_bytes()
+    shard.write_bytes(b"no header at all")
+    put(hub, folder)
+    done = quantkit("plan", str(own_recipe), "--model", NAME, *out, **hub.variables())
+    assert done.returncode == 2
+    assert f"error: {shard.name} of {NAME} is no safetensors file" in done.stderr
+    shard.unlink()
+    put(hub, folder)
+    done = quantkit("plan", str(own_recipe), "--model", NAME, *out, **hub.variables())
+    assert done.returncode == 2
+    assert f"error: shard {shard.name} is missing" in done.stderr
+    shard.write_bytes(whole)
+    put(hub, folder)
+    hub.faults.append(["GET .*safetensors$", 500, 99])
+    done = quantkit("plan", str(own_recipe), "--model", NAME, *out, **hub.variables())
+    assert done.returncode == 4, done.stderr
+    assert f"error: cannot fetch {NAME} at revision" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_plan_hashes_nothing(tiny_mistral, tmp_path, monkeypatch):

@@ -14,10 +14,10 @@ import pytest
 from quantkit.errors import RefusedError, UnavailableError
 from quantkit.report.card import keep
 from quantkit.report.page import page, report_of, write_report
+from tests.commands import quantkit
 from tests.conftest import KEPT
 from tests.report.records import HASH, record_of, result, variant
 
-ROOT = Path(__file__).parent.parent.parent
 AXE = "4.14.1"
 FLAGS = [
     f"--{flag}"
@@ -160,13 +160,7 @@ def test_without_matplotlib_nothing_is_written(artifacts, tmp_path, monkeypatch)
 def test_the_command_writes_page_data_and_pictures(artifacts, tmp_path):
     pytest.importorskip("matplotlib", reason="of the extra `report`")
     out = tmp_path / "deep" / "report"
-    program = "from quantkit.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "report", *map(str, artifacts), "--out", str(out), "--json"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    done = quantkit("report", *map(str, artifacts), "--out", str(out), "--json")
     assert done.returncode == 0, done.stderr
     names = sorted(path.name for path in out.iterdir())
     assert names == ["report.html", "report.json", "size-kld.png", "size-perplexity.png"]
