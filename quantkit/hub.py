@@ -3,15 +3,19 @@
 import errno
 import fnmatch
 import hashlib
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from quantkit.errors import QuantkitError, RefusedError, RunFailedError, UnavailableError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
 
 T = TypeVar("T")
 
@@ -200,6 +204,10 @@ def _first_line(error: Exception) -> str:
 
 TRIES = 5
 FIRST_PAUSE_S = 1.0  # doubled after each failed try
+LONGEST_PAUSE_S = 300.0  # the window in which the Hub counts requests
+# draft-ietf-httpapi-ratelimit-headers: no request is left, and in how many seconds there are more; RFC 9110's header
+NONE_LEFT = re.compile(r";\s*r=0\s*;\s*t=(\d+)")
+SECONDS = re.compile(r"\s*(\d+)\s*")
 PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 SMALL_BYTES = 10_000_000  # smaller files are read once: the bytes that were hashed are the bytes that are sent
 
@@ -385,7 +393,7 @@ def collect(repo: str, title: str, *, private: bool) -> None:
 
 
 def _insist(call: Callable[[], T], repo: str) -> T:
-    """Call the Hub; again, with growing pauses, while it fails in a way that passes.
+    """Call the Hub; again, with growing pauses or those that it asks for, while it fails in a way that passes.
 
     Raises:
         RefusedError: no permission.
@@ -415,8 +423,17 @@ def _insist(call: Callable[[], T], repo: str) -> T:
                     where=repo,
                     fix="run the same command again; what was uploaded is not sent twice",
                 ) from None
-        time.sleep(FIRST_PAUSE_S * 2**attempt)
+        asked_s = _asked_pause_s(cause) if isinstance(cause, HfHubHTTPError) else 0.0
+        time.sleep(max(FIRST_PAUSE_S * 2**attempt, asked_s))
     raise AssertionError("the last try returns or raises")
+
+
+def _asked_pause_s(error: "HfHubHTTPError") -> float:
+    """How long the Hub asks to wait with the next request, never more than LONGEST_PAUSE_S; 0 where it does not say."""
+    headers = error.response.headers
+    said = NONE_LEFT.search(headers.get("RateLimit", "")) or SECONDS.fullmatch(headers.get("Retry-After", ""))
+    # it counts whole seconds
+    return min(float(said[1]) + 1, LONGEST_PAUSE_S) if said else 0.0
 
 
 def _hub_cause(error: BaseException) -> Exception | None:

@@ -58,6 +58,8 @@ class HubServer:
         instead; "reset" closes the connection, "half" within the answer's body; "slow" waits first, or between the
         pieces of a body; "lost" and "late" do what was asked, and then close the connection or answer 504.
     spoils: name of a file that commits keep with other bytes.
+    asks: header with which a status of `faults` is answered, such as how long to wait.
+    moments: of `requests`, in seconds of a clock that only goes forward.
     """
 
     repos: dict[str, Repo] = field(default_factory=dict)
@@ -69,6 +71,8 @@ class HubServer:
     faults: list[list] = field(default_factory=list)
     served: dict[str, int] = field(default_factory=dict)
     spoils: str | None = None
+    asks: dict[str, str] = field(default_factory=dict)
+    moments: list[float] = field(default_factory=list)
     url: str = ""
 
     def variables(self, token: str = TOKEN) -> dict[str, str]:
@@ -151,6 +155,7 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         request = f"{self.command} {path}"
         self.hub.requests.append(request)
+        self.hub.moments.append(time.monotonic())
         fault = self.hub.fault(request)
         if fault == "reset":
             self.rfile.read(1)
@@ -162,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "slow" and self.command != "GET":
             time.sleep(SLOW_S)
         elif isinstance(fault, int):
-            self.fail(fault)
+            self.answer(fault, {"error": "failed"}, self.hub.asks)
             return
         self.route(path, body)
 

@@ -278,6 +278,19 @@ def test_a_failure_that_passes_is_tried_again(hub, artifact, request_pattern, fa
     arrived_whole(hub, artifact)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "asks", [{"RateLimit": '"api";r=0;t=2'}, {"Retry-After": "2"}], ids=["RateLimit", "Retry-After"]
+)
+def test_it_waits_as_long_as_the_hub_asks(hub, artifact, asks):
+    hub.faults, hub.asks = [["/commit/main", 429, 1]], asks
+    done = publish(hub, artifact)
+    assert done.returncode == 0, done.stderr
+    first, second = (hub.moments[number] for number, name in enumerate(hub.requests) if "/commit/main" in name)
+    assert 3 <= second - first < 13
+    arrived_whole(hub, artifact)
+
+
 def test_an_upload_that_breaks_off_publishes_nothing_and_is_finished_by_the_next_run(hub, artifact):
     hub.faults = [["/commit/main", 400, 1]]
     broken = publish(hub, artifact)
