@@ -56,8 +56,8 @@ $(RECIPES): %: build-%
 # How a step ended stands in a file, so that the steps after it can go on with what there is, and make fails with it.
 built-%: setup
 	@mkdir -p $(OUT)
-	$(BIN)/quantkit build $(MODEL)/$* --out $(OUT)/$(MODEL)-$* $(if $(JUNIT),--junit $(JUNIT)/$(MODEL)-$*.xml) \
-		$(BOUND) $(BUILD_FLAGS); echo $$? > $(OUT)/.$(MODEL)-$*.exit
+	@(set -x; $(BIN)/quantkit build $(MODEL)/$* --out $(OUT)/$(MODEL)-$* $(if $(JUNIT),--junit $(JUNIT)/$(MODEL)-$*.xml) \
+		$(BOUND) $(BUILD_FLAGS)); echo $$? > $(OUT)/.$(MODEL)-$*.exit
 
 build-%: built-%
 	@exit $$(cat $(OUT)/.$(MODEL)-$*.exit)
@@ -68,16 +68,17 @@ validate-%: build-%
 # of every artifact of the model that is there, whether it passed or not
 drawn: $(patsubst %,built-%,$(or $(NAMED),$(FORMATS)))
 	@there=; for one in $(RECIPES:%=$(OUT)/$(MODEL)-%); do if [ -f $$one/quantkit.json ]; then there="$$there $$one"; fi; done; \
-	set -x; $(BIN)/quantkit report $${there:-$(OUT)/$(MODEL)-*} --out $(REPORT); echo $$? > $(OUT)/.$(MODEL)-report.exit
+	if [ "$$there" ]; then (set -x; $(BIN)/quantkit report $$there --out $(REPORT)); \
+	else echo "no artifact of $(MODEL) in $(OUT): nothing to report on" >&2; false; fi; echo $$? > $(OUT)/.$(MODEL)-report.exit
 
 report: drawn
 	@exit $$(cat $(OUT)/.$(MODEL)-report.exit)
 
 # a gate that failed (3) is left to publish, which takes the variants that passed; whatever else failed left nothing to take
 publish-%: built-% drawn
-	@ended=$$(cat $(OUT)/.$(MODEL)-$*.exit); [ $$ended -eq 0 ] || [ $$ended -eq 3 ] || exit $$ended
-	$(BIN)/quantkit publish $(OUT)/$(MODEL)-$* $(if $(ORG),--repo $(ORG)/$(MODEL)-$*) \
-		$$([ "$$(cat $(OUT)/.$(MODEL)-report.exit)" != 0 ] || echo --report $(REPORT)) $(PUBLISH_FLAGS)
+	@ended=$$(cat $(OUT)/.$(MODEL)-$*.exit); [ $$ended -eq 0 ] || [ $$ended -eq 3 ] || exit $$ended; \
+	drawn=; [ "$$(cat $(OUT)/.$(MODEL)-report.exit)" != 0 ] || drawn="--report $(REPORT)"; \
+	set -x; $(BIN)/quantkit publish $(OUT)/$(MODEL)-$* $(if $(ORG),--repo $(ORG)/$(MODEL)-$*) $$drawn $(PUBLISH_FLAGS)
 
 test: lint docs-check
 	$(BIN)/pytest
