@@ -13,14 +13,14 @@ def run(program: str, *arguments: str, cwd: Path = ROOT, **variables: str) -> su
     """The text of a Python program with its arguments.
 
     Args:
-        cwd: where it runs.
+        cwd: where it runs; this checkout's package is the one it imports.
         variables: of its environment, beside those of the tests' own.
     """
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, cwd=cwd, env=os.environ | variables
-    )
+    surroundings = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=surroundings)
 
 
-def quantkit(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def quantkit(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
     """The real command."""
-    return run(COMMAND, *arguments, **variables)
+    return run(COMMAND, *arguments, cwd=cwd, **variables)

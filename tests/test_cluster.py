@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +22,10 @@ from quantkit.cluster import (
     submitted_jobs,
 )
 from quantkit.errors import RefusedError
+from tests.commands import quantkit
 from tests.slurm import missing, running_slurm
 from tests.tiny import WORDS, make_tiny
 
-ROOT = Path(__file__).parent.parent
 ATHENA = Resources(240, 0, 0, partition="plgrid-gpu-a100", account="plggrant-gpu-a100")
 
 
@@ -114,17 +113,6 @@ texts = ["{text}"]
             encoding="utf-8",
         )
     return [folder / f"{name}.toml" for name in gates]
-
-
-def quantkit(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The real command."""
-    return subprocess.run(
-        [sys.executable, "-m", "quantkit", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-    )
 
 
 def test_a_dry_run_shows_what_would_be_asked(recipes, tmp_path):
