@@ -27,10 +27,16 @@ JOBS = "jobs.json"
 MEMORY_SLACK = 1.25  # allocator and page cache beside what a plan counts
 RESTARTS = 100  # after time-outs; each continues where the last one stopped
 POLL_SECONDS = 5.0
+ANNOUNCED_S = 90  # how long before its time limit a job is told of it
+ANNOUNCED_S_PER_MINUTE = 15  # of a short limit, which would else be announced before the job can hear it
 
 DONE, GATE, LOST = "done", "gate failed", "lost"
 STATES = {0: DONE, GateError.exit_code: GATE}
 """What an exit code means; any other is `failed`."""
+OF_QUANTKIT = re.compile(r"^error: (.*(?:\n  (?!at:|fix:).*)*)", re.MULTILINE)
+"""An error without its place and its remedy, which follow indented."""
+OF_SLURM = re.compile(r"^slurmstepd(?:-\S+)?: error: [* ]*(.*?)[* ]*$", re.MULTILINE)
+RESTART = "Starting with JobEnvironment"  # first line of submitit's in a log, each time that the job begins
 DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+)(?::(?P<minutes>[0-5]?\d))?(?::(?P<seconds>[0-5]?\d))?")
 
 
@@ -101,8 +107,11 @@ class BuildJob:
         """Run it inside a job."""
         _run_in_job([("build", self.recipe, "--out", str(self.out), *self.options)])
 
-    def __submitit_checkpoint__(self) -> Any:
-        """What goes back into the queue: the same, for the build finds its finished layers."""
+    def checkpoint(self) -> Any:
+        """What goes back into the queue: the same, for the build finds its finished layers.
+
+        By this name, for submitit 1.5.4 lets a job that has no `checkpoint` end at its time limit.
+        """
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -145,7 +154,7 @@ class ReleaseJob:
         commands: list[tuple[str, ...]] = [("report", *there, "--out", str(self.report))] if there else []
         return commands + ([("publish", folder) for folder in there] if self.publishes else [])
 
-    __submitit_checkpoint__ = BuildJob.__submitit_checkpoint__
+    checkpoint = BuildJob.checkpoint
 
 
 Job = BuildJob | ReleaseJob
@@ -296,7 +305,8 @@ def submitted_jobs(folder: Path) -> list[dict[str, Any]]:
     """What was submitted with logs in a folder, the latest of each name, with its `state`, `reason` and `exit_code`.
 
     `state` is `done`, `gate failed`, `failed`, `lost` (gone from the queue without a word: cancelled, out of memory),
-    or Slurm's own word for a job in its queue, in small letters; then `reason` says in Slurm's words why it waits.
+    or Slurm's own word for a job in its queue, in small letters. `reason` says in Slurm's words why it waits, and of
+    one that did not end well what its log says of that; None where there is nothing to say.
 
     Raises:
         RefusedError: nothing was submitted from there.
@@ -306,12 +316,18 @@ def submitted_jobs(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise RefusedError("no jobs were submitted from here", where=str(folder), fix="`quantkit submit` makes them")
     latest = {job["name"]: job for job in json.loads(path.read_text(encoding="utf-8"))}
-    ended = {name: _ended(Path(job["log"]).parent, job["id"]) for name, job in latest.items()}
+    ended = {name: _ended_with_reason(job) for name, job in latest.items()}
     queue = _queue() if None in ended.values() else {}
     # a task may end between the two looks; then it has left its word by now
-    states = {name: ended[name] or _ended(Path(job["log"]).parent, job["id"]) for name, job in latest.items()}
+    states = {name: ended[name] or _ended_with_reason(job) for name, job in latest.items()}
     return [
-        job | {"exit_code": None, "reason": None} | (states[name] or queue.get(job["id"]) or {"state": LOST})
+        job
+        | {"exit_code": None, "reason": None}
+        | (
+            states[name]
+            or queue.get(job["id"])
+            or {"state": LOST, "reason": _last_error(Path(job["log"]), OF_SLURM, OF_QUANTKIT)}
+        )
         for name, job in latest.items()
     ]
 
@@ -346,8 +362,8 @@ def _standing(job: dict[str, Any]) -> str:
     """Where a job stands; of one that was not submitted, or only just, what it asks for."""
     if "state" not in job:
         return " ".join(f"{key}={value}" for key, value in job["resources"].items() if value)
-    waits = f" ({job['reason']})" if job["reason"] not in (None, "None") else ""
-    return f"{job['state']}{waits}  {job['log']}"
+    why = f" ({job['reason']})" if job["reason"] not in (None, "None") else ""
+    return f"{job['state']}{why}  {job['log']}"
 
 
 def _parameters(group: list[Job], asked: Resources, at_once: int | None, further: dict[str, str]) -> dict[str, Any]:
@@ -355,6 +371,7 @@ def _parameters(group: list[Job], asked: Resources, at_once: int | None, further
     given: dict[str, Any] = {
         "job_name": f"quantkit-{group[0].name}" if len(group) == 1 else "quantkit",
         "time": asked.minutes,
+        "signal_delay_s": min(ANNOUNCED_S, asked.minutes * ANNOUNCED_S_PER_MINUTE),
         "cpus_per_task": asked.cpus,
         "mem": f"{asked.memory_gb}G",
         "gpus_per_node": asked.gpus or None,
@@ -405,6 +422,21 @@ def _ended(logs: Path, identifier: str) -> dict[str, Any] | None:
     return {"state": STATES.get(word["exit_code"], "failed")} | word
 
 
+def _ended_with_reason(job: dict[str, Any]) -> dict[str, Any] | None:
+    """The same of a job of the list, and what went wrong in it."""
+    log = Path(job["log"])
+    ended = _ended(log.parent, job["id"])
+    return ended and ended | {"reason": _last_error(log, OF_QUANTKIT) if ended["exit_code"] else None}
+
+
+def _last_error(log: Path, *patterns: re.Pattern[str]) -> str | None:
+    """The last error in a log since its job last began, in one line, of the first of the patterns that has one."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    since = text.rpartition(RESTART)[2]
+    found = next(filter(None, (pattern.findall(since) for pattern in patterns)), [])
+    return " ".join(found[-1].split()) if found else None
+
+
 def _made(ended: dict[str, Any] | None) -> bool:
     """Whether a build ended with an artifact, judged well or not."""
     return ended is not None and ended["exit_code"] in STATES
@@ -433,7 +465,7 @@ def _run_in_job(commands: Iterable[tuple[str, ...]]) -> None:
     has put itself back into the queue. One that was killed leaves no word: the queue knows what comes next.
 
     Raises:
-        RuntimeError: a command failed, and Slurm is to know; its own message is in the log.
+        SystemExit: a command failed, and Slurm is to know; its own message is in the log.
     """
     from submitit import JobEnvironment
 
@@ -446,12 +478,12 @@ def _run_in_job(commands: Iterable[tuple[str, ...]]) -> None:
         # a job's process has no other thread that could hold a lock while it forks
         done = subprocess.run([sys.executable, "-m", "quantkit", *arguments], preexec_fn=_ignore_announcement)
         if done.returncode < 0:
-            raise RuntimeError(f"killed by {signal.Signals(-done.returncode).name}")
+            sys.exit(f"error: {arguments[0]} was killed by {signal.Signals(-done.returncode).name}")
         codes.append({"exit_code": done.returncode})
     worst = exit_code(codes)
     write_json(word, {"exit_code": worst, "host": environment.hostname})
     if worst:
-        raise RuntimeError(f"exit code {worst}")
+        sys.exit(worst)
 
 
 def _ignore_announcement() -> None:

@@ -39,6 +39,7 @@ MinJobAge=600
 EnforcePartLimits=ALL
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 State=UNKNOWN
 PartitionName=cpu Nodes={host} Default=YES MaxTime=60 State=UP
+PartitionName=grant Nodes={host} AllowAccounts=ours State=UP
 """
 
 
@@ -97,7 +98,7 @@ def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
     give_up = time.monotonic() + START_SECONDS
     while time.monotonic() < give_up:
         seen = subprocess.run(["sinfo", "-h", "-o", "%t"], env=environment, capture_output=True, text=True)
-        if seen.stdout.strip() == "idle":
+        if set(seen.stdout.split()) == {"idle"}:
             return
         time.sleep(1)
     logs = "\n".join(path.read_text(errors="replace")[-800:] for path in [*folder.glob("*.log"), *folder.glob("*.out")])

@@ -1,17 +1,24 @@
 """Builds as Slurm jobs: what is asked of Slurm here, and in the slow tier a real Slurm that runs them."""
 
 import json
+import math
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from quantkit.cluster import (
     JOBS,
     LOST,
+    MEMORY_SLACK,
     BuildJob,
     ReleaseJob,
     Resources,
@@ -26,6 +33,9 @@ from tests.commands import quantkit
 from tests.slurm import missing, running_slurm
 from tests.tiny import WORDS, make_tiny
 
+PATIENCE_S = 150
+REPO = "an-org/tiny-GPTQ"
+Interruption = Callable[[dict[str, Any], dict[str, str]], None]
 ATHENA = Resources(240, 0, 0, partition="plgrid-gpu-a100", account="plggrant-gpu-a100")
 
 
@@ -77,8 +87,12 @@ def test_an_ended_job_needs_no_queue(tmp_path, monkeypatch):
     job = {"name": "a-GPTQ", "id": "7_1", "log": str(tmp_path / "7_1_0_log.out"), "recipe": "a/gptq", "resources": {}}
     (tmp_path / JOBS).write_text(json.dumps([job | {"id": "6"}, job]))
     (tmp_path / "7_1_ended.json").write_text(json.dumps({"exit_code": 3, "host": "node"}))
-    assert [(each["id"], each["state"], each["exit_code"]) for each in submitted_jobs(tmp_path)] == [
-        ("7_1", "gate failed", 3)
+    begins = "submitit INFO - Starting with JobEnvironment(job_id=7_1)\n"
+    old = f"{begins}slurmstepd-node: error: *** JOB 7 ON node CANCELLED DUE TO JOB REQUEUE ***\nerror: an older one\n"
+    new = f"{begins}error: not good enough:\n  top-1 0.5\n  KLD 2\n  at:  out\n  fix: more bits\nsrun: error: code 3\n"
+    Path(job["log"]).write_text(old + new)
+    assert [(each["id"], each["state"], each["exit_code"], each["reason"]) for each in submitted_jobs(tmp_path)] == [
+        ("7_1", "gate failed", 3, "not good enough: top-1 0.5 KLD 2")
     ]
 
 
@@ -181,43 +195,135 @@ def test_what_slurm_does_not_take_is_refused_with_its_reason(slurm, recipes, tmp
     found = quantkit("submit", str(recipes[0]), "--partition", "gpu", cwd=tmp_path, **slurm)
     assert found.returncode == 2
     assert "invalid partition" in found.stderr
+    found = quantkit("submit", str(recipes[0]), "--partition", "grant", "--account", "other", cwd=tmp_path, **slurm)
+    assert found.returncode == 2
+    assert "Invalid account" in found.stderr
     found = quantkit("submit", str(recipes[0]), "--time", "2:00:00", cwd=tmp_path, **slurm)
     assert found.returncode == 2
     assert "Requested time limit is invalid" in found.stderr
     assert "Traceback" not in found.stderr
 
 
+def until(happened: Callable[[], object], log: str = "") -> None:
+    """Wait for what Slurm or a build does."""
+    give_up = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < give_up, Path(log).read_text() if log else "in vain"
+        time.sleep(0.05)
+
+
+def slurms(*command: str, slurm: dict[str, str]) -> str:
+    """A command of Slurm's own."""
+    return subprocess.run(command, env=os.environ | slurm, check=True, capture_output=True, text=True).stdout
+
+
+def jobs(cwd: Path, slurm: dict[str, str]) -> dict[str, dict[str, Any]]:
+    found = quantkit("jobs", "--json", cwd=cwd, **slurm)
+    assert found.returncode == 0, found.stderr
+    return {job["name"]: job for job in json.loads(found.stdout)}
+
+
+def requeue(job: dict[str, Any], slurm: dict[str, str]) -> None:
+    slurms("scontrol", "requeue", job["id"], slurm=slurm)
+
+
+def preempt(job: dict[str, Any], slurm: dict[str, str]) -> None:
+    """What Slurm sends before a preemption where it is set up so."""
+    slurms("scancel", "--signal=USR2", job["id"], slurm=slurm)
+
+
+def take_too_long(job: dict[str, Any], slurm: dict[str, str]) -> None:
+    """Nothing is done until Slurm itself announces the time limit."""
+    build = next(each for each in psutil.process_iter(["cmdline"]) if is_build(each.info["cmdline"] or [], job))
+    build.suspend()
+
+
+def is_build(command: list[str], job: dict[str, Any]) -> bool:
+    return "build" in command and any(part.endswith(job["name"]) for part in command)
+
+
+def interrupt_in_its_layers(
+    job: dict[str, Any], folder: Path, interruption: Interruption, slurm: dict[str, str]
+) -> None:
+    """Let a job finish a layer, interrupt it, and spare it the two minutes before Slurm begins it again."""
+    journal = folder / f"{job['name']}.work" / "journal.json"
+    until(lambda: journal.is_file() and "layers.0" in journal.read_text(), job["log"])
+    interruption(job, slurm)
+    until(lambda: "BeginTime" in slurms("squeue", "-h", "-r", "-j", job["id"], "-o", "%r", slurm=slurm), job["log"])
+    # what its first run still has to report would end a second one that has begun by then
+    slurms("scontrol", "update", f"JobId={job['id']}", "StartTime=now+10", slurm=slurm)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("interruption", [("scontrol", "requeue"), ("scancel", "--signal=USR2")], ids=["kill", "warn"])
-def test_an_interrupted_job_goes_on_and_ends_in_the_same_bytes(slurm, recipes, tmp_path, interruption):
-    """`requeue` kills it without a word; USR2 is what Slurm sends before a time limit or a preemption."""
-    submitted = quantkit("submit", str(recipes[0]), "--time", "30", "--json", cwd=tmp_path, **slurm)
+@pytest.mark.parametrize(
+    ("interruption", "minutes"), [(requeue, "30"), (preempt, "30"), (take_too_long, "1")], ids=["kill", "warn", "limit"]
+)
+def test_an_interrupted_job_goes_on_and_ends_in_the_same_bytes(slurm, recipes, tmp_path, interruption, minutes):
+    submitted = quantkit("submit", str(recipes[0]), "--time", minutes, "--json", cwd=tmp_path, **slurm)
     assert submitted.returncode == 0, submitted.stderr
     job = json.loads(submitted.stdout)[0]
-    journal = tmp_path / "artifacts" / "model-GOOD.work" / "journal.json"
-    give_up = time.monotonic() + 120
-    while not (journal.is_file() and "layers.0" in journal.read_text()):
-        assert time.monotonic() < give_up, Path(job["log"]).read_text()
-        time.sleep(0.05)
-    subprocess.run([*interruption, job["id"]], env=os.environ | slurm, check=True)
-    give_up = time.monotonic() + 400
-    while (state := json.loads(quantkit("jobs", "--json", cwd=tmp_path, **slurm).stdout)[0]["state"]) != "done":
-        assert state not in (LOST, "failed"), Path(job["log"]).read_text()
-        assert time.monotonic() < give_up, state
-        time.sleep(2)
+    interrupt_in_its_layers(job, tmp_path / "artifacts", interruption, slurm)
+    until(lambda: jobs(tmp_path, slurm)[job["name"]]["state"] in ("done", "failed", LOST), job["log"])
     log = Path(job["log"]).read_text()
+    assert jobs(tmp_path, slurm)[job["name"]]["state"] == "done", log
     assert log.count("quantkit build") == 2
+    assert "Traceback" not in log
     assert files(tmp_path / "artifacts" / "model-GOOD") == direct(recipes[0], tmp_path)
+
+
+@pytest.mark.slow
+def test_what_follows_waits_for_a_requeued_build_and_takes_what_passed(slurm, hub, recipes, tmp_path):
+    """One build is killed and begins again, one fails: report and publication have the first alone, after its end."""
+    broken = recipes[0].with_name("broken.toml")
+    model = make_tiny(broken.with_name("not-finite"), "mistral", sharded=False)
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 3] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    broken.write_text(recipes[0].read_text().replace(f'id = "{recipes[0].with_name("model")}"', f'id = "{model}"'))
+    around = slurm | hub.variables()
+    named = [str(recipes[0]), str(broken)]
+    options = ["--set", f"release.repo={REPO}", "--time", "10", "--publish", "--json"]
+    submitted = quantkit("submit", *named, *options, cwd=tmp_path, **around)
+    assert submitted.returncode == 0, submitted.stderr
+    good, bad, report = json.loads(submitted.stdout)
+    interrupt_in_its_layers(good, tmp_path / "artifacts", requeue, slurm)
+    until(lambda: jobs(tmp_path, slurm)["report"]["exit_code"] is not None, report["log"])
+    log = Path(report["log"]).read_text()
+    found = jobs(tmp_path, slurm)
+    assert [found[job["name"]]["state"] for job in (good, bad, report)] == ["done", "failed", "done"], log
+    assert "Traceback" not in log + Path(bad["log"]).read_text()
+    assert "NaN or infinite" in found[bad["name"]]["reason"]
+    assert f"{bad['name']} is left out: its build made no artifact" in log
+    drawn = (tmp_path / "artifacts" / "report" / "report.html").read_text()
+    assert (good["name"] in drawn, bad["name"] in drawn) == (True, False)
+    assert list(hub.repos) == [REPO]
+    artifact = tmp_path / "artifacts" / good["name"]
+    there = hub.repos[REPO].commits[hub.repos[REPO].branches["main"]]
+    assert {name: there[name][0] for name in files(artifact)} == files(artifact)
+
+
+@pytest.mark.slow
+def test_slurm_is_asked_for_what_the_plan_says(slurm, recipes, tmp_path):
+    planned = json.loads(quantkit("plan", str(recipes[0]), "--device", "cpu", "--json", cwd=tmp_path).stdout)
+    submitted = quantkit("submit", str(recipes[0]), "--time", "0:30:00", "--json", cwd=tmp_path, **slurm)
+    build, report = json.loads(submitted.stdout)
+    for job in (build, report):
+        shown = slurms("scontrol", "show", "job", job["id"], slurm=slurm)
+        assert "TimeLimit=00:30:00" in shown
+        assert "CPUs/Task=1 " in shown
+        assert f"MinMemoryNode={math.ceil(planned['memory_bytes'] * MEMORY_SLACK / 1e9)}G" in shown
+        slurms("scancel", job["id"], slurm=slurm)
 
 
 @pytest.mark.slow
 def test_a_cancelled_job_is_lost(slurm, recipes, tmp_path):
     submitted = quantkit("submit", str(recipes[0]), "--time", "30", "--json", cwd=tmp_path, **slurm)
-    for job in json.loads(submitted.stdout):
-        subprocess.run(["scancel", job["id"]], env=os.environ | slurm, check=True)
-    time.sleep(10)
-    states = [job["state"] for job in json.loads(quantkit("jobs", "--json", cwd=tmp_path, **slurm).stdout)]
-    assert states == [LOST, LOST]
+    build, report = json.loads(submitted.stdout)
+    until(lambda: "quantkit build" in Path(build["log"]).read_text() if Path(build["log"]).is_file() else False)
+    for job in (report, build):
+        slurms("scancel", job["id"], slurm=slurm)
+    until(lambda: all(job["state"] == LOST for job in jobs(tmp_path, slurm).values()), build["log"])
+    until(lambda: "CANCELLED" in (jobs(tmp_path, slurm)[build["name"]]["reason"] or ""), build["log"])
 
 
 def test_what_follows_takes_no_gpu():
