@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +20,7 @@ from quantkit.errors import QuantkitError, worst
 if TYPE_CHECKING:
     from quantkit.cluster import BuildJob, Resources
     from quantkit.pipeline import Job
+    from quantkit.ranks import Ranks
     from quantkit.recipe import Recipe
 
 INTERRUPTED = "interrupted; finished layers are kept, the same command goes on"
@@ -112,22 +113,25 @@ def build(
     if junit is not None and no_validate:
         raise RefusedError("there are no gates to write without a validation", where="--junit", fix="validate it too")
     several = _means_several(recipe)
-    with _errors_in(junit, out.name if out is not None else recipe):
+    with _together(device) as ranks, _errors_in(junit if ranks.is_first else None, out.name if out else recipe):
         jobs, errors = _jobs(recipe, changes, model, out)
         if release:
             for job in jobs:
                 require_pinned(job.recipe)
-        with Display() as display:
+        with Display() if ranks.is_first else nullcontext() as display:
             outcomes = run(
                 jobs,
                 device=choose_device(device),
                 fresh=fresh,
                 validated=not no_validate,
-                progress=display.progress,
+                progress=display.progress if display else None,
+                ranks=ranks,
             )
         errors |= {outcome.name: outcome.error for outcome in outcomes if outcome.error is not None}
         if not several:
             _fail(errors, several=False)
+    if not ranks.is_first:
+        return
     builds = {outcome.name: outcome.build for outcome in outcomes if outcome.build is not None}
     for done in builds.values():
         if done.reused:
@@ -598,6 +602,24 @@ def _write_below(path: Path, text: str) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
+
+
+@contextmanager
+def _together(device: str) -> Iterator["Ranks"]:
+    """The processes that torchrun has started, if it has; one of them tells of an error, and all end with it."""
+    from quantkit.machine import choose_device
+    from quantkit.ranks import ALONE, joined, launched
+
+    if launched() == 1:
+        yield ALONE
+        return
+    with joined(choose_device(device)) as ranks:
+        try:
+            yield ranks
+        except QuantkitError as error:
+            if ranks.fails_first():
+                _say(f"error: {error}" if ranks.is_first else f"error on rank {ranks.rank}: {error}")
+            raise typer.Exit(error.exit_code) from None
 
 
 def _gate_error(validation: dict[str, Any], where: Path) -> QuantkitError | None:

@@ -37,12 +37,14 @@ from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, in_passes, make_plan, reads_text, require_here, together_bytes
 from quantkit.progress import Progress, timed
 from quantkit.qtensor import Item
+from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
 from quantkit.report.card import keep
 from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
+from quantkit.solvers.dealt import Dealt
 from quantkit.source_pass import Calibration, SourcePass
 from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
-from quantkit.stream import Sinks, stream, survey
+from quantkit.stream import Sinks, Solvers, stream, survey
 from quantkit.texts import TextSet, load_text_set, require_known
 from quantkit.upstream import adopt, adopt_files, prepare, prepared_items, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
@@ -204,6 +206,7 @@ def build_all(
     fresh: bool = False,
     validated: bool = True,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[Outcome]:
     """Build recipes side by side: every artifact is to the byte what `build` makes of its recipe alone.
 
@@ -213,13 +216,17 @@ def build_all(
     Args:
         jobs: what to build, each into a folder of its own.
         device, fresh, validated, progress: as for `build`.
+        ranks: the processes that make a single artifact together; the first alone writes, judges and has its record.
     """
+    _require_divisible(jobs, ranks)
+    validated = validated and ranks.is_first
     progress, once, reserved_bytes = progress or Progress(), _Once(), 0
-    artifacts = [_Artifact(job, device, _named(progress, job) if len(jobs) > 1 else progress) for job in jobs]
+    artifacts = [_Artifact(job, device, _named(progress, job) if len(jobs) > 1 else progress, ranks) for job in jobs]
     with ExitStack() as locks:
         for artifact in artifacts:
             with artifact.turn():
-                locks.enter_context(locked(artifact.job.out))
+                if ranks.is_first:
+                    locks.enter_context(locked(artifact.job.out))
                 artifact.open(once, fresh=fresh, validated=validated, reserved_bytes=reserved_bytes)
                 reserved_bytes += artifact.needed.disk_bytes if artifact.record is None else 0
         for taking in _passes([each for each in artifacts if each.error is None and each.record is None], device):
@@ -229,6 +236,25 @@ def build_all(
                 with artifact.turn():
                     artifact.judge()
     return [artifact.outcome for artifact in artifacts]
+
+
+def _require_divisible(jobs: Sequence[Job], ranks: Ranks) -> None:
+    """Stop at what several processes cannot make together."""
+    if ranks.size == 1:
+        return
+    if len(jobs) > 1:
+        raise RefusedError(
+            f"{ranks.size} processes make one artifact together, not {len(jobs)}",
+            where="torchrun",
+            fix="name one recipe, or build all of them with one process",
+        )
+    for job in jobs:
+        if job.recipe.upstream is not None:
+            raise RefusedError(
+                f"the engine {job.recipe.engine} is one process",
+                where="torchrun",
+                fix=f'build it without torchrun, or with engine = "{OWN_ENGINE}"',
+            )
 
 
 def _named(progress: Progress, job: Job) -> Progress:
@@ -268,7 +294,7 @@ def _make(artifacts: "list[_Artifact]", once: "_Once", *, fresh: bool) -> None:
                             continue
                     del walks[artifact]
         for artifact in taking:
-            if artifact.error is None and number + 1 == len(artifact.passes):
+            if artifact.error is None and number + 1 == len(artifact.passes) and artifact.ranks.is_first:
                 with artifact.turn():
                     artifact.assemble()
 
@@ -298,14 +324,15 @@ class _Artifact:
         job: what to build.
         device: where to compute.
         progress: told what is going on.
+        ranks: who make it together.
     """
 
     source: Source
     method: Method
     needed: Plan
 
-    def __init__(self, job: Job, device: torch.device, progress: Progress) -> None:
-        self.job, self.device, self.progress = job, device, progress
+    def __init__(self, job: Job, device: torch.device, progress: Progress, ranks: Ranks = ALONE) -> None:
+        self.job, self.device, self.progress, self.ranks = job, device, progress, ranks
         self.recipe = job.recipe
         self.error: QuantkitError | None = None
         self.record: dict[str, Any] | None = None
@@ -374,17 +401,21 @@ class _Artifact:
         """
         self._settle()
         recipe, model = self.recipe, self.recipe.model
-        with timed(self._stages, "source"):
+        with timed(self._stages, "source"), self.ranks.first_goes_first():
             self.source = once(("source", model), partial(open_source, model.id, model.revision, self.progress))
         _refuse_other_licence(recipe, self.source)
         self.method = _method(recipe, self.source.checkpoint, self.progress)
         self._texts: dict[str, TextSet] = {}
         if self._reads_text:
             wanted = [name for name, windows in recipe.calibration.texts.items() if windows]
-            self._texts = {name: once(("text", name), partial(load_text_set, name, "calibration")) for name in wanted}
+            with self.ranks.first_goes_first():
+                self._texts = {
+                    name: once(("text", name), partial(load_text_set, name, "calibration")) for name in wanted
+                }
         engine = recipe.engine if self.method.engine is None else self.method.engine
         self._identity = _identity(recipe, self.source, self._texts, self.device, engine, self.method.read)
-        self.record = _finished(self.job.out, self._identity, fresh=fresh)
+        self.ranks.require_alike(self._identity)
+        self.record = self.ranks.from_first(partial(_finished, self.job.out, self._identity, fresh=fresh))
         self._reused = self.record is not None
         judging = validated and not self._is_judged
         if self.record is None or judging:
@@ -451,9 +482,9 @@ class _Artifact:
     def begin(self, once: _Once, *, fresh: bool) -> None:
         """Open the work folder and make ready for the passes."""
         recipe, source = self.recipe, self.source
-        self._calibration = _calibration(recipe, self._texts, source, once)
+        self._calibration = _calibration(recipe, self._texts, source, once, self.ranks)
         # a recipe that is refused leaves no work that the mended one would be held against
-        self._work = open_workdir(self.job.out, self._identity, fresh=fresh)
+        self._work = self.ranks.from_first(partial(open_workdir, self.job.out, self._identity, fresh=fresh))
         if recipe.upstream is not None:
             prepares = [] if recipe.upstream.takes_checkpoint else [("prepare", self._prepare)]
             self.passes = [*prepares, ("quantize", self._upstream)]
@@ -482,10 +513,10 @@ class _Artifact:
 
         def go_through() -> Iterator[None]:
             for each in found:
-                if each is not None:
+                if each is not None and self.ranks.is_first:
                     work.note(*each)
                 yield
-            self.method = wanted.settle([work.noted(name) for name in names])
+            self.method = wanted.settle(self.ranks.from_first(lambda: [work.noted(name) for name in names]))
 
         return go_through()
 
@@ -496,7 +527,9 @@ class _Artifact:
             texts = [public_name(name) for name in self._texts]
             form = form.calibrated(texts, *self._calibration.tokens_WT.shape)
             self.method = replace(self.method, format=form)
-        self._places = places = _lay_out(checkpoint, form, work)
+        self._places = places = self.ranks.from_first(partial(_lay_out, checkpoint, form, work))
+        if places is not None and places.fresh:
+            work.forget_items()
 
         def finished(name: str) -> dict[str, torch.Tensor] | None:
             if not work.is_finished(name):
@@ -511,7 +544,7 @@ class _Artifact:
         )
         solved = stream(
             checkpoint,
-            self.method.solvers,
+            _dealt(self.method.solvers, self.ranks),
             self._calibration,
             decoder=self._decoder,
             stored_dtype=form.stored_dtype,
@@ -531,7 +564,7 @@ class _Artifact:
 
     def _keep(self, behind: Behind, item: Item | None) -> None:
         """Encode a solved item, and have it written durably while the next one is solved."""
-        if item is None:
+        if item is None or not self.ranks.is_first:
             return
         # encoded here: another thread would have another number of threads below it
         with timed(item.seconds, "pack"):
@@ -599,6 +632,7 @@ class _Artifact:
                 opened = open_variants(self.recipe.format, work.artifact)
                 variants = {name: artifact.tensors.files for name, artifact in opened.items()}
         record = _record(self.recipe, source, self._texts, self._identity, self.device, self._calibration)
+        record["environment"]["ranks"] = self.ranks.size
         record["chat"] = _chat_example(source.tokenizer, self.recipe.validation.prompt)
         record["engine_facts"] = self._engine_facts
         record["reproducible"] = self._engine_facts is None
@@ -719,10 +753,15 @@ def _lay_out(checkpoint: Checkpoint, form: Format, work: Workdir) -> LaidOut | N
     """The files that solved items go straight into, for a format that has such."""
     if not isinstance(form, InPlace):
         return None
-    places = work.lay_out(lambda folder: form.lay_out(checkpoint, folder))
-    if places.fresh:
-        work.forget_items()
-    return places
+    return work.lay_out(lambda folder: form.lay_out(checkpoint, folder))
+
+
+def _dealt(solvers: Solvers, ranks: Ranks) -> Solvers:
+    """The same, with the linears of each stage dealt to all."""
+    if ranks.size == 1:
+        return solvers
+    ends = None if solvers.ends is None else Dealt(solvers.ends, ranks)
+    return replace(solvers, layers=Dealt(solvers.layers, ranks), ends=ends)
 
 
 def _record(
@@ -770,7 +809,9 @@ def _chat_example(tokenizer: Tokenizer, prompt: str) -> str | None:
     return tokenizer.render([("user", prompt)], answer=True) if tokenizer.has_template else None
 
 
-def _calibration(recipe: Recipe, texts: dict[str, TextSet], source: Source, once: _Once) -> Calibration | None:
+def _calibration(
+    recipe: Recipe, texts: dict[str, TextSet], source: Source, once: _Once, ranks: Ranks
+) -> Calibration | None:
     if not texts:
         return None
     section = recipe.calibration
@@ -780,4 +821,4 @@ def _calibration(recipe: Recipe, texts: dict[str, TextSet], source: Source, once
         (*key, section.window_tokens, section.seed),
         lambda: calibration_windows(parts, source.tokenizer, window_tokens=section.window_tokens, seed=section.seed),
     )
-    return Calibration(tokens_WT, recipe.compute.windows_per_batch, section.activations == "float")
+    return Calibration(tokens_WT, recipe.compute.windows_per_batch, section.activations == "float", ranks)

@@ -23,6 +23,7 @@ from quantkit.checkpoint.families import EMBEDDING, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
 from quantkit.progress import timed
+from quantkit.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Calibration:
         tokens_WT: int64 [W, T] token ids.
         windows_per_batch: windows that go through a layer together; part of the arithmetic.
         from_float: statistics and activations come from the unquantized model instead of the stream so far.
+        ranks: who take the batches in turn.
     """
 
     tokens_WT: Tensor
     windows_per_batch: int
     from_float: bool = False
+    ranks: Ranks = ALONE
 
     @cached_property
     def batching(self) -> tuple[str, int]:
@@ -46,8 +49,16 @@ class Calibration:
 
     @property
     def batches(self) -> tuple[Tensor, ...]:
-        """Token ids int64 [B, T] that go through the model together."""
-        return self.tokens_WT.split(self.windows_per_batch)
+        """Token ids int64 [B, T] that go through the model together; one's own of them."""
+        return tuple(self.ranks.dealt(self.tokens_WT.split(self.windows_per_batch)))
+
+    def in_order(self, own: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+        """What was made of every rank's batches, in the recipe's order, given one's own."""
+        return self.ranks.in_order(own, -(-len(self.tokens_WT) // self.windows_per_batch))
+
+    def all_of(self, own: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The same, all at once."""
+        return self.ranks.all_of(own, -(-len(self.tokens_WT) // self.windows_per_batch))
 
 
 class SourcePass:
@@ -179,7 +190,7 @@ class FloatStream:
         if self._visit is None:
             layer = self.decoder.layer(int(str(self._name).removeprefix("layers.")), self._source)
             batches = list(self._batches) if self._hidden_left > 0 else self._batches
-            self._visit = _Visit(layer, batches, self.rope, tuple(self._wanted.values()))
+            self._visit = _Visit(layer, batches, self.rope, self.calibration, tuple(self._wanted.values()))
         return self._visit
 
 
@@ -206,9 +217,11 @@ class _Visit:
         layer: DecoderLayer,
         batches: list[Tensor],
         rope: tuple[Tensor, Tensor],
+        calibration: Calibration,
         wanted: Sequence[Taken],
     ) -> None:
         self.layer = layer
+        self._calibration = calibration
         self._walks = start(layer, batches, rope)
         self._needs = frozenset().union(*(each.needs for each in wanted))
         self._takers = {"inputs": sum(each.inputs for each in wanted), "sums": sum(bool(each.needs) for each in wanted)}
@@ -241,18 +254,32 @@ class _Visit:
         if stage in self._reached:
             return
         self._reached.add(stage)
+        kept: list[Tensor] = []
+        reached = self._reaching(stage, seconds, kept)
+        if self._takers["sums"]:
+            statistics = Statistics(self._needs, self._calibration.ranks)
+            for inputs in self._calibration.in_order(reached):
+                with timed(seconds, "statistics"):
+                    statistics.add(*inputs)
+                del inputs
+            statistics.gather()
+            self._sums[stage] = (self._takers["sums"], statistics)
+        for _ in reached:
+            pass
+        if self._takers["inputs"]:
+            self._inputs[stage] = (self._takers["inputs"], kept)
+
+    def _reaching(self, stage: Stage, seconds: dict[str, float], kept: list[Tensor]) -> Iterator[tuple[Tensor]]:
+        """What the stage reads, batch by batch; a batch goes on once the next is asked for."""
         last = stage == self.layer.family.stages[-1]
-        statistics, kept = Statistics(self._needs), []
         walks, self._walks = self._walks, []
         while walks:
             walk = walks.pop(0)
             with timed(seconds, "forward"):
                 _, inputs = next(walk)
-            if self._takers["sums"]:
-                with timed(seconds, "statistics"):
-                    statistics.add(inputs)
             if self._takers["inputs"]:
                 kept.append(inputs)
+            yield (inputs,)
             del inputs
             if last:
                 # nothing but the output is left of a batch, unless somebody takes what the stage read
@@ -261,10 +288,6 @@ class _Visit:
             else:
                 self._walks.append(walk)
             del walk
-        if self._takers["inputs"]:
-            self._inputs[stage] = (self._takers["inputs"], kept)
-        if self._takers["sums"]:
-            self._sums[stage] = (self._takers["sums"], statistics)
 
 
 def start(layer: DecoderLayer, batches: list[Tensor], rope: tuple[Tensor, Tensor]) -> list[Walk]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from quantkit.calibration.statistics import ACTIVATIONS, DEVIATION, Statistics
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
-from quantkit.checkpoint.layer import Decoder, DecoderLayer
+from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
 from quantkit.costs import Cost, LayerWork
 from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
@@ -226,13 +226,14 @@ def survey(
     # two recipes may measure in the same way: each takes part for itself
     place = object()
     exact.join(place, Taken(measuring.needs, hidden=True))
-    return _measured(checkpoint, shared, exact, place, measuring, known, sinks or Sinks(), alone=alone)
+    return _measured(checkpoint, shared, exact, calibration, place, measuring, known, sinks or Sinks(), alone=alone)
 
 
 def _measured(
     checkpoint: Checkpoint,
     shared: SourcePass,
     exact: FloatStream,
+    calibration: Calibration,
     place: object,
     measuring: Measuring,
     known: Callable[[str], bool],
@@ -249,7 +250,7 @@ def _measured(
             if name == EMBEDDING or known(name):
                 yield None
                 continue
-            hidden_BTD = _sample(exact.hidden(), measuring.windows)
+            hidden_BTD = _sample(calibration.all_of(exact.hidden()), measuring.windows)
             spent: dict[str, float] = {}
             statistics = {stage.name: exact.statistics(stage, spent) for stage in checkpoint.family.stages}
             release_freed_memory()
@@ -286,7 +287,9 @@ def _solve_item(
         assert activations is not None, "a preparation needs activations"
         started = time.perf_counter()
         layer = decoder.layer(index, source)
-        rewritten = source | solvers.preparation.prepare(layer, hidden, activations.rope)
+        rewritten = source | solvers.preparation.prepare(
+            layer, activations.calibration.all_of(hidden), activations.rope
+        )
         del layer
         prepared = time.perf_counter() - started
     stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in rewritten.items()}
@@ -342,10 +345,10 @@ def _solve_end(
     key = f"{END_MODULES[name]}.weight"
     item = Item(name, {}, stored)
     if solver is not None and key in source:
-        statistics = Statistics(solver.needs if name == HEAD else frozenset())
+        statistics = Statistics(frozenset())
         if name == HEAD and activations and solver.needs:
             with timed(item.seconds, "statistics"):
-                activations.collect_head(stored, source, statistics)
+                statistics = activations.head_statistics(stored, source, solver.needs)
         with timed(item.seconds, "solve"):
             weights = {END_MODULES[name]: source[key].to(device=decoder.device, dtype=decoder.dtype)}
             for full, quantized, facts in solver.solve(weights, statistics):
@@ -425,18 +428,24 @@ class Activations:
         layer = self.decoder.layer(int(name.removeprefix("layers.")), tensors)
         self._batches = finish(start(layer, self._batches, self.rope))
 
-    def collect_head(self, tensors: dict[str, Tensor], source: dict[str, Tensor], statistics: Statistics) -> None:
+    def head_statistics(
+        self, tensors: dict[str, Tensor], source: dict[str, Tensor], needs: frozenset[str]
+    ) -> Statistics:
         """Statistics of what the head reads.
 
         Args:
             tensors: the final norm as the artifact holds it.
             source: the checkpoint's own.
-            statistics: to be filled.
+            needs: which.
         """
         exact = self._float().hidden() if self._wanted.inputs else None
-        for position, batch in enumerate(self.hidden()):
-            normed = self.decoder.normed(source, exact[position]) if exact is not None else None
-            statistics.add(self.decoder.normed(tensors, batch), normed)
+
+        def inputs() -> Iterator[tuple[Tensor, ...]]:
+            for position, batch in enumerate(self.hidden()):
+                normed = self.decoder.normed(tensors, batch)
+                yield (normed, self.decoder.normed(source, exact[position])) if exact is not None else (normed,)
+
+        return self._summed(inputs(), needs, {})
 
     def solve_shared(self, item: Item, solve_stage: Callable[[Stage, DecoderLayer, Statistics], None]) -> None:
         """Solve a layer stage by stage from the unquantized stream's own sums."""
@@ -464,13 +473,8 @@ class Activations:
         """
         walks = start(layer, hidden, self.rope)
         for stage in layer.family.stages:
-            statistics = Statistics(needs)
             exact = self._float().inputs(stage, item.seconds) if self._wanted.inputs else None
-            for position, walk in enumerate(walks):
-                with timed(item.seconds, "forward"):
-                    _, inputs = next(walk)
-                with timed(item.seconds, "statistics"):
-                    statistics.add(inputs, exact[position] if exact else None)
+            statistics = self._summed(_stops(walks, exact, item.seconds), needs, item.seconds)
             del exact
             solve_stage(stage, layer, statistics)
             if not self.from_float:
@@ -479,9 +483,30 @@ class Activations:
             with timed(item.seconds, "forward"):
                 self._batches = finish(walks)
 
+    def _summed(
+        self, inputs: Iterator[tuple[Tensor, ...]], needs: frozenset[str], seconds: dict[str, float]
+    ) -> Statistics:
+        """Sums over all batches, given what is read of one's own, and what the unquantized stream has there."""
+        statistics = Statistics(needs, self.calibration.ranks)
+        for batch in self.calibration.in_order(inputs):
+            with timed(seconds, "statistics"):
+                statistics.add(*batch)
+        statistics.gather()
+        return statistics
+
     def _float(self) -> FloatStream:
         assert self._exact is not None, "it has nothing to do with the unquantized stream"
         return self._exact
+
+
+def _stops(
+    walks: Sequence[Walk], exact: Sequence[Tensor] | None, seconds: dict[str, float]
+) -> Iterator[tuple[Tensor, ...]]:
+    """What walks read at their next stop, with what the unquantized stream has there."""
+    for position, walk in enumerate(walks):
+        with timed(seconds, "forward"):
+            _, inputs = next(walk)
+        yield (inputs, exact[position]) if exact is not None else (inputs,)
 
 
 def _replace_weights(layer: DecoderLayer, stage: Stage, item: Item) -> None:

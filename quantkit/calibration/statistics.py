@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork
+from quantkit.ranks import ALONE, Ranks, owners
 
 HESSIAN = "hessian"
 DEVIATION = "deviation"
@@ -25,10 +26,12 @@ class Statistics:
         needs: which sums to keep: "hessian" (sum of x x^T, float32 [I, I]), "deviation" (sum of (x' - x) x^T with
             x' the same token's input in the unquantized stream, float32 [I, I]; asked for together with "hessian"),
             "squares" (sum of x^2, float32 [I]). Float64 inputs are summed in float64.
+        ranks: who keep them together, each its own parts of the sums over all tokens, until `gather`.
     """
 
-    def __init__(self, needs: frozenset[str]) -> None:
+    def __init__(self, needs: frozenset[str], ranks: Ranks = ALONE) -> None:
         self.needs = needs
+        self.ranks = ranks
         self.num_tokens = 0
         self._sums: dict[str, Tensor] = {}
 
@@ -41,18 +44,33 @@ class Statistics:
         """
         x_NI = _multipliable(inputs.flatten(0, -2))
         self.num_tokens += x_NI.shape[0]
+        width = x_NI.shape[1]
+        is_own = {part: owner == self.ranks.rank for part, owner in self._owners(width).items()}
         with _exact_bfloat16_products(inputs.dtype):
             if HESSIAN in self.needs:
                 total_II = self._total(HESSIAN, x_NI)
-                for start in range(0, x_NI.shape[1], BLOCK):
-                    stop = min(start + BLOCK, x_NI.shape[1])
+                for start in filter(is_own.__getitem__, range(0, width, BLOCK)):
+                    stop = min(start + BLOCK, width)
                     _add_product(total_II[start:stop, :stop], x_NI[:, start:stop], x_NI[:, :stop])
             if DEVIATION in self.needs:
                 assert exact_inputs is not None, "the unquantized stream was not run"
-                _add_product(self._total(DEVIATION, x_NI), _multipliable(exact_inputs.flatten(0, -2)), x_NI)
+                total_II = self._total(DEVIATION, x_NI)
+                if is_own[DEVIATION]:
+                    _add_product(total_II, _multipliable(exact_inputs.flatten(0, -2)), x_NI)
         if SQUARES in self.needs:
             total_I = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0)
             self._sums[SQUARES] = self._sums[SQUARES] + total_I if SQUARES in self._sums else total_I
+
+    def gather(self) -> None:
+        """Let every rank have what the others have summed; all come here once everything was added."""
+        for name, total_II in self._sums.items():
+            width = total_II.shape[0]
+            for part, owner in self._owners(width).items() if self.ranks.size > 1 else ():
+                if name == HESSIAN and isinstance(part, int):
+                    stop = min(part + BLOCK, width)
+                    self.ranks.share(total_II[part:stop, :stop], owner)
+                elif name == part:
+                    self.ranks.share(total_II, owner)
 
     def mean_square(self) -> Tensor:
         """The mean of x^2, [I]."""
@@ -72,6 +90,18 @@ class Statistics:
         What was summed is x' x^T: in bfloat16 its products are exact, where x' - x is rounded.
         """
         return self._sums[DEVIATION] - self.hessian()
+
+    def _owners(self, width: int) -> dict[int | str, int]:
+        """Who sums what: blocks of rows of the symmetric sum, by their first row, and the other as a whole.
+
+        Squares are no work, and everybody's.
+        """
+        costs: dict[int | str, float] = {}
+        if HESSIAN in self.needs:
+            costs |= {start: BLOCK * min(start + BLOCK, width) for start in range(0, width, BLOCK)}
+        if DEVIATION in self.needs:
+            costs[DEVIATION] = width * width
+        return dict(zip(costs, owners(list(costs.values()), self.ranks.size), strict=True))
 
     def _total(self, name: str, like_NI: Tensor) -> Tensor:
         if name not in self._sums:

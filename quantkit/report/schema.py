@@ -65,6 +65,7 @@ class Environment(Part):
     threads: int
     cuda: str | None = Field(description="CUDA version of torch, where it computed on a GPU.")
     driver: str | None = Field(description="Version of the GPU's driver, where it computed on a GPU.")
+    ranks: int = Field(default=1, ge=1, description="Processes that made it together; they do not change the bytes.")
 
 
 class Linear(Part):
