@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
+from quantkit.artifact import Build, Job
 from quantkit.engines.env import find_engine, why_not
 from quantkit.formats import READERS
 from quantkit.judgement import validate
 from quantkit.nano import NAME
-from quantkit.pipeline import Build, Job, build_all, default_out
+from quantkit.pipeline import build_all, default_out
 from quantkit.progress import Progress
 from quantkit.recipe import ALL, find_recipe, load_recipe, recipes_named
 from quantkit.report.record import read_record

@@ -1,102 +1,29 @@
-"""The one place that joins the stages: recipe, checkpoint, calibration, stream, format, validation, record, card.
+"""Recipes to artifacts: planned, then taken through their checkpoints side by side.
 
 Several recipes are built as one: `build_all` lets them go through the checkpoint side by side, an item each in turn,
 and what is the same for them is done once. A single build is the case of one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from quantkit.calibration.tokens import calibration_windows
-from quantkit.checkpoint.index import Checkpoint
+from quantkit.artifact import Artifact, Build, Job, Once, Outcome
 from quantkit.checkpoint.layer import free_bytes
-from quantkit.checkpoint.tokenizer import Tokenizer
-from quantkit.engines.env import find_engine
 from quantkit.errors import QuantkitError, RefusedError
-from quantkit.formats import open_variants
-from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
-from quantkit.formats.shards import read_item, write_item
-from quantkit.judgement import (
-    check_validation,
-    check_window,
-    decoder_of,
-    judge,
-    judged_as_stated,
-    judged_by,
-    stated_texts,
-    text_to_judge_on,
-)
-from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
-from quantkit.methods import METHODS, Method
-from quantkit.plan import Plan, in_passes, make_plan, reads_text, require_here, together_bytes
-from quantkit.progress import Progress, timed
-from quantkit.qtensor import Item
+from quantkit.plan import Plan, in_passes, together_bytes
+from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
-from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
-from quantkit.report.card import keep
-from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
-from quantkit.solvers.dealt import Dealt
-from quantkit.source_pass import Calibration, SourcePass
-from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
-from quantkit.stream import Sinks, Solvers, stream, survey
-from quantkit.texts import TextSet, load_text_set, require_known
-from quantkit.upstream import adopt, adopt_files, prepare, prepared_items, quantize_upstream, settled
-from quantkit.validation.compare import REFERENCE_RUNTIME
-from quantkit.validation.text import EvaluationText
-from quantkit.workdir import Behind, Workdir, discard_work, locked, open_workdir, refuse_other
+from quantkit.recipe import OWN_ENGINE, Recipe, public_name
+from quantkit.source_pass import SourcePass
+from quantkit.workdir import locked
 
-T = TypeVar("T")
 # a generator's end
 END = object()
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe to be built.
-
-    Attributes:
-        name: what it is called in messages.
-        recipe: what to build.
-        out: the artifact's folder; appears whole or not at all.
-    """
-
-    name: str
-    recipe: Recipe
-    out: Path
-
-
-@dataclass(frozen=True)
-class Build:
-    """What `build` did.
-
-    Attributes:
-        out: the artifact's folder.
-        record: its record.
-        reused: it was there already, complete and unchanged.
-        unpinned: commit that the recipe's model was resolved to, if the recipe names none.
-        seconds: it took just now, what it shared with others counted where it was done first.
-    """
-
-    out: Path
-    record: dict[str, Any]
-    reused: bool
-    unpinned: str | None = None
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job: a build, or an error; an artifact that could not be judged is kept and has both."""
-
-    name: str
-    build: Build | None
-    error: QuantkitError | None
 
 
 @dataclass(frozen=True)
@@ -145,15 +72,15 @@ def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress,
         progress: told what is going on.
         here: on this machine, so refuse what it cannot run or fetch.
     """
-    artifact = _Artifact(Job("", recipe, out), device, progress)
-    artifact.plan(_Once(), here=here)
+    artifact = Artifact(Job("", recipe, out), device, progress)
+    artifact.plan(Once(), here=here)
     return artifact.needed
 
 
 def plan_all(jobs: Sequence[Job], *, device: torch.device, progress: Progress) -> Planned:
     """What building recipes together will need here, and which of them cannot be built."""
-    once, reserved_bytes = _Once(), 0
-    artifacts = [_Artifact(job, device, progress) for job in jobs]
+    once, reserved_bytes = Once(), 0
+    artifacts = [Artifact(job, device, progress) for job in jobs]
     for artifact in artifacts:
         with artifact.turn():
             artifact.plan(once, reserved_bytes=reserved_bytes)
@@ -220,8 +147,8 @@ def build_all(
     """
     _require_divisible(jobs, ranks)
     validated = validated and ranks.is_first
-    progress, once, reserved_bytes = progress or Progress(), _Once(), 0
-    artifacts = [_Artifact(job, device, _named(progress, job) if len(jobs) > 1 else progress, ranks) for job in jobs]
+    progress, once, reserved_bytes = progress or Progress(), Once(), 0
+    artifacts = [Artifact(job, device, _named(progress, job) if len(jobs) > 1 else progress, ranks) for job in jobs]
     with ExitStack() as locks:
         for artifact in artifacts:
             with artifact.turn():
@@ -266,13 +193,13 @@ def _named(progress: Progress, job: Job) -> Progress:
     )
 
 
-def _passes(artifacts: "list[_Artifact]", device: torch.device) -> "list[list[_Artifact]]":
+def _passes(artifacts: list[Artifact], device: torch.device) -> list[list[Artifact]]:
     """Artifacts that go through a checkpoint together, as many as memory allows."""
     found = in_passes([artifact.needed.footprint for artifact in artifacts], free_bytes(device))
     return [[artifacts[place] for place in places] for places in found]
 
 
-def _make(artifacts: "list[_Artifact]", once: "_Once", *, fresh: bool) -> None:
+def _make(artifacts: list[Artifact], once: Once, *, fresh: bool) -> None:
     """Take artifacts through their passes side by side, an item each in turn; one that fails stays behind."""
     for artifact in artifacts:
         with artifact.turn("prepare"):
@@ -282,7 +209,7 @@ def _make(artifacts: "list[_Artifact]", once: "_Once", *, fresh: bool) -> None:
         if not taking:
             break
         with SourcePass(taking[0].source.checkpoint) as shared:
-            walks: dict[_Artifact, Iterator[None]] = {}
+            walks: dict[Artifact, Iterator[None]] = {}
             for artifact in taking:
                 stage, walk = artifact.passes[number]
                 with artifact.turn(stage):
@@ -297,528 +224,3 @@ def _make(artifacts: "list[_Artifact]", once: "_Once", *, fresh: bool) -> None:
             if artifact.error is None and number + 1 == len(artifact.passes) and artifact.ranks.is_first:
                 with artifact.turn():
                     artifact.assemble()
-
-
-class _Once:
-    """What recipes have in common is made once; so is an error."""
-
-    def __init__(self) -> None:
-        self._made: dict[Any, Any] = {}
-
-    def __call__(self, key: Any, make: Callable[[], T]) -> T:
-        if key not in self._made:
-            try:
-                self._made[key] = make()
-            except QuantkitError as error:
-                self._made[key] = error
-        found = self._made[key]
-        if isinstance(found, QuantkitError):
-            raise found
-        return found
-
-
-class _Artifact:
-    """One artifact on its way from recipe to record.
-
-    Args:
-        job: what to build.
-        device: where to compute.
-        progress: told what is going on.
-        ranks: who make it together.
-    """
-
-    source: Source
-    method: Method
-    needed: Plan
-
-    def __init__(self, job: Job, device: torch.device, progress: Progress, ranks: Ranks = ALONE) -> None:
-        self.job, self.device, self.progress, self.ranks = job, device, progress, ranks
-        self.recipe = job.recipe
-        self.error: QuantkitError | None = None
-        self.record: dict[str, Any] | None = None
-        self.passes: list[tuple[str, Callable[[SourcePass], Iterator[None]]]] = []
-        self._reused = False
-        self._text: EvaluationText | None = None  # to be judged on
-        self._seconds = 0.0
-        self._stages: dict[str, float] = {}
-        self._engine_facts: dict[str, Any] | None = None
-
-    @property
-    def outcome(self) -> Outcome:
-        """What became of it."""
-        build = None
-        if self.record is not None:
-            unpinned = self.source.revision if self.recipe.model.revision is None else None
-            build = Build(self.job.out, self.record, self._reused, unpinned, self._seconds)
-        return Outcome(self.job.name, build, self.error)
-
-    @contextmanager
-    def turn(self, stage: str | None = None) -> Iterator[None]:
-        """Work for this artifact: with its threads, timed, and an error is kept with it.
-
-        Args:
-            stage: of the record's seconds.
-        """
-        use_threads(self.recipe.compute.threads)
-        spent: dict[str, float] = {}
-        try:
-            with timed(spent, "turn"):
-                yield
-        except QuantkitError as error:
-            self.error = error
-        self._seconds += spent.get("turn", 0.0)
-        if stage is not None:
-            self._stages[stage] = self._stages.get(stage, 0.0) + spent.get("turn", 0.0)
-
-    def plan(self, once: _Once, *, here: bool = True, reserved_bytes: int = 0) -> None:
-        """Find out what it will need.
-
-        Args:
-            once: what others have opened already.
-            here: on this machine, so refuse what it cannot run or fetch.
-            reserved_bytes: of the disk, for others.
-        """
-        self._settle()
-        model = self.recipe.model
-        checkpoint = once(("described", model), partial(describe_checkpoint, model.id, model.revision, self.progress))
-        self.method = _method(self.recipe, checkpoint, self.progress)
-        # a model that is only described has no tokenizer, and is not to be built on this machine
-        here = here and not checkpoint.described
-        tokenizer = None if checkpoint.described else once(("tokenizer", model), partial(tokenizer_of, checkpoint))
-        self._check(checkpoint, tokenizer, once, validated=True)
-        self._find_needs(checkpoint, here=here, reserved_bytes=reserved_bytes)
-        if here and tokenizer is not None:
-            self._held_out(tokenizer, once)
-
-    def open(self, once: _Once, *, fresh: bool, validated: bool, reserved_bytes: int) -> None:
-        """Find the artifact complete, or find out what it will need. Hold its lock from here on.
-
-        Args:
-            once: what others have opened already.
-            fresh: throw away what an earlier run left.
-            validated: refuse what could not be validated.
-            reserved_bytes: of the disk, for others.
-        """
-        self._settle()
-        recipe, model = self.recipe, self.recipe.model
-        with timed(self._stages, "source"), self.ranks.first_goes_first():
-            self.source = once(("source", model), partial(open_source, model.id, model.revision, self.progress))
-        _refuse_other_licence(recipe, self.source)
-        self.method = _method(recipe, self.source.checkpoint, self.progress)
-        self._texts: dict[str, TextSet] = {}
-        if self._reads_text:
-            wanted = [name for name, windows in recipe.calibration.texts.items() if windows]
-            with self.ranks.first_goes_first():
-                self._texts = {
-                    name: once(("text", name), partial(load_text_set, name, "calibration")) for name in wanted
-                }
-        engine = recipe.engine if self.method.engine is None else self.method.engine
-        self._identity = _identity(recipe, self.source, self._texts, self.device, engine, self.method.read)
-        self.ranks.require_alike(self._identity)
-        self.record = self.ranks.from_first(partial(_finished, self.job.out, self._identity, fresh=fresh))
-        self._reused = self.record is not None
-        judging = validated and not self._is_judged
-        if self.record is None or judging:
-            # checked now, used later
-            tokenizer = once(("tokenizer", model), lambda: self.source.tokenizer)
-            self._check(self.source.checkpoint, tokenizer, once, validated=judging)
-        if self.record is None:
-            self._find_needs(self.source.checkpoint, here=True, reserved_bytes=reserved_bytes)
-        if judging:
-            self._text = self._held_out(self.source.tokenizer, once)
-
-    @property
-    def _reads_text(self) -> bool:
-        """Whether calibration text is used."""
-        return reads_text(self.recipe, self.method)
-
-    def _settle(self) -> None:
-        self.recipe = settled(self.recipe)
-        use_threads(self.recipe.compute.threads)
-
-    @property
-    def _is_judged(self) -> bool:
-        """Whether the artifact is there and was judged as the recipe says."""
-        if self.record is None or self.record["recipe"] != self.recipe.resolved():
-            return False
-        return judged_as_stated(self.record, self.recipe.validation.texts)
-
-    def _check(self, checkpoint: Checkpoint, tokenizer: Tokenizer | None, once: _Once, *, validated: bool) -> None:
-        """Stop at what the model or the names of text sets do not allow.
-
-        Args:
-            validated: refuse what could not be validated.
-        """
-        recipe = self.recipe
-        self._decoder = once(
-            ("decoder", checkpoint.folder, recipe.compute.dtype), partial(decoder_of, recipe, checkpoint, self.device)
-        )
-        if self._reads_text:
-            check_window(recipe.calibration.window_tokens, self._decoder, "calibration.window_tokens")
-            for name in recipe.calibration.texts:
-                require_known(name, "calibration")
-        if validated:
-            check_validation(recipe.validation, self._decoder, tokenizer)
-
-    def _held_out(self, tokenizer: Tokenizer, once: _Once) -> EvaluationText:
-        """The text to judge on: what is wrong with it is found before the work, and what was read is used after it."""
-        section = self.recipe.validation
-
-        def load(name: str) -> TextSet:
-            return once(("held-out text", name), partial(load_text_set, name, "validation"))
-
-        key = ("held-out windows", self.recipe.model, *section.texts.items(), section.window_tokens, section.seed)
-        return once(key, partial(text_to_judge_on, section, tokenizer, self.progress, load))
-
-    def _find_needs(self, checkpoint: Checkpoint, *, here: bool, reserved_bytes: int) -> None:
-        """The plan of what was checked."""
-        recipe = self.recipe
-        self.needed = make_plan(recipe, checkpoint, self.method, out=self.job.out, device=self.device)
-        if here:
-            require_here(
-                self.needed, recipe, self.method, out=self.job.out, device=self.device, reserved_bytes=reserved_bytes
-            )
-
-    def begin(self, once: _Once, *, fresh: bool) -> None:
-        """Open the work folder and make ready for the passes."""
-        recipe, source = self.recipe, self.source
-        self._calibration = _calibration(recipe, self._texts, source, once, self.ranks)
-        # a recipe that is refused leaves no work that the mended one would be held against
-        self._work = self.ranks.from_first(partial(open_workdir, self.job.out, self._identity, fresh=fresh))
-        if recipe.upstream is not None:
-            prepares = [] if recipe.upstream.takes_checkpoint else [("prepare", self._prepare)]
-            self.passes = [*prepares, ("quantize", self._upstream)]
-        else:
-            measures = [("measure", self._survey)] if self.method.survey is not None else []
-            self.passes = [*measures, ("quantize", self._quantize)]
-
-    def _survey(self, shared: SourcePass) -> Iterator[None]:
-        """Measure every layer that was not measured before an interruption, then settle the method."""
-        assert self._calibration is not None, "a survey needs text"
-        assert self.method.survey is not None, "nothing is to be measured"
-        checkpoint, wanted, work = self.source.checkpoint, self.method.survey, self._work
-        names = checkpoint.items[1:-1]
-        steps = Sinks(item=lambda name: self.progress.steps("measure", checkpoint.items.index(name), len(names) + 1))
-        found: Iterator[tuple[str, dict[str, Any]] | None] = iter(())
-        if any(work.noted(name) is None for name in names):
-            found = survey(
-                checkpoint,
-                self._calibration,
-                wanted.measuring,
-                decoder=self._decoder,
-                known=lambda name: work.noted(name) is not None,
-                sinks=steps,
-                shared=shared,
-            )
-
-        def go_through() -> Iterator[None]:
-            for each in found:
-                if each is not None and self.ranks.is_first:
-                    work.note(*each)
-                yield
-            self.method = wanted.settle(self.ranks.from_first(lambda: [work.noted(name) for name in names]))
-
-        return go_through()
-
-    def _quantize(self, shared: SourcePass) -> Iterator[None]:
-        """Stream the checkpoint and keep every item; those that are kept already are only walked through."""
-        checkpoint, form, work = self.source.checkpoint, self.method.format, self._work
-        if self._calibration is not None and isinstance(form, TellsCalibration):
-            texts = [public_name(name) for name in self._texts]
-            form = form.calibrated(texts, *self._calibration.tokens_WT.shape)
-            self.method = replace(self.method, format=form)
-        self._places = places = self.ranks.from_first(partial(_lay_out, checkpoint, form, work))
-        if places is not None and places.fresh:
-            work.forget_items()
-
-        def finished(name: str) -> dict[str, torch.Tensor] | None:
-            if not work.is_finished(name):
-                return None
-            placed = {} if places is None else places.read(name)
-            return form.decode_item(read_item(work.path(name)) | placed)
-
-        names = checkpoint.items
-        sinks = Sinks(
-            linear=self.progress.linear,
-            item=lambda name: self.progress.steps("quantize", names.index(name), len(names)),
-        )
-        solved = stream(
-            checkpoint,
-            _dealt(self.method.solvers, self.ranks),
-            self._calibration,
-            decoder=self._decoder,
-            stored_dtype=form.stored_dtype,
-            skip=form.skip,
-            finished=finished,
-            sinks=sinks,
-            shared=shared,
-        )
-
-        def go_through() -> Iterator[None]:
-            with Behind() as behind:
-                # mapped, for a loop would hold on to an item while others take their turns
-                yield from map(partial(self._keep, behind), solved)
-            self.progress.steps("quantize", len(names), len(names))
-
-        return go_through()
-
-    def _keep(self, behind: Behind, item: Item | None) -> None:
-        """Encode a solved item, and have it written durably while the next one is solved."""
-        if item is None or not self.ranks.is_first:
-            return
-        # encoded here: another thread would have another number of threads below it
-        with timed(item.seconds, "pack"):
-            tensors = self.method.format.encode_item(item)
-        facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
-        behind.do(partial(self._work.finish, item.name, partial(self._write, tensors, item.seconds), facts))
-
-    def _write(self, tensors: dict[str, torch.Tensor], seconds: dict[str, float], path: Path) -> None:
-        with timed(seconds, "write"):
-            write_item(path, tensors if self._places is None else self._places.write(tensors))
-
-    @property
-    def _prepared(self) -> Path:
-        """Folder of what an engine starts from that is not given the checkpoint."""
-        return self._work.folder / "prepared"
-
-    def _prepare(self, shared: SourcePass) -> Iterator[None]:
-        """Write what the engine starts from."""
-        checkpoint = self.source.checkpoint
-        names = checkpoint.items
-        return prepare(
-            checkpoint,
-            self.recipe,
-            self._calibration,
-            self._prepared,
-            decoder=self._decoder,
-            sinks=Sinks(item=lambda name: self.progress.steps("prepare", names.index(name), len(names))),
-            shared=shared,
-        )
-
-    def _upstream(self, shared: SourcePass) -> Iterator[None]:
-        """Let an engine do it, in one step."""
-        engine, calibration = self.recipe.upstream, self._calibration
-        assert engine is not None, "an engine was asked for"
-        assert calibration is not None or not engine.takes_checkpoint, "it is not known what an engine needs"
-        self.progress.stage(f"{engine.name} is quantizing")
-        self._engine_facts = quantize_upstream(
-            engine,
-            self.source.checkpoint.folder if engine.takes_checkpoint else self._prepared,
-            torch.zeros(0, 0, dtype=torch.int64) if calibration is None else calibration.tokens_WT,
-            self.recipe,
-            self._work.folder / "engine",
-            device=self.device,
-        )
-        yield
-
-    def assemble(self) -> None:
-        """Put the artifact together from its items, then in place, with record and card."""
-        source, work, form = self.source, self._work, self.method.format
-        self.progress.stage("writing the artifact")
-        with timed(self._stages, "write"):
-            if self.recipe.upstream is None:
-                items = [work.path(name) for name in source.checkpoint.items]
-                variants = work.assemble(
-                    lambda folder: form.assemble(source.checkpoint, items, folder),
-                    kept=frozenset() if self._places is None else self._places.files,
-                )
-            else:
-                left = work.folder / "engine"
-                if self.recipe.upstream.takes_checkpoint:
-                    work.assemble(lambda folder: adopt(left, source.checkpoint, folder))
-                else:
-                    items = prepared_items(source.checkpoint, self._prepared)
-                    work.assemble(lambda folder: adopt_files(left, form, source.checkpoint, items, folder))
-                opened = open_variants(self.recipe.format, work.artifact)
-                variants = {name: artifact.tensors.files for name, artifact in opened.items()}
-        record = _record(self.recipe, source, self._texts, self._identity, self.device, self._calibration)
-        record["environment"]["ranks"] = self.ranks.size
-        record["chat"] = _chat_example(source.tokenizer, self.recipe.validation.prompt)
-        record["engine_facts"] = self._engine_facts
-        record["reproducible"] = self._engine_facts is None
-        record["variants"] = variants
-        with timed(self._stages, "hash"):
-            record["outputs"] = output_entries(work.artifact)
-        stages = {stage: round(seconds, 3) for stage, seconds in self._stages.items()}
-        if work.earlier_seconds:
-            stages["earlier runs"] = round(work.earlier_seconds, 3)
-        record["build"] = {
-            "items": work.facts,
-            "seconds": stages,
-            "wall_seconds": round(sum(stages.values()), 3),
-            "operations": self.needed.operations if self._engine_facts is None else {},
-            "bytes": {
-                "read": self.needed.source_bytes,
-                "written": sum(entry["size_bytes"] for entry in record["outputs"]),
-            },
-            "peak_memory_bytes": peak_memory_bytes(self.device, engine=self._engine_facts is not None),
-        }
-        if self.method.allotments:
-            record["build"]["allotments"] = dict(self.method.allotments)
-        record = keep(work.artifact, record)
-        work.publish()
-        self.record = record
-
-    def judge(self) -> None:
-        """Judge it against its source, unless that was done by the same recipe before."""
-        assert self.record is not None, "only what is there can be judged"
-        if self._text is None:
-            return
-        recipe = self.recipe
-        record = self.record | {"recipe": recipe.resolved()}
-        variants = open_variants(recipe.format, self.job.out)
-        runtimes = tuple(dict.fromkeys((REFERENCE_RUNTIME, *recipe.validation.require)))
-        result = judge(
-            variants, self.source, recipe, self._text, device=self.device, runtimes=runtimes, progress=self.progress
-        )
-        self.record = keep(self.job.out, record | judged_by(self._text, result))
-
-
-def _refuse_other_licence(recipe: Recipe, source: Source) -> None:
-    """Stop where the recipe announces another licence than the source's own repository.
-
-    Raises:
-        RefusedError: naming both.
-    """
-    sections = {"release": recipe.release, "quantize": recipe.quantize}
-    stated = {f"{name}.license": getattr(section, "license", None) for name, section in sections.items()}
-    own = source.license.get("license")
-    for key, licence in stated.items():
-        if None not in (licence, own) and licence != own:
-            raise RefusedError(
-                f"the recipe says {licence}, the model's own card {own}",
-                where=key,
-                fix="leave the key out, or state the source's licence: a quantized model keeps it",
-            )
-
-
-def _method(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Method:
-    """The recipe's method; one whose survey was made before is settled by it at once."""
-    method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
-    if method.survey is None or method.survey.earlier is None:
-        return method
-    findings, word = method.survey.earlier(list(checkpoint.linear_shapes()))
-    progress.stage(word)
-    return method.survey.settle([findings])
-
-
-def _identity(
-    recipe: Recipe,
-    source: Source,
-    texts: dict[str, TextSet],
-    device: torch.device,
-    engine: str,
-    read: Mapping[str, str],
-) -> dict[str, Any]:
-    """Everything that decides the artifact's bytes; the same identity gives the same files."""
-    deciding = recipe.deciding()
-    # what it was resolved to: a recipe that is pinned to it afterwards means the same build
-    deciding["model"] = deciding["model"] | {"revision": source.revision}
-    identity = {
-        "recipe": deciding,
-        "source": source.sha256,
-        "texts": {public_name(name): text_set.sha256 for name, text_set in texts.items()},
-        "versions": deciding_versions(),
-        "device": device_model(device),
-    }
-    if engine != OWN_ENGINE:
-        identity["engine"] = find_engine(engine).pins
-    return identity | ({"read": dict(read)} if read else {})
-
-
-def _finished(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
-    """The record of an artifact that is there already and is this one; None if it is to be made.
-
-    Raises:
-        RefusedError: the folder holds something else (`fresh` allows another build of quantkit, nothing more).
-        RunFailedError: it is this one, but its files were changed.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    record = read_record(out) if out.is_dir() else None
-    if record is None:
-        raise RefusedError(
-            f"{out} exists and is no artifact of quantkit", where=str(out), fix="choose another folder with --out"
-        )
-    if fresh:
-        return None
-    refuse_other(record["identity"], identity, where=out)
-    # a kill may have come between card and record; publishing looks at both
-    require_unchanged(out, record, but=(CARD,))
-    discard_work(out)
-    return record
-
-
-def _lay_out(checkpoint: Checkpoint, form: Format, work: Workdir) -> LaidOut | None:
-    """The files that solved items go straight into, for a format that has such."""
-    if not isinstance(form, InPlace):
-        return None
-    return work.lay_out(lambda folder: form.lay_out(checkpoint, folder))
-
-
-def _dealt(solvers: Solvers, ranks: Ranks) -> Solvers:
-    """The same, with the linears of each stage dealt to all."""
-    if ranks.size == 1:
-        return solvers
-    ends = None if solvers.ends is None else Dealt(solvers.ends, ranks)
-    return replace(solvers, layers=Dealt(solvers.layers, ranks), ends=ends)
-
-
-def _record(
-    recipe: Recipe,
-    source: Source,
-    texts: dict[str, TextSet],
-    identity: dict[str, Any],
-    device: torch.device,
-    calibration: Calibration | None,
-) -> dict[str, Any]:
-    facts = None
-    if calibration is not None:
-        section = recipe.calibration
-        facts = {
-            "texts": [
-                {
-                    "name": public_name(name),
-                    "sha256": text_set.sha256,
-                    "revision": text_set.revision,
-                    "windows": section.texts[name],
-                }
-                for name, text_set in texts.items()
-            ],
-            "window_tokens": section.window_tokens,
-            "seed": section.seed,
-            "tokens_sha256": fingerprint(calibration.tokens_WT.tolist()),
-        }
-    return {
-        "schema": SCHEMA,
-        "format": recipe.format,
-        "engine": recipe.engine,
-        "recipe": recipe.resolved(),
-        "fingerprint": fingerprint(identity),
-        "identity": identity,
-        "source": source.facts(),
-        "calibration": facts,
-        "environment": environment(device),
-        "validation_texts": stated_texts(recipe.validation.texts),
-        "validation": None,
-    }
-
-
-def _chat_example(tokenizer: Tokenizer, prompt: str) -> str | None:
-    """A question as the model reads it; None for a model without a chat template."""
-    return tokenizer.render([("user", prompt)], answer=True) if tokenizer.has_template else None
-
-
-def _calibration(
-    recipe: Recipe, texts: dict[str, TextSet], source: Source, once: _Once, ranks: Ranks
-) -> Calibration | None:
-    if not texts:
-        return None
-    section = recipe.calibration
-    parts = [(text_set, section.texts[name]) for name, text_set in texts.items()]
-    key = ("windows", source.checkpoint.folder, *((name, section.texts[name]) for name in texts))
-    tokens_WT = once(
-        (*key, section.window_tokens, section.seed),
-        lambda: calibration_windows(parts, source.tokenizer, window_tokens=section.window_tokens, seed=section.seed),
-    )
-    return Calibration(tokens_WT, recipe.compute.windows_per_batch, section.activations == "float", ranks)

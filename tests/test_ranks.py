@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from quantkit.artifact import Job
 from quantkit.calibration.statistics import BLOCK
 from quantkit.errors import RefusedError
-from quantkit.pipeline import Job, build, build_all
+from quantkit.pipeline import build, build_all
 from quantkit.ranks import Ranks, owners
 from quantkit.recipe import Recipe
 from quantkit.report.record import read_record
@@ -31,7 +32,8 @@ from pathlib import Path
 
 import torch
 
-from quantkit.pipeline import Job, build_all
+from quantkit.artifact import Job
+from quantkit.pipeline import build_all
 from quantkit.ranks import joined
 from quantkit.recipe import Recipe
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from quantkit.artifact import Build
 from quantkit.checkpoint.index import open_checkpoint, read_json
 from quantkit.demo import Demo, run_natively
 from quantkit.engine_check import check_engine
@@ -24,7 +25,7 @@ from quantkit.formats.gguf.names import checkpoint_name
 from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS, Splitting
 from quantkit.grids.blocks import TYPES, error_weights, quantize
 from quantkit.judgement import validate
-from quantkit.pipeline import Build, build
+from quantkit.pipeline import build
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe, find_recipe, load_recipe
 from quantkit.report.record import read_record
