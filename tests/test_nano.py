@@ -9,13 +9,14 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantkit import nano as module
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import head_tensors
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.grids.affine import AffineRule
-from quantkit.nano import NanoSettings, ensure_nano
+from quantkit.home import quantkit_home
+from quantkit.nano import ensure_nano, training
+from quantkit.nano.settings import NanoSettings
 from quantkit.texts import load_text_set
 from quantkit.validation.perplexity import final_states, losses
 from quantkit.validation.text import evaluation_text
@@ -202,8 +203,8 @@ def test_a_broken_off_training_leaves_nothing(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train", fail)
+        patch.setattr(training, "train", fail)
         with pytest.raises(KeyboardInterrupt):
             ensure_nano(settings=SMALL)
-    assert not (module.quantkit_home() / "models" / "bielik-nano").exists()
+    assert not (quantkit_home() / "models" / "bielik-nano").exists()
     assert json.loads((ensure_nano(settings=SMALL) / "nano.json").read_text())["fingerprint"]

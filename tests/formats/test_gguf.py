@@ -1076,7 +1076,8 @@ def test_a_byte_without_a_token_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory) -> Path:
     """A SentencePiece tokenizer with both of its files."""
-    from quantkit.nano import NanoSettings, make_tokenizer
+    from quantkit.nano.settings import NanoSettings
+    from quantkit.nano.training import make_tokenizer
 
     folder = tmp_path_factory.mktemp("pieces")
     make_tokenizer(folder, [WORDS] * 20, NanoSettings(vocab_size=360))

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.formats.gguf.ollama import chat_pieces, modelfile, parameters, written_for
-from quantkit.nano import CHAT_TEMPLATE
+from quantkit.nano.settings import CHAT_TEMPLATE
 from tests.tiny import CHATML, TEMPLATE, make_tokenizer
 
 PREAMBLE = CHATML.replace(

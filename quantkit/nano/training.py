@@ -1,127 +1,32 @@
-"""bielik-nano: a small trained model with the shape of everything that Bielik-7B has, made where it is needed.
-
-Nothing can be downloaded in a test or a demonstration, and a random model cannot tell good quantization from bad.
-This one is trained in minutes on the calibration half of the shipped Polish text. So little text teaches a random
-start hardly more than unigrams; so embedding and head start from the text's bigram statistics, and the decoder
-layers learn what these leave over.
+"""How bielik-nano is made: its tokenizer, its start from bigram statistics, its training, its files.
 
 Shape legend: V vocabulary, D hidden size, B windows, T tokens.
 """
 
-import contextlib
 import io
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import sentencepiece
 import torch
-from filelock import FileLock
 from tokenizers import normalizers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from quantkit.home import quantkit_home
-from quantkit.recipe import DEMONSTRATION, fingerprint
-from quantkit.texts import Document, load_text_set
-
-NAME = DEMONSTRATION
-MARKER = "nano.json"
-Progress = Callable[[str, int, int], None]
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% set turns = messages[1:] %}"
-    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
-    "{% for turn in turns %}{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate: user, assistant, user, ...') }}{% endif %}"
-    "{% if turn['role'] == 'user' %}{{ '[INST] ' + (system if loop.first else '') + turn['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + turn['content'] + eos_token }}{% endif %}{% if not loop.last and turn['role'] == 'assistant' %}"
-    "{% endif %}{% endfor %}"
-)
+from quantkit.nano.settings import CHAT_TEMPLATE, NanoSettings, Progress
+from quantkit.texts import Document
 
 
-@dataclass(frozen=True)
-class NanoSettings:
-    """Everything that decides the model's bytes.
-
-    Attributes:
-        vocab_size, hidden, feed_forward, layers, heads, kv_heads, context: the architecture.
-        steps, windows, window_tokens: of training.
-        rate: peak learning rate of AdamW; `decay` its weight decay.
-        noise: share of input tokens replaced at random, against learning the text by heart.
-        smoothing: bigram counts are mixed with this many unigram counts.
-        seed: of everything random.
-        threads: CPU threads; another number rounds otherwise.
-        edition: raised whenever this file makes another model from the same settings.
-    """
-
-    vocab_size: int = 768
-    hidden: int = 256
-    feed_forward: int = 512
-    layers: int = 4
-    heads: int = 4
-    kv_heads: int = 2
-    context: int = 1024
-    steps: int = 500
-    windows: int = 16
-    window_tokens: int = 128
-    rate: float = 3e-3
-    decay: float = 1.0
-    noise: float = 0.2
-    smoothing: float = 8.0
-    seed: int = 0
-    threads: int = 2
-    edition: int = 2
-
-
-def ensure_nano(progress: Progress = lambda stage, done, total: None, settings: NanoSettings = NanoSettings()) -> Path:
-    """The folder of bielik-nano's checkpoint, made if it is absent or of other text or settings.
+def make(folder: Path, documents: tuple[Document, ...], settings: NanoSettings, progress: Progress) -> None:
+    """Write the checkpoint: tokenizer, trained weights, configuration.
 
     Args:
-        progress: told the stage, steps done and steps in all.
-        settings: of the model; tests use smaller ones.
+        folder: exists.
+        documents: to learn from.
+        settings: of the model.
+        progress: told every step.
     """
-    text_set = load_text_set("polish-core", "calibration")
-    made_from = fingerprint([text_set.sha256, asdict(settings), CHAT_TEMPLATE])
-    marker = json.dumps({"fingerprint": made_from}) + "\n"
-    folder = quantkit_home() / "models" / NAME
-    lock_path = quantkit_home() / "locks" / f"{NAME}.lock"
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock_path):
-        if not _is_current(folder, marker):
-            partial = folder.with_name(f"{NAME}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            with _threads(settings.threads):
-                _make(partial, text_set.documents, settings, progress)
-            (partial / MARKER).write_text(marker, encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.replace(folder)
-    return folder
-
-
-def _is_current(folder: Path, marker: str) -> bool:
-    # compared as bytes: a damaged marker is one of another model, not an error
-    path = folder / MARKER
-    return path.is_file() and path.read_bytes() == marker.encode()
-
-
-@contextlib.contextmanager
-def _threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _make(folder: Path, documents: tuple[Document, ...], settings: NanoSettings, progress: Progress) -> None:
-    """Tokenizer, training, files."""
     make_tokenizer(folder, [document.content for document in documents], settings)
     tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=sys.maxsize)
     texts = [
