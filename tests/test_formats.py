@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit import pipeline
+from quantkit import artifact, pipeline
 from quantkit.checkpoint.index import read_json
 from quantkit.formats import READERS, detect
 from quantkit.methods import METHODS
@@ -116,7 +116,7 @@ def test_it_is_built_judged_and_read_back(recipe, source, tmp_path):
 @pytest.mark.parametrize("items", [1, 3])
 def test_an_interrupted_build_ends_in_the_same_bytes(recipe, items, tmp_path, monkeypatch):
     whole = build(recipe, out=tmp_path / "whole", device=CPU, validated=False)
-    plain, left = pipeline.write_item, [items]
+    plain, left = artifact.write_item, [items]
 
     def give_up(path, tensors):
         if not left[0]:
@@ -126,7 +126,7 @@ def test_an_interrupted_build_ends_in_the_same_bytes(recipe, items, tmp_path, mo
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_item", give_up)
+        patch.setattr(artifact, "write_item", give_up)
         with pytest.raises(KeyboardInterrupt):
             build(recipe, out=out, device=CPU, validated=False)
     assert work_folder(out).exists()
@@ -138,7 +138,16 @@ def test_an_interrupted_build_ends_in_the_same_bytes(recipe, items, tmp_path, mo
 def test_no_format_is_named_where_all_are_alike():
     """A new format is rows in tables: stream, pipeline, plan, validation and command line know none by name."""
     root = Path(quantkit.__file__).parent
-    alike = ["stream.py", "pipeline.py", "plan.py", "judgement.py", "cli.py", "upstream.py", "report/card.py"]
+    alike = [
+        "stream.py",
+        "artifact.py",
+        "pipeline.py",
+        "plan.py",
+        "judgement.py",
+        "cli.py",
+        "upstream.py",
+        "report/card.py",
+    ]
     alike += ["engine_check.py", *(str(path.relative_to(root)) for path in (root / "validation").glob("*.py"))]
     for name in alike:
         assert formats_named((root / name).read_text()) == set(), name

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from quantkit import artifact as making
 from quantkit import pipeline
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import pack
@@ -513,7 +514,7 @@ def test_a_build_of_several_variants_that_was_killed_ends_in_the_same_bytes(
     place, built, source, text, tmp_path, monkeypatch
 ):
     recipe, out = recipe_for(source, text, bits=[4.0, 5.0, 8.0]), tmp_path / "d"
-    owner, name = {"measuring": (Workdir, "note"), "solving": (pipeline, "write_item")}[place]
+    owner, name = {"measuring": (Workdir, "note"), "solving": (making, "write_item")}[place]
     plain, left, measured = getattr(owner, name), [1], []
     measure = OptionTrial.measure
 
