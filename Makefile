@@ -80,8 +80,9 @@ publish-%: built-% drawn
 	drawn=; [ "$$(cat $(OUT)/.$(MODEL)-report.exit)" != 0 ] || drawn="--report $(REPORT)"; \
 	set -x; $(BIN)/quantkit publish $(OUT)/$(MODEL)-$* $(if $(ORG),--repo $(ORG)/$(MODEL)-$*) $$drawn $(PUBLISH_FLAGS)
 
+# two at a time: most of them wait for a process of their own, and each takes two threads at most
 test: lint docs-check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff format --check .
