@@ -1,5 +1,6 @@
 """A real Slurm of one node on the loopback interface, all of its files in one folder; needs root."""
 
+import getpass
 import os
 import shutil
 import socket
@@ -87,6 +88,7 @@ def running_slurm(folder: Path) -> Iterator[Path]:
         _wait_until_idle(environment, folder)
         yield config
     finally:
+        _end_jobs(environment)
         for process in reversed(started):
             for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
                 child.kill()
@@ -103,6 +105,16 @@ def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
         time.sleep(1)
     logs = "\n".join(path.read_text(errors="replace")[-800:] for path in [*folder.glob("*.log"), *folder.glob("*.out")])
     raise RuntimeError(f"Slurm did not start: {seen.stdout}{seen.stderr}\n{logs}")
+
+
+def _end_jobs(environment: dict[str, str]) -> None:
+    """Leave no job behind: its processes are no children of the daemons, and would outlive them."""
+    subprocess.run(["scancel", f"--user={getpass.getuser()}"], env=environment)
+    give_up = time.monotonic() + START_SECONDS
+    while time.monotonic() < give_up:
+        if not subprocess.run(["squeue", "-h"], env=environment, capture_output=True).stdout:
+            return
+        time.sleep(0.5)
 
 
 def free_port() -> int:
