@@ -10,7 +10,7 @@ from quantkit.artifact import Build, Job
 from quantkit.engines.env import find_engine, why_not
 from quantkit.formats import READERS
 from quantkit.judgement import validate
-from quantkit.nano import NAME
+from quantkit.nano import NAME, ensure_nano
 from quantkit.pipeline import build_all, default_out
 from quantkit.progress import Progress
 from quantkit.recipe import ALL, find_recipe, load_recipe, recipes_named
@@ -72,6 +72,7 @@ def run_demo(out: Path, *, device: torch.device, progress: Progress) -> Demo:
     wanted = {name: load_recipe(find_recipe(f"{NAME}/{name}")) for name in names}
     wanted[SPOILT] = load_recipe(find_recipe(f"{NAME}/gptq"), ("quantize.bits=2",))
     jobs = [Job(name, recipe, out / default_out(recipe, name).name) for name, recipe in wanted.items()]
+    ensure_nano(progress.steps)  # before the first build, whose seconds would count it
     builds = {}
     for outcome in build_all(jobs, device=device, progress=progress):
         if outcome.error is not None:

@@ -103,18 +103,16 @@ def hub() -> Iterator[HubServer]:
 
 
 @pytest.fixture(scope="session")
-def nano(tmp_path_factory) -> Path:
-    """The real, trained bielik-nano, kept between runs in the user's cache."""
-    from quantkit.nano import ensure_nano
+def nano() -> Path:
+    """The real, trained bielik-nano: the tests' own in the user's cache, or the one that `make demo` made."""
+    from quantkit.home import quantkit_home
+    from quantkit.nano import NAME, ensure_nano
 
-    before = os.environ.get("QUANTKIT_HOME")
-    os.environ["QUANTKIT_HOME"] = str(KEPT)
-    try:
+    homes = (KEPT, quantkit_home())
+    home = next((home for home in homes if (home / "models" / NAME).is_dir()), KEPT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTKIT_HOME", str(home))
         return ensure_nano()
-    finally:
-        os.environ.pop("QUANTKIT_HOME")
-        if before is not None:
-            os.environ["QUANTKIT_HOME"] = before
 
 
 @pytest.fixture
