@@ -5,6 +5,7 @@ Shape legend: N tokens, I in features.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -45,17 +46,19 @@ class Statistics:
         x_NI = _multipliable(inputs.flatten(0, -2))
         self.num_tokens += x_NI.shape[0]
         width = x_NI.shape[1]
-        is_own = {part: owner == self.ranks.rank for part, owner in self._owners(width).items()}
+        part_owners = _owners(self.needs, width, self.ranks.size)
         with _exact_bfloat16_products(inputs.dtype):
             if HESSIAN in self.needs:
                 total_II = self._total(HESSIAN, x_NI)
-                for start in filter(is_own.__getitem__, range(0, width, BLOCK)):
+                for start in range(0, width, BLOCK):
+                    if part_owners[start] != self.ranks.rank:
+                        continue
                     stop = min(start + BLOCK, width)
                     _add_product(total_II[start:stop, :stop], x_NI[:, start:stop], x_NI[:, :stop])
             if DEVIATION in self.needs:
                 assert exact_inputs is not None, "the unquantized stream was not run"
                 total_II = self._total(DEVIATION, x_NI)
-                if is_own[DEVIATION]:
+                if part_owners[DEVIATION] == self.ranks.rank:
                     _add_product(total_II, _multipliable(exact_inputs.flatten(0, -2)), x_NI)
         if SQUARES in self.needs:
             total_I = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0)
@@ -63,14 +66,14 @@ class Statistics:
 
     def gather(self) -> None:
         """Let every rank have what the others have summed; all come here once everything was added."""
-        for name, total_II in self._sums.items():
-            width = total_II.shape[0]
-            for part, owner in self._owners(width).items() if self.ranks.size > 1 else ():
-                if name == HESSIAN and isinstance(part, int):
-                    stop = min(part + BLOCK, width)
-                    self.ranks.share(total_II[part:stop, :stop], owner)
-                elif name == part:
-                    self.ranks.share(total_II, owner)
+        if self.ranks.size == 1 or not self._sums:
+            return
+        width = next(iter(self._sums.values())).shape[0]
+        for part, owner in _owners(self.needs, width, self.ranks.size).items():
+            own = (
+                self._sums[HESSIAN][part : part + BLOCK, : part + BLOCK] if isinstance(part, int) else self._sums[part]
+            )
+            self.ranks.share(own, owner)
 
     def mean_square(self) -> Tensor:
         """The mean of x^2, [I]."""
@@ -91,24 +94,26 @@ class Statistics:
         """
         return self._sums[DEVIATION] - self.hessian()
 
-    def _owners(self, width: int) -> dict[int | str, int]:
-        """Who sums what: blocks of rows of the symmetric sum, by their first row, and the other as a whole.
-
-        Squares are no work, and everybody's.
-        """
-        costs: dict[int | str, float] = {}
-        if HESSIAN in self.needs:
-            costs |= {start: BLOCK * min(start + BLOCK, width) for start in range(0, width, BLOCK)}
-        if DEVIATION in self.needs:
-            costs[DEVIATION] = width * width
-        return dict(zip(costs, owners(list(costs.values()), self.ranks.size), strict=True))
-
     def _total(self, name: str, like_NI: Tensor) -> Tensor:
         if name not in self._sums:
             width = like_NI.shape[1]
             dtype = torch.promote_types(like_NI.dtype, torch.float32)
             self._sums[name] = torch.zeros((width, width), dtype=dtype, device=like_NI.device)
         return self._sums[name]
+
+
+@cache
+def _owners(needs: frozenset[str], width: int, ranks: int) -> dict[int | str, int]:
+    """Who sums what: blocks of rows of the symmetric sum, by their first row, and the other as a whole.
+
+    Squares are no work, and everybody's.
+    """
+    costs: dict[int | str, float] = {}
+    if HESSIAN in needs:
+        costs |= {start: BLOCK * min(start + BLOCK, width) for start in range(0, width, BLOCK)}
+    if DEVIATION in needs:
+        costs[DEVIATION] = width * width
+    return dict(zip(costs, owners(list(costs.values()), ranks), strict=True))
 
 
 def cost(needs: frozenset[str], work: StageWork) -> Cost:

@@ -29,7 +29,7 @@ class NanoSettings:
         smoothing: bigram counts are mixed with this many unigram counts.
         seed: of everything random.
         threads: CPU threads; another number rounds otherwise.
-        edition: raised whenever this file makes another model from the same settings.
+        edition: raised whenever the training makes another model from the same settings.
     """
 
     vocab_size: int = 768
