@@ -76,16 +76,20 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _start(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     from quantkit.conflicts import warn_of_conflicts
+    from quantkit.launch import require_alone
 
     if not sys.stderr.isatty():
         # read when the Hub's client is imported; progress is plain lines then
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warn_of_conflicts(_say)
+    if context.invoked_subcommand not in (None, "build"):
+        require_alone(context.invoked_subcommand)
 
 
 @app.command()
@@ -608,8 +612,9 @@ def _write_below(path: Path, text: str) -> None:
 @contextmanager
 def _together(device: str) -> Iterator["Ranks"]:
     """The processes that torchrun has started, if it has; one of them tells of an error, and all end with it."""
+    from quantkit.launch import launched
     from quantkit.machine import choose_device
-    from quantkit.ranks import ALONE, joined, launched
+    from quantkit.ranks import ALONE, joined
 
     if launched() == 1:
         yield ALONE

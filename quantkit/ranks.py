@@ -19,7 +19,6 @@ from torch import Tensor, distributed
 from quantkit.errors import RefusedError, RunFailedError
 
 T = TypeVar("T")
-LAUNCHED = "TORCHELASTIC_RUN_ID"  # what torchrun sets, and nobody else
 # a process that waits so long for one that lives and says nothing gives up
 PATIENCE = timedelta(hours=1)
 FAILED = "quantkit-failed"
@@ -160,11 +159,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def launched() -> int:
-    """How many processes torchrun has started; 1 without it."""
-    return int(os.environ["WORLD_SIZE"]) if LAUNCHED in os.environ else 1
 
 
 @contextmanager

@@ -198,3 +198,13 @@ def test_what_ranks_cannot_make_together_is_refused_at_once(source, tmp_path):
     with pytest.raises(RefusedError, match="auto-gptq is one process"):
         build_all([Job("a", engine, tmp_path / "a")], device=CPU, ranks=two)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_several_processes_cannot_share_is_refused():
+    done = quantkit("recipes", TORCHELASTIC_RUN_ID="none", WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-3:] == [
+        "error: recipes is the work of one process, and torchrun has started 2",
+        "  at:  torchrun",
+        "  fix: start quantkit recipes without torchrun; only build is divided",
+    ]
