@@ -96,22 +96,15 @@ def test_without_a_commit_the_one_it_was_written_for_is_asked_for(hub):
 
 
 @pytest.fixture
-def recipe(tmp_path, tiny_mistral) -> Path:
-    path = tmp_path / "own.toml"
+def recipe(own_recipe) -> Path:
+    path = own_recipe.with_name("from-the-hub.toml")
     path.write_text(
-        f"""format = "gptq"
-[model]
-id = "{tiny_mistral}"
-[quantize]
-group_size = 32
-scale_candidates = 0
+        """extends = "own.toml"
+format = "gptq"
 [calibration]
-window_tokens = 16
-texts = {{ "nkjp1m@COMMIT" = 8 }}
+texts = { "nkjp1m@COMMIT" = 8 }
 [validation]
-window_tokens = 32
-generated_tokens = 0
-texts = {{ "polish-core" = 2, "nkjp1m@COMMIT" = 3 }}
+texts = { "polish-core" = 2, "nkjp1m@COMMIT" = 3 }
 """,
         encoding="utf-8",
     )
