@@ -139,11 +139,11 @@ def test_tokenized_sentences_without_a_text_to_belong_to_stand_alone(tmp_path):
         ("a.jsonl", '{"tokens": []}', "the line is not a tokenized sentence"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"text": "ok"}')[:-9],
+            gzip.compress(b'{"text": "ok"}', mtime=0)[:-9],
             "it cannot be unpacked: Compressed file ended before the end-of-stream marker was reached",
         ),
         ("a.jsonl.gz", b'{"text": "ok"}', "it cannot be unpacked: Not a gzipped file (b'{\"')"),
-        ("a.txt.gz", gzip.compress(b""), "there is no text in it"),
+        ("a.txt.gz", gzip.compress(b"", mtime=0), "there is no text in it"),
     ],
 )
 def test_files_that_are_not_text(tmp_path, name, content, message):
