@@ -69,9 +69,9 @@ def main() -> None:
     parser.add_argument("--feed-forward", type=int, default=1536)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--set", default="", help="keys of [quantize], as KEY=VALUE,...")
+    parser.add_argument("--set", action="append", default=[], help="keys of [quantize], as KEY=VALUE,...")
     options = parser.parse_args()
-    rows, quantize = [], parse_pairs(options.set)
+    rows, quantize = [], parse_pairs(",".join(options.set))
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
         text.write_text((ROOT / "calibration" / "calibration.jsonl").read_text(encoding="utf-8") * 3, encoding="utf-8")

@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--window-tokens", type=int, default=512)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--set", default="", help="keys common to all ways")
+    parser.add_argument("--set", action="append", default=[], help="keys common to all ways, as KEY=VALUE,...")
     parser.add_argument("--way", action="append", required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -152,7 +152,7 @@ def main() -> None:
     rows, first = [], None
     with tempfile.TemporaryDirectory() as scratch:
         for text in options.way:
-            way = parse_way(text, parse_pairs(options.set))
+            way = parse_way(text, parse_pairs(",".join(options.set)))
             outcome = run_way(way, options, judge, Path(scratch))
             nats, record = outcome.nats, outcome.record
             ratios = ((nats.sum(1) - reference_D.sum()) / tokens_D.sum()).exp()

@@ -109,10 +109,10 @@ def main() -> None:
     parser.add_argument("--window-tokens", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--set", default="", help="keys common to all ways")
+    parser.add_argument("--set", action="append", default=[], help="keys common to all ways, as KEY=VALUE,...")
     parser.add_argument("--way", action="append", required=True)
     options = parser.parse_args()
-    ways = [parse_way(text, parse_pairs(options.set)) for text in options.way]
+    ways = [parse_way(text, parse_pairs(",".join(options.set))) for text in options.way]
     found: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
     with tempfile.TemporaryDirectory() as scratch:
         if options.make:
