@@ -33,14 +33,8 @@ SHAPES = Path(__file__).parent / "shapes"
 SIDE = 2048
 COPIED = 256 * 1024**2
 REPEATS = 5
-# stages of the record that an operation count stands for; what is factorised is part of solving
-PARTS = {
-    "forward": ("forward",),
-    "statistics": ("statistics",),
-    "prepare": ("prepare",),
-    "survey": ("survey",),
-    "solve": ("factorise", "solve"),
-}
+COUNTED = ("forward", "statistics", "prepare", "survey", "factorise", "solve")
+PART_OF = {"embed": "forward", "advance": "forward"}  # stages of the record that one count stands for
 
 
 def best(work: Callable[[], object], device: torch.device) -> float:
@@ -94,11 +88,8 @@ def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
 def floors(operations: dict[str, float], read: int, written: int, found: dict[str, float]) -> dict[str, float]:
     """Least seconds of each stage that something is counted for."""
     counted = {
-        stage: sum(
-            operations.get(part, 0.0) / found["float32_flops" if part in IN_FLOAT32 else "matmul_flops"]
-            for part in parts
-        )
-        for stage, parts in PARTS.items()
+        stage: operations.get(stage, 0.0) / found["float32_flops" if stage in IN_FLOAT32 else "matmul_flops"]
+        for stage in COUNTED
     }
     moved = {
         "read": read / found["read_bytes"],
@@ -133,7 +124,8 @@ def stages(record: dict[str, Any], found: dict[str, float]) -> list[dict[str, An
     built = record["build"]
     spent: dict[str, float] = {}
     for item in built["items"].values():
-        for stage, seconds in item["seconds"].items():
+        for part, seconds in item["seconds"].items():
+            stage = PART_OF.get(part, part)
             spent[stage] = spent.get(stage, 0.0) + seconds
     least = floors(built["operations"], built["bytes"]["read"], built["bytes"]["written"], found)
     return [

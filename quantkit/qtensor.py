@@ -52,12 +52,14 @@ class LinearFacts:
             unitless, 0 is exact. None when the solver uses no statistics.
         damping: fraction of mean(diag H) that made H positive definite.
         elapsed_s: seconds spent solving this linear.
+        factorise_s: of these, seconds for the factor that it shares with the linears after it.
     """
 
     name: str
     loss: float | None
     damping: float | None
     elapsed_s: float
+    factorise_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Item:
             them too, also "model.embed_tokens" and "lm_head".
         tensors: every other tensor of the item by checkpoint name, dense; a solver may have changed them.
         facts: one entry per quantized linear.
-        seconds: wall seconds by stage ("read", "statistics", "solve", "advance").
+        seconds: wall seconds by stage; `quantkit.report.schema.ItemFacts` names them.
     """
 
     name: str

@@ -144,19 +144,23 @@ class FloatStream:
         finally:
             del self._wanted[who]
 
-    def at(self, name: str, source: dict[str, Tensor]) -> None:
+    def at(self, name: str, source: dict[str, Tensor], seconds: dict[str, float]) -> None:
         """Come to an item; the first to come takes the stream through the item before it, as far as it is not yet.
 
         Args:
             name: the item.
             source: its dense weights.
+            seconds: the time of what had to be computed goes there.
         """
         if name == self._name:
             return
         if self._name == EMBEDDING:
-            self._batches = [self.decoder.embed(self._source, tokens) for tokens in self.calibration.batches]
+            with timed(seconds, "embed"):
+                self._batches = [self.decoder.embed(self._source, tokens) for tokens in self.calibration.batches]
         elif self._name is not None:
-            self._batches = self._layer().outputs()
+            visit = self._layer(seconds)
+            with timed(seconds, "advance"):
+                self._batches = visit.outputs()
         self._name, self._source, self._visit = name, source, None
         self._hidden_left = sum(wanted.hidden for wanted in self._wanted.values())
 
@@ -170,7 +174,7 @@ class FloatStream:
 
     def layer(self) -> DecoderLayer:
         """The current layer with the source's weights, not to be altered."""
-        return self._layer().layer
+        return self._layer({}).layer
 
     def inputs(self, stage: Stage, seconds: dict[str, float]) -> list[Tensor]:
         """What a stage of the current layer reads, [B, T, I] per batch; once for each who said they would take them.
@@ -179,16 +183,17 @@ class FloatStream:
             stage: after those that were taken.
             seconds: the time of what had to be computed goes there.
         """
-        return self._layer().inputs(stage, seconds)
+        return self._layer(seconds).inputs(stage, seconds)
 
     def statistics(self, stage: Stage, seconds: dict[str, float]) -> Statistics:
         """Sums over what a stage reads, at least those that the participant asked for; otherwise as `inputs`."""
-        return self._layer().statistics(stage, seconds)
+        return self._layer(seconds).statistics(stage, seconds)
 
-    def _layer(self) -> "_Visit":
+    def _layer(self, seconds: dict[str, float]) -> "_Visit":
         assert self._name not in (None, EMBEDDING, HEAD), f"{self._name} is no layer"
         if self._visit is None:
-            layer = self.decoder.layer(int(str(self._name).removeprefix("layers.")), self._source)
+            with timed(seconds, "load"):
+                layer = self.decoder.layer(int(str(self._name).removeprefix("layers.")), self._source)
             batches = list(self._batches) if self._hidden_left > 0 else self._batches
             self._visit = _Visit(layer, batches, self.rope, self.calibration, tuple(self._wanted.values()))
         return self._visit
@@ -283,7 +288,7 @@ class _Visit:
             del inputs
             if last:
                 # nothing but the output is left of a batch, unless somebody takes what the stage read
-                with timed(seconds, "forward"):
+                with timed(seconds, "advance"):
                     self._outputs += finish([walk])
             else:
                 self._walks.append(walk)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -144,8 +145,9 @@ def _through(
             sinks.item(name)
             if name == HEAD and solvers.unties_head and HEAD_WEIGHT not in source:
                 source = source | {HEAD_WEIGHT: checkpoint.read(EMBEDDING)[f"{END_MODULES[EMBEDDING]}.weight"]}
+            spent = {"read": waited}
             if activations:
-                activations.at(name, source)
+                activations.at(name, source, spent)
             replay = finished(name)
             if replay is not None:
                 if activations:
@@ -155,12 +157,14 @@ def _through(
             # no variable: it would hold on to an item while others take their turns
             yield _timed_item(
                 _solve_item(checkpoint, name, source, solvers, activations, stored_dtype, skip, sinks, decoder),
-                {"read": waited},
+                spent,
             )
 
 
 def _timed_item(item: Item, spent: Mapping[str, float]) -> Item:
-    item.seconds.update(spent)
+    """The item with what was spent on coming to it counted too."""
+    for stage, seconds in spent.items():
+        item.seconds[stage] = item.seconds.get(stage, 0.0) + seconds
     return item
 
 
@@ -246,7 +250,7 @@ def _measured(
         for name, following in zip(names, [*names[1:], None], strict=True):
             source = shared.read(name, following)
             sinks.item(name)
-            exact.at(name, source)
+            exact.at(name, source, {})
             if name == EMBEDDING or known(name):
                 yield None
                 continue
@@ -307,14 +311,10 @@ def _solve_item(
             for linear in stage.linears
             if (full := layer.linear_name(linear)) in linears
         }
-        with timed(item.seconds, "solve"):
-            # what the walks freed must not stand beside what the solver takes, nor the other way round
-            release_freed_memory()
-            for full, quantized, facts in solvers.layers.solve(weights, statistics):
-                item.linears[full] = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
-                item.facts.append(facts)
-                sinks.linear(facts)
-            release_freed_memory()
+        # what the walks freed must not stand beside what the solver takes, nor the other way round
+        release_freed_memory()
+        _solve(item, solvers.layers, weights, statistics, sinks, biases)
+        release_freed_memory()
 
     if solvers.preparation is not None:
         item.seconds["prepare"] = prepared
@@ -329,6 +329,27 @@ def _solve_item(
     else:
         activations.solve_layer(layer, hidden, item, solvers.layers.needs, solve_stage)
     return item
+
+
+def _solve(
+    item: Item,
+    solver: Solver,
+    weights: dict[str, Tensor],
+    statistics: Statistics,
+    sinks: Sinks,
+    biases: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Solve linears into an item; what they share counts as a stage of its own."""
+    factorised = 0.0
+    with timed(item.seconds, "solve"):
+        for full, quantized, facts in solver.solve(weights, statistics):
+            item.linears[full] = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
+            item.facts.append(facts)
+            sinks.linear(facts)
+            factorised += facts.factorise_s
+    if factorised:
+        item.seconds["factorise"] = item.seconds.get("factorise", 0.0) + factorised
+        item.seconds["solve"] -= factorised
 
 
 def _solve_end(
@@ -349,16 +370,12 @@ def _solve_end(
         if name == HEAD and activations and solver.needs:
             with timed(item.seconds, "statistics"):
                 statistics = activations.head_statistics(stored, source, solver.needs)
-        with timed(item.seconds, "solve"):
-            weights = {END_MODULES[name]: source[key].to(device=decoder.device, dtype=decoder.dtype)}
-            for full, quantized, facts in solver.solve(weights, statistics):
-                item.linears[full] = quantized
-                item.facts.append(facts)
-                sinks.linear(facts)
+        weights = {END_MODULES[name]: source[key].to(device=decoder.device, dtype=decoder.dtype)}
+        _solve(item, solver, weights, statistics, sinks)
         del item.tensors[key]
         stored = item.tensors | {f"{full}.weight": linear.dequantize() for full, linear in item.linears.items()}
-    if activations:
-        with timed(item.seconds, "forward"):
+    if activations and name == EMBEDDING:
+        with timed(item.seconds, "embed"):
             activations.advance(name, stored)
     return item
 
@@ -404,10 +421,10 @@ class Activations:
         """Whether layers are solved from sums of the unquantized stream, the same for all who live on it."""
         return bool(self._wanted.needs)
 
-    def at(self, name: str, source: dict[str, Tensor]) -> None:
-        """Come to an item, with the checkpoint's weights of it."""
+    def at(self, name: str, source: dict[str, Tensor], seconds: dict[str, float]) -> None:
+        """Come to an item, with the checkpoint's weights of it; the time of what had to be computed goes to seconds."""
         if self._exact is not None:
-            self._exact.at(name, source)
+            self._exact.at(name, source, seconds)
 
     def hidden(self) -> list[Tensor]:
         """The batches [B, T, D] in front of the item, once for each; the tensors are not to be modified."""
@@ -480,7 +497,7 @@ class Activations:
             if not self.from_float:
                 _replace_weights(layer, stage, item)
         if not self.from_float:
-            with timed(item.seconds, "forward"):
+            with timed(item.seconds, "advance"):
                 self._batches = finish(walks)
 
     def _summed(

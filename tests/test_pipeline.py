@@ -88,6 +88,38 @@ def test_the_same_recipe_gives_the_same_bytes(recipe, tmp_path):
     assert other.record["fingerprint"] != first.record["fingerprint"]
 
 
+WEIGHTS = {"read", "load", "solve", "pack", "write"}
+WALKED = {"embed", "forward", "statistics", "factorise", "advance"}
+
+
+@pytest.mark.parametrize(
+    ("name", "activations", "group", "stages"),
+    [
+        ("gptq", "quantized", {"group_size": 32}, WEIGHTS | WALKED),
+        ("exl2", "float", {}, WEIGHTS | WALKED),
+        ("hqq", "quantized", {"group_size": 32}, WEIGHTS),
+    ],
+)
+def test_the_record_says_where_the_time_went(name, activations, group, stages, tiny_mistral, text_file, tmp_path):
+    given = {
+        "format": name,
+        "model": {"id": str(tiny_mistral)},
+        "quantize": group,
+        "calibration": {"texts": {str(text_file): 8}, "window_tokens": 16, "activations": activations},
+    }
+    built = build(Recipe.of(given), out=tmp_path / "a", device=CPU, validated=False).record["build"]
+    items = built["items"].values()
+    assert set().union(*(item["seconds"] for item in items)) == stages
+    assert all(seconds >= 0 for item in items for seconds in item["seconds"].values())
+    for item in items:
+        # all linears of a stage share one factor, and the item's time is split between making and using it
+        made = sum(linear["factorise_s"] for linear in item["linears"])
+        assert item["seconds"].get("factorise", 0.0) == pytest.approx(made)
+    # what is written behind is written while the next is solved
+    own = sum(seconds for item in items for stage, seconds in item["seconds"].items() if stage != "write")
+    assert own <= built["seconds"]["quantize"]
+
+
 def test_weights_on_disk_beat_rounding_and_match_the_losses(recipe, tmp_path):
     """The artifact's decoded weights are near the source's, and no nearer than 4 bits allow."""
     from quantkit.formats.gptq import open_artifact

@@ -75,6 +75,7 @@ class Linear(Part):
     loss: float | None = Field(description="Output error over output energy on the calibration text; null without it.")
     damping: float | None = Field(description="Fraction of the Hessian's mean diagonal that was added to it.")
     elapsed_s: float
+    factorise_s: float = Field(default=0.0, description="Of these, for the factor it shares with those after it.")
 
 
 class ItemFacts(Part):
@@ -82,7 +83,8 @@ class ItemFacts(Part):
 
     linears: list[Linear]
     seconds: dict[str, float] = Field(
-        description="`read` (waited for), `load`, `prepare`, `forward`, `statistics`, `solve`, `pack`, `write`."
+        description="`read` (waited for), `embed`, `load`, `prepare`, `forward` (up to the last linears' inputs), "
+        "`statistics`, `factorise`, `solve`, `advance` (from there to the next layer), `pack`, `write`."
     )
 
 

@@ -11,10 +11,11 @@ from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
 from quantkit.costs import Cost, StageWork
 from quantkit.grids.blocks import TYPES, BlockType, quantize
 from quantkit.grids.encoded import as_floats
+from quantkit.progress import timed
 from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
 from quantkit.solvers.block_gptq import solve_blocks
-from quantkit.solvers.gptq import Factor, factorize, feedback_cost
+from quantkit.solvers.gptq import FACTORISE, Factor, factorize, feedback_cost
 from quantkit.solvers.weights import search_cost
 
 DENSE = ("F16", "BF16")
@@ -53,6 +54,7 @@ class BlockSolver:
         mean_I = _published(statistics.mean_square(), seen) if self.weighted and seen else None
         importance = None if mean_I is None else Importance(mean_I, seen)
         factors: dict[int, Factor] = {}
+        spent: dict[str, float] = {}
         for name, weight_OI in weights.items():
             started = time.perf_counter()
             solved, loss = [], None
@@ -65,14 +67,15 @@ class BlockSolver:
                     given_I = self._weights(weight_OI, mean_I)
                     solved.append(QuantizedLinear(*quantize(weight_OI, TYPES[kind], given_I, where=name)))
                 else:
-                    factor = self._factor(factors, statistics, TYPES[kind], name)
+                    with timed(spent, FACTORISE):
+                        factor = self._factor(factors, statistics, TYPES[kind], name)
                     working_OI = weight_OI.to(factor.upper_II.dtype)
                     linear, share = solve_blocks(working_OI, factor, TYPES[kind], where=name)
                     solved.append(linear)
                     loss = share if loss is None else loss
             first, *others = solved
             damping = max((factor.damping for factor in factors.values()), default=None)
-            facts = LinearFacts(name, loss, damping, time.perf_counter() - started)
+            facts = LinearFacts(name, loss, damping, time.perf_counter() - started, spent.pop(FACTORISE, 0.0))
             yield name, replace(first, others=tuple(others), importance=importance), facts
 
     def cost(self, work: StageWork) -> Cost:

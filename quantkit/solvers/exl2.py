@@ -19,8 +19,9 @@ from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import Exl2Grid, Mixture, column_scales, fit
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
+from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
-from quantkit.solvers.gptq import PANEL, Factor, factorize, feedback_cost, updated
+from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost, updated
 
 LARGEST = torch.finfo(torch.float16).max
 
@@ -113,7 +114,9 @@ class Exl2Solver:
         if not weights:
             return
         started = time.perf_counter()
-        factor = activation_factor(statistics, self.damping, where=next(iter(weights)))
+        spent: dict[str, float] = {}
+        with timed(spent, FACTORISE):
+            factor = activation_factor(statistics, self.damping, where=next(iter(weights)))
         for name, weight in weights.items():
             weight_OI = weight.to(factor.upper_II.dtype)
             wanted = self.mixtures(name)
@@ -125,11 +128,9 @@ class Exl2Solver:
             energy = output_energy(weight_OI, factor)
             others = tuple(solved[mixture][0] for mixture in wanted[1:])
             finished = time.perf_counter()
-            yield (
-                name,
-                replace(linear, others=others),
-                LinearFacts(name, lost / energy if energy else 0.0, factor.damping, finished - started),
-            )
+            share = lost / energy if energy else 0.0
+            facts = LinearFacts(name, share, factor.damping, finished - started, spent.pop(FACTORISE, 0.0))
+            yield name, replace(linear, others=others), facts
             started = finished
 
     def cost(self, work: StageWork) -> Cost:

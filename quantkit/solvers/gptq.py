@@ -27,12 +27,14 @@ from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineGrid, Rule
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
+from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.refine import refine, refine_operations
 
 DAMPING_STEP = 2.0
 DAMPING_TRIES = 6
 PANEL = 128
+FACTORISE = "factorise"  # the stage of the record
 WORKING_COPIES = 5  # float32 numbers for each weight of the linear that is being solved
 
 
@@ -272,16 +274,18 @@ class GptqSolver:
             return
         started = time.perf_counter()
         hessian_II = statistics.hessian()
-        factor = factorize(
-            hessian_II,
-            order=self.order,
-            group_size=self.group_size,
-            damping=self.damping,
-            where=next(iter(weights)),
-        )
-        drift_II = None
-        if self.asymmetric:
-            drift_II = drift(statistics.deviation(), hessian_II, damping=factor.damping)
+        spent: dict[str, float] = {}
+        with timed(spent, FACTORISE):
+            factor = factorize(
+                hessian_II,
+                order=self.order,
+                group_size=self.group_size,
+                damping=self.damping,
+                where=next(iter(weights)),
+            )
+            drift_II = None
+            if self.asymmetric:
+                drift_II = drift(statistics.deviation(), hessian_II, damping=factor.damping)
         for name, weight in weights.items():
             weight_OI = weight.to(factor.upper_II.dtype)
             if drift_II is not None:
@@ -292,7 +296,8 @@ class GptqSolver:
             if self.sweeps:
                 solution = self._refined(weight_OI, solution, hessian_II)
             finished = time.perf_counter()
-            facts = LinearFacts(name, solution.loss, solution.damping, finished - started)
+            factorise_s = spent.pop(FACTORISE, 0.0)
+            facts = LinearFacts(name, solution.loss, solution.damping, finished - started, factorise_s)
             yield name, QuantizedLinear(solution.codes_OI, solution.grid), facts
             started = finished
 
