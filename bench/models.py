@@ -11,7 +11,10 @@ from tests.tiny import make_tokenizer
 
 
 def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int) -> None:
-    """A random Mistral of the wanted size, saved layer by layer so that making it takes no more than a layer."""
+    """A random Mistral of the wanted size, saved layer by layer so that making it takes no more than a layer.
+
+    mlx-lm opens files whose names begin with "model", and no others.
+    """
     heads = max(hidden // 128, 1)
     config = MistralConfig(
         vocab_size=384,
@@ -49,7 +52,7 @@ def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int) -> 
         return (torch.randn(rows, columns, generator=generator) * 0.5 / columns**0.5).bfloat16()
 
     keep(
-        "ends.safetensors",
+        "model-ends.safetensors",
         {
             "model.embed_tokens.weight": drawn(384, hidden),
             "lm_head.weight": drawn(384, hidden),
@@ -63,7 +66,7 @@ def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int) -> 
             for name in ("input_layernorm", "post_attention_layernorm")
         }
         keep(
-            f"layer-{index}.safetensors",
+            f"model-layer-{index}.safetensors",
             norms | {f"{prefix}.{name}.weight": drawn(*shape) for name, shape in shapes.items()},
         )
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -10,10 +10,11 @@ from pathlib import Path
 DISK_BLOCK_BYTES = 512  # in which the kernel counts writes
 
 # A process starts with the peak of the one that started it, and a bench that holds torch has a large one. So this small
-# interpreter stands between the two, and what it says of its child is the child's own.
+# interpreter stands between the two, and what it says of its child is the child's own. The child's input stays open: an
+# engine's runner takes an end of it for the end of its parent.
 WATCH = """
 import json, os, subprocess, sys
-process = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+process = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE)
 _, status, usage = os.wait4(process.pid, 0)
 cpu_s = usage.ru_utime + usage.ru_stime
 facts = [os.waitstatus_to_exitcode(status), cpu_s, usage.ru_maxrss, usage.ru_oublock]
