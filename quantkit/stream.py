@@ -34,6 +34,9 @@ from quantkit.solvers.contract import Solver
 from quantkit.source_pass import Calibration, FloatStream, SourcePass, Taken, finish, start
 
 HEAD_WEIGHT = f"{END_MODULES[HEAD]}.weight"
+WeightOf = Callable[[str], Tensor]
+"""A layer's weight [O, I] by the name of its linear in the family's table."""
+SolveStage = Callable[[Stage, WeightOf, Statistics], None]
 
 
 class Preparation(Protocol):
@@ -296,21 +299,22 @@ def _solve_item(
         )
         del layer
         prepared = time.perf_counter() - started
-    stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in rewritten.items()}
     linears = {f"model.layers.{index}.{linear}" for linear in checkpoint.family.linears if not linear.endswith(skip)}
+    solved = {f"{linear}.weight": rewritten[f"{linear}.weight"] for linear in linears}
+    for key, tensor in solved.items():
+        _require_storable(key, tensor, stored_dtype)
+    stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in rewritten.items() if key not in solved}
     # linears to be solved start from the source's own values; what stays dense is used as the file will hold it
-    working = {key: rewritten[key] if key.removesuffix(".weight") in linears else stored[key] for key in rewritten}
+    working = stored | solved
     if activations is not None and activations.from_float:
         working = rewritten
-    item = Item(name, {}, {key: stored[key] for key in stored if key.rsplit(".", 1)[0] not in linears})
+    item = Item(name, {}, {key: tensor for key, tensor in stored.items() if key.rsplit(".", 1)[0] not in linears})
     biases = {key.removesuffix(".bias"): stored[key] for key in stored if key.endswith(".bias")}
 
-    def solve_stage(stage: Stage, layer: DecoderLayer, statistics: Statistics) -> None:
-        weights = {
-            full: layer.linears[linear].weight
-            for linear in stage.linears
-            if (full := layer.linear_name(linear)) in linears
-        }
+    def solve_stage(stage: Stage, weight_of: WeightOf, statistics: Statistics) -> None:
+        named = {f"model.layers.{index}.{linear}": linear for linear in stage.linears}
+        with timed(item.seconds, "load"):
+            weights = {full: weight_of(linear) for full, linear in named.items() if full in linears}
         # what the walks freed must not stand beside what the solver takes, nor the other way round
         release_freed_memory()
         _solve(item, solvers.layers, weights, statistics, sinks, biases)
@@ -321,13 +325,18 @@ def _solve_item(
     if activations is not None and activations.shares_sums:
         activations.solve_shared(item, solve_stage)
         return item
+    if activations is None:
+        # nothing goes through the layer: its linears are enough, a stage's at a time
+        for stage in checkpoint.family.stages:
+            solve_stage(
+                stage,
+                lambda linear: decoder.place(working[f"model.layers.{index}.{linear}.weight"]),
+                Statistics(frozenset()),
+            )
+        return item
     with timed(item.seconds, "load"):
         layer = decoder.layer(index, working)
-    if activations is None:
-        for stage in checkpoint.family.stages:
-            solve_stage(stage, layer, Statistics(frozenset()))
-    else:
-        activations.solve_layer(layer, hidden, item, solvers.layers.needs, solve_stage)
+    activations.solve_layer(layer, hidden, item, solvers.layers.needs, solve_stage)
     return item
 
 
@@ -373,10 +382,10 @@ def _solve_end(
         weights = {END_MODULES[name]: source[key].to(device=decoder.device, dtype=decoder.dtype)}
         _solve(item, solver, weights, statistics, sinks)
         del item.tensors[key]
-        stored = item.tensors | {f"{full}.weight": linear.dequantize() for full, linear in item.linears.items()}
     if activations and name == EMBEDDING:
+        decoded = {f"{full}.weight": linear.dequantize() for full, linear in item.linears.items()}
         with timed(item.seconds, "embed"):
-            activations.advance(name, stored)
+            activations.advance(name, item.tensors | decoded)
     return item
 
 
@@ -464,12 +473,12 @@ class Activations:
 
         return self._summed(inputs(), needs, {})
 
-    def solve_shared(self, item: Item, solve_stage: Callable[[Stage, DecoderLayer, Statistics], None]) -> None:
+    def solve_shared(self, item: Item, solve_stage: SolveStage) -> None:
         """Solve a layer stage by stage from the unquantized stream's own sums."""
         exact = self._float()
         for stage in self.decoder.family.stages:
             statistics = exact.statistics(stage, item.seconds)
-            solve_stage(stage, exact.layer(), statistics)
+            solve_stage(stage, exact.layer().weight, statistics)
 
     def solve_layer(
         self,
@@ -477,7 +486,7 @@ class Activations:
         hidden: list[Tensor],
         item: Item,
         needs: frozenset[str],
-        solve_stage: Callable[[Stage, DecoderLayer, Statistics], None],
+        solve_stage: SolveStage,
     ) -> None:
         """Solve a layer stage by stage and leave the activations behind it.
 
@@ -493,7 +502,7 @@ class Activations:
             exact = self._float().inputs(stage, item.seconds) if self._wanted.inputs else None
             statistics = self._summed(_stops(walks, exact, item.seconds), needs, item.seconds)
             del exact
-            solve_stage(stage, layer, statistics)
+            solve_stage(stage, layer.weight, statistics)
             if not self.from_float:
                 _replace_weights(layer, stage, item)
         if not self.from_float:
@@ -534,11 +543,15 @@ def _replace_weights(layer: DecoderLayer, stage: Stage, item: Item) -> None:
 
 
 def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = tensor.to(dtype)
-    if not torch.isfinite(stored).all():
+    _require_storable(name, tensor, dtype)
+    return tensor.to(dtype)
+
+
+def _require_storable(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    # rounding keeps the order of values, so the extremes tell of all
+    if not torch.isfinite(torch.stack(tensor.aminmax()).to(dtype)).all():
         raise RefusedError(
             f"{name} holds values beyond {str(dtype).removeprefix('torch.')} (largest: {tensor.abs().max():g})",
             where=name,
             fix="this model cannot be stored in the format's 16-bit floats",
         )
-    return stored

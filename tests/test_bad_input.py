@@ -159,6 +159,13 @@ CASES = {
         "take the tokenizer files and config.json from the model's own repository",
         configured(rms_norm_eps="small"),
     ),
+    "a config of no model, where nothing would run it": Case(
+        "config.json does not describe a MistralForCausalLM: 'sillu'",
+        "config.json",
+        "take config.json from the model's own repository",
+        configured(hidden_act="sillu"),
+        changes=("format=mlx", 'quantize={{solver="least-squares",group_size=32}}'),
+    ),
     "no tokenizer": Case(
         "the tokenizer is missing",
         "{m}",

@@ -149,7 +149,7 @@ def test_weights_too_large_for_the_format_are_refused(tmp_path):
         run_stream(open_checkpoint(folder), solver, Calibration(tokens(), 4))
 
 
-def test_a_solver_without_needs_runs_no_forward_pass(tiny_mistral, monkeypatch):
+def test_a_solver_without_needs_asks_for_no_model_and_no_forward_pass(tiny_mistral, monkeypatch):
     class Nothing:
         needs = frozenset()
 
@@ -158,8 +158,9 @@ def test_a_solver_without_needs_runs_no_forward_pass(tiny_mistral, monkeypatch):
             return iter(())
 
     def refuse(*_):
-        raise AssertionError("a forward pass was run")
+        raise AssertionError("the model's code, which takes seconds to import, is not needed")
 
+    monkeypatch.setattr(Decoder, "_model", property(refuse))
     monkeypatch.setattr("quantkit.checkpoint.layer.DecoderLayer.walk", refuse)
     found = run_stream(open_checkpoint(tiny_mistral), Nothing(), None)
     assert len(found) == 4

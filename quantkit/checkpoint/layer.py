@@ -9,6 +9,8 @@ Shape legend: B windows, T tokens, D hidden size, F the input width of a linear,
 import copy
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import psutil
 import torch
@@ -52,6 +54,10 @@ class DecoderLayer:
     def linear_name(self, linear: str) -> str:
         """Full module name of one of the family's linears in this layer."""
         return f"model.layers.{self.index}.{linear}"
+
+    def weight(self, linear: str) -> Tensor:
+        """The weight [O, I] of one of the family's linears."""
+        return self.linears[linear].weight
 
     def walk(self, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Walk:
         """Go through the layer, stopping in front of every stage with the input its linears will read.
@@ -136,6 +142,8 @@ class DecoderLayer:
 class Decoder:
     """A causal language model's skeleton, fed with one item's weights at a time.
 
+    It is built when something asks for it, for its code takes seconds to import: who only places weights never does.
+
     Args:
         config: config.json of the model.
         family: its row of the table.
@@ -144,32 +152,45 @@ class Decoder:
     """
 
     def __init__(self, config: dict, family: Family, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.family, self.device, self.dtype = family, device, dtype
+        self._described = {key: value for key, value in config.items() if key != "quantization_config"}
+
+    @cached_property
+    def _model(self) -> Any:
+        """The skeleton.
+
+        Raises:
+            RefusedError: config.json describes no model of the family.
+        """
         import transformers
         from huggingface_hub.errors import StrictDataclassError
 
-        self.family, self.device, self.dtype = family, device, dtype
-        plain = {key: value for key, value in config.items() if key != "quantization_config"}
         try:
-            self.config = transformers.AutoConfig.for_model(**plain)
+            config = transformers.AutoConfig.for_model(**self._described)
             with torch.device("meta"):
-                self._model = transformers.AutoModelForCausalLM.from_config(
-                    self.config, attn_implementation="sdpa", dtype=dtype
+                return transformers.AutoModelForCausalLM.from_config(
+                    config, attn_implementation="sdpa", dtype=self.dtype
                 ).eval()
         except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
             raise RefusedError(
-                f"config.json does not describe a {family.architecture}: {reason}",
+                f"config.json does not describe a {self.family.architecture}: {reason}",
                 where="config.json",
                 fix="take config.json from the model's own repository",
             ) from None
+
+    @cached_property
+    def _rotary(self) -> nn.Module:
         rotary = type(self._model.model.rotary_emb)
-        self._rotary = rotary(config=self.config).to(device)
+        found: nn.Module = rotary(config=self._model.config).to(self.device)
+        return found
 
     @property
     def window_limit(self) -> int:
         """Most tokens a window may hold: the context, or the sliding window where the model has a smaller one."""
-        context = int(self.config.max_position_embeddings)
-        sliding = getattr(self.config, "sliding_window", None)
+        config = self._model.config
+        context = int(config.max_position_embeddings)
+        sliding = getattr(config, "sliding_window", None)
         return min(context, int(sliding)) if sliding else context
 
     def rope(self, num_tokens: int) -> tuple[Tensor, Tensor]:
@@ -181,14 +202,14 @@ class Decoder:
 
     def embed(self, tensors: dict[str, Tensor], tokens_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] of int64 token ids [B, T] on the decoder's device."""
-        table = self._place(tensors["model.embed_tokens.weight"])
+        table = self.place(tensors["model.embed_tokens.weight"])
         return nn.functional.embedding(tokens_BT.to(self.device), table)
 
     def layer(self, index: int, tensors: dict[str, Tensor]) -> DecoderLayer:
         """A decoder layer with `tensors` (by checkpoint name) as its weights, cast to the compute dtype."""
         prefix = f"model.layers.{index}."
         module = copy.deepcopy(self._model.model.layers[index])
-        state = {name.removeprefix(prefix): self._place(tensor) for name, tensor in tensors.items()}
+        state = {name.removeprefix(prefix): self.place(tensor) for name, tensor in tensors.items()}
         problems = module.load_state_dict(state, strict=False, assign=True)
         if problems.missing_keys or problems.unexpected_keys:
             odd = (problems.missing_keys + problems.unexpected_keys)[0]
@@ -202,16 +223,17 @@ class Decoder:
     def normed(self, tensors: dict[str, Tensor], hidden_BTD: Tensor) -> Tensor:
         """Hidden states after the final norm, [B, T, D]."""
         norm = copy.deepcopy(self._model.model.norm)
-        norm.load_state_dict({"weight": self._place(tensors["model.norm.weight"])}, assign=True)
+        norm.load_state_dict({"weight": self.place(tensors["model.norm.weight"])}, assign=True)
         normed: Tensor = norm.requires_grad_(False)(hidden_BTD)
         return normed
 
     def head(self, tensors: dict[str, Tensor]) -> Tensor:
         """The output matrix [V, D]; a tied model's items carry the embedding under its own name."""
         key = "lm_head.weight" if "lm_head.weight" in tensors else "model.embed_tokens.weight"
-        return self._place(tensors[key])
+        return self.place(tensors[key])
 
-    def _place(self, tensor: Tensor) -> Tensor:
+    def place(self, tensor: Tensor) -> Tensor:
+        """A weight on the decoder's device, in the compute dtype."""
         return tensor.to(device=self.device, dtype=self.dtype)
 
 

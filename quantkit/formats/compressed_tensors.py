@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from quantkit.checkpoint.families import Family, family_of, item_of
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
 from quantkit.errors import RefusedError
-from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
+from quantkit.formats.bitstream import CODES_PER_RUN, pack, pack_rows, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
 from quantkit.formats.parts import (
     AGAIN,
@@ -77,7 +77,7 @@ def encode_linear(name: str, linear: QuantizedLinear, *, symmetric: bool, dtype:
     grid = linear.grid
     assert isinstance(grid, AffineGrid), "the codes are on an affine grid"
     tensors = {
-        f"{name}.weight_packed": pack(linear.codes_OI.t(), grid.bits).t().contiguous(),
+        f"{name}.weight_packed": pack_rows(linear.codes_OI, grid.bits),
         f"{name}.weight_scale": grid.scale_OG.to(dtype).contiguous(),
         f"{name}.weight_shape": torch.tensor(linear.codes_OI.shape),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from quantkit.checkpoint.families import Family, family_of, item_of
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
 from quantkit.errors import RefusedError
-from quantkit.formats.bitstream import pack, unpack
+from quantkit.formats.bitstream import pack_rows, unpack_rows
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
 from quantkit.formats.parts import FLOATS, Layout, Shape, number_of, require_fit
 from quantkit.formats.shards import merge
@@ -52,7 +52,7 @@ def encode_linear(name: str, linear: QuantizedLinear, dtype: torch.dtype) -> dic
     """
     grid = linear.grid
     assert isinstance(grid, BiasGrid), "MLX stores scale and bias"
-    words_OW = pack(linear.codes_OI.t().contiguous(), grid.bits).t().contiguous()
+    words_OW = pack_rows(linear.codes_OI, grid.bits)
     tensors = {
         f"{name}.weight": words_OW.view(torch.uint32),
         f"{name}.scales": grid.scale_OG.to(dtype).contiguous(),
@@ -73,7 +73,7 @@ def decode_linear(name: str, tensors: dict[str, Tensor], settings: dict[str, Any
     """
     bits, group_size = module_settings(name, settings)
     words_OW, scales_OG = tensors[f"{name}.weight"], tensors[f"{name}.scales"].float()
-    codes_OI = unpack(words_OW.view(torch.int32).t().contiguous(), bits).t().contiguous()
+    codes_OI = unpack_rows(words_OW.view(torch.int32), bits)
     group_I = torch.arange(codes_OI.shape[1], dtype=torch.int32) // group_size
     grid = BiasGrid.of(bits, scales_OG, tensors[f"{name}.biases"], group_I)
     return QuantizedLinear(codes_OI, grid, tensors.get(f"{name}.bias"))

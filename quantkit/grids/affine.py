@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import dequantize, rounding_errors
+from quantkit.kernels.reference import per_channel
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros still needs a scale
 LARGEST_ZERO = 1024
@@ -79,8 +80,10 @@ class BiasGrid(AffineGrid):
 
     def decode(self, codes_OI: Tensor) -> Tensor:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
-        group_I = self.group_I.long()
-        return codes_OI.float() * self.scale_OG[:, group_I] + self.biases()[:, group_I]
+        scale, bias = (per_channel(values_OG, self.group_I) for values_OG in (self.scale_OG, self.biases()))
+        weight_OI = codes_OI.to(torch.float32, memory_format=torch.contiguous_format)
+        weight_OI.view(scale.shape).mul_(scale).add_(bias)
+        return weight_OI
 
 
 @dataclass(frozen=True)

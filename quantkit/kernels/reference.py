@@ -67,8 +67,25 @@ def dequantize(
     codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """See `quantkit.kernels.dequantize`."""
-    group_I = group_I.long()
-    return ((codes_OI.float() - zero_OG[:, group_I]) * scale_OG[:, group_I]).to(dtype)
+    scale, zero = per_channel(scale_OG, group_I), per_channel(zero_OG, group_I)
+    weight_OI = codes_OI.to(torch.float32, memory_format=torch.contiguous_format)
+    weight_OI.view(scale.shape).sub_(zero).mul_(scale)
+    return weight_OI.to(dtype)
+
+
+def per_channel(values_OG: Tensor, group_I: Tensor) -> Tensor:
+    """The value of every channel's group: [O, G, I / G], no copy, where groups are runs of one length; else [O, I].
+
+    Args:
+        values_OG: one per row and group.
+        group_I: integers [I], the group of every channel.
+    """
+    groups = values_OG.shape[1]
+    length = max(len(group_I) // groups, 1)
+    channels_I = torch.arange(len(group_I), device=group_I.device, dtype=group_I.dtype)
+    if len(group_I) == groups * length and torch.equal(group_I, channels_I // length):
+        return values_OG.unsqueeze(2).expand(-1, -1, length)
+    return values_OG[:, group_I.long()]
 
 
 def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:

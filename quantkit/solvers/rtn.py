@@ -1,6 +1,6 @@
 """Rounding to nearest exactly as `mx.quantize` does it, so that its codes can be had here too.
 
-Shape legend: O out features, I in features, G groups.
+Shape legend: O out features, R of them, I in features, G groups of K.
 """
 
 import time
@@ -14,7 +14,7 @@ from quantkit.calibration.statistics import Statistics
 from quantkit.costs import Cost, StageWork
 from quantkit.grids.affine import BiasGrid
 from quantkit.qtensor import LinearFacts, QuantizedLinear
-from quantkit.solvers.weights import search_cost
+from quantkit.solvers.weights import relative_error, rows_of, search_cost
 
 SMALLEST_SCALE = 1e-7
 
@@ -44,7 +44,7 @@ class RoundToNearest:
         for name, weight in weights.items():
             started = time.perf_counter()
             quantized = self.quantize(weight)
-            lost = float((weight - quantized.dequantize()).square().sum() / weight.square().sum().clamp(min=1e-30))
+            lost = relative_error(weight, quantized)
             yield name, quantized, LinearFacts(name, lost, None, time.perf_counter() - started)
 
     def cost(self, work: StageWork) -> Cost:
@@ -53,18 +53,26 @@ class RoundToNearest:
 
     def quantize(self, weight_OI: Tensor) -> QuantizedLinear:
         """Codes and grid of one matrix [O, I], I in multiples of the group size."""
-        highest = 2**self.bits - 1
-        weight_OGK = weight_OI.to(self.stored).float().unflatten(1, (-1, self.group_size))
-        low_OG, high_OG = weight_OGK.amin(2), weight_OGK.amax(2)
-        scale_OG = ((high_OG - low_OG) / highest).clamp(min=SMALLEST_SCALE)
-        from_low_OG = low_OG.abs() > high_OG.abs()
-        scale_OG = torch.where(from_low_OG, scale_OG, -scale_OG)
-        edge_OG = torch.where(from_low_OG, low_OG, high_OG)
-        steps_OG = (edge_OG / scale_OG).round()
-        scale_OG = torch.where(steps_OG != 0, edge_OG / steps_OG, scale_OG)
-        bias_OG = torch.where(steps_OG != 0, edge_OG, 0.0)
-        # codes are taken on the grid before it is rounded, as MLX does
-        codes_OGK = ((weight_OGK - bias_OG[..., None]) / scale_OG[..., None]).round().clamp(0, highest)
+        rows = rows_of(weight_OI)
+        codes_OI = torch.empty_like(weight_OI, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        parts = [self._round(*part) for part in zip(weight_OI.split(rows), codes_OI.split(rows), strict=True)]
+        scale_OG, bias_OG = (torch.cat(values) for values in zip(*parts, strict=True))
         group_I = torch.arange(weight_OI.shape[1], device=weight_OI.device, dtype=torch.int32) // self.group_size
-        grid = BiasGrid.of(self.bits, scale_OG.to(self.stored), bias_OG.to(self.stored), group_I)
-        return QuantizedLinear(codes_OGK.flatten(1).to(torch.uint8), grid)
+        return QuantizedLinear(codes_OI, BiasGrid.of(self.bits, scale_OG, bias_OG, group_I))
+
+    def _round(self, weight_RI: Tensor, codes_RI: Tensor) -> tuple[Tensor, Tensor]:
+        """Fill in the codes of some rows; scale and bias [R, G] as stored."""
+        highest = 2**self.bits - 1
+        weight_RGK = weight_RI.to(self.stored).float().unflatten(1, (-1, self.group_size))
+        low_RG, high_RG = weight_RGK.aminmax(dim=2)
+        scale_RG = ((high_RG - low_RG) / highest).clamp(min=SMALLEST_SCALE)
+        from_low_RG = low_RG.abs() > high_RG.abs()
+        scale_RG = torch.where(from_low_RG, scale_RG, -scale_RG)
+        edge_RG = torch.where(from_low_RG, low_RG, high_RG)
+        steps_RG = (edge_RG / scale_RG).round()
+        scale_RG = torch.where(steps_RG != 0, edge_RG / steps_RG, scale_RG)
+        bias_RG = torch.where(steps_RG != 0, edge_RG, 0.0)
+        # codes are taken on the grid before it is rounded, as MLX does
+        ratio_RGK = weight_RGK.sub_(bias_RG[..., None]).div_(scale_RG[..., None])
+        codes_RI.copy_(ratio_RGK.round_().clamp_(0, highest).flatten(1))
+        return scale_RG.to(self.stored), bias_RG.to(self.stored)

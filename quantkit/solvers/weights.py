@@ -17,6 +17,7 @@ from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
 
 WORKING_COPIES = 5  # float32 numbers for each weight of the linear that is being solved
+CHUNK_WEIGHTS = 1 << 18  # 1 MB of float32
 CHUNK_GROUPS = 1 << 15  # groups solved together: bounds memory, and keeps the working set in cache
 
 
@@ -47,7 +48,7 @@ class WeightSolver:
         for name, weight in weights.items():
             started = time.perf_counter()
             quantized = self.quantize(weight.float())
-            lost = float((weight - quantized.dequantize()).square().sum() / weight.square().sum().clamp(min=1e-30))
+            lost = relative_error(weight, quantized)
             yield name, quantized, LinearFacts(name, lost, None, time.perf_counter() - started)
 
     def cost(self, work: StageWork) -> Cost:
@@ -78,6 +79,27 @@ class WeightSolver:
     def _solve_groups(self, weight_KN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale_N, zero_N = self.fit(weight_KN)
         return self.rule.encode(weight_KN, scale_N, zero_N).to(torch.uint8), scale_N, zero_N
+
+
+def relative_error(weight_OI: Tensor, quantized: QuantizedLinear) -> float:
+    """Squares of the weights' errors, summed, over those of the weights themselves.
+
+    Args:
+        weight_OI: [O, I]; not modified.
+        quantized: what they became.
+    """
+    rows = rows_of(weight_OI)
+    lost, whole = [], []
+    for part_RI, decoded_RI in zip(weight_OI.split(rows), quantized.dequantize().split(rows), strict=True):
+        exact, off = part_RI.float().flatten(), (part_RI - decoded_RI).flatten()
+        lost.append(off.dot(off))
+        whole.append(exact.dot(exact))
+    return float(torch.stack(lost).sum() / torch.stack(whole).sum().clamp(min=1e-30))
+
+
+def rows_of(weight_OI: Tensor) -> int:
+    """How many rows are worked on together, so that what is made of them stays in the cache."""
+    return max(CHUNK_WEIGHTS // weight_OI.shape[1], 1)
 
 
 def search_cost(work: StageWork) -> Cost:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.formats.bitstream import pack, unpack
+from quantkit.formats.bitstream import pack, pack_rows, unpack, unpack_rows
 
 WORKED = {
     2: ([0, 1, 2, 3] * 8, [0xE4E4E4E4, 0xE4E4E4E4]),
@@ -35,3 +35,13 @@ def test_every_bit_lies_where_the_specification_says(bits):
 def test_round_trip(bits):
     codes = torch.randint(0, 2**bits, (64, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
     assert torch.equal(unpack(pack(codes, bits), bits), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rows_are_bitstreams_of_their_own(bits):
+    codes = torch.randint(0, 2**bits, (5, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    words = pack_rows(codes, bits)
+    assert torch.equal(words, pack(codes.t(), bits).t())
+    assert words.is_contiguous()
+    assert torch.equal(unpack_rows(words, bits), codes)
+    assert torch.equal(pack_rows(codes.t().contiguous().t(), bits), words)

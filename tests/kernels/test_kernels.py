@@ -181,6 +181,27 @@ def test_decoding_is_that_of_plain_torch(rows, columns, groups, dtype, module, d
     torch.testing.assert_close(found.cpu(), expected, rtol=cut, atol=0.0)
 
 
+@pytest.mark.parametrize("order", ["runs", "shuffled", "last run short", "one group"])
+def test_a_weight_is_decoded_with_its_channels_group(order):
+    groups = {
+        "runs": torch.arange(96) // 32,
+        "shuffled": torch.randperm(96, generator=torch.Generator().manual_seed(5)) // 32,
+        "last run short": torch.arange(80) // 32,
+        "one group": torch.zeros(96, dtype=torch.int64),
+    }
+    group = groups[order].to(torch.int32)
+    columns, count = len(group), int(group.max()) + 1
+    codes = torch.randint(0, 16, (4, columns), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    scale = random(4, count, dtype=torch.float32, seed=2).abs()
+    zero = random(4, count, dtype=torch.float32, seed=3) * 8
+    for laid_out in (codes, codes.t().contiguous().t()):
+        found = reference.dequantize(laid_out, scale, zero, group)
+        for row in range(4):
+            for column in range(columns):
+                place = row, int(group[column])
+                assert found[row, column] == (codes[row, column].float() - zero[place]) * scale[place]
+
+
 # of ggml's types those whose sub-blocks differ in length, codes or what is searched
 BLOCKS = ("Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q5_0", "Q5_1", "Q8_0")
 
