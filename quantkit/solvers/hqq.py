@@ -3,10 +3,10 @@
 HQQ (Badri and Shaji, mobiusml.github.io/hqq_blog) fixes each group's scale by its range and moves the zero: the
 residual is shrunk by the proximal operator of the l_p norm, p < 1, so that a few large errors are let go, and the zero
 becomes the mean of what is left. The hqq package keeps the last zero, and stops once the mean error grows. Here the
-same iterates are gone through, each is judged as the file would hold it, and every group keeps the one with the least
-squared error: no group ends above hqq's. Judged by the l_p error that proposes them, iterates make a worse model: it
-lets large errors go. Shrunken ranges can be searched too. Least squares (`FloatZeroRule.fit`) is the other choice
-(docs/formats/hqq.md).
+same iterates are gone through, until the zero stands still, each is judged as the file would hold it, and every group
+keeps the one with the least squared error: no group ends above hqq's. Judged by the l_p error that proposes them,
+iterates make a worse model: it lets large errors go. Shrunken ranges can be searched too. Least squares
+(`FloatZeroRule.fit`) is the other choice (docs/formats/hqq.md).
 
 Shape legend: K weights of one group, N groups.
 """
@@ -17,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.grids.affine import LARGEST_ZERO, SMALLEST_SCALE, FloatZeroRule, where
+from quantkit.grids.affine import LARGEST_ZERO, SMALLEST_SCALE, FloatZeroRule
 from quantkit.kernels import rounding_errors
 
+CHUNK_GROUPS = 1 << 12  # groups gone through together: 64 weights of each are 1 MB, which stays in the cache
+SIDE_BY_SIDE = 32  # of so many groups, or a multiple, each has the same sums to the bit whatever the others are
 WHOLE_START_BITS = 4  # hqq rounds the zero it starts from at this width
 
 
@@ -45,26 +47,54 @@ class HalfQuadratic:
         Args:
             weight_KN: [K, N], float32 or float64; not modified.
         """
-        highest_code, stored = self.rule.highest_code, self.rule.stored
-        best: tuple[Tensor, Tensor] | None = None
-        best_error_N = torch.full_like(weight_KN[0], torch.inf)
-        equal_K = torch.ones_like(weight_KN[:, 0])
+        parts = [self._fitted(part.contiguous()) for part in weight_KN.split(CHUNK_GROUPS, dim=1)]
+        scale_N, zero_N = (torch.cat(values) for values in zip(*parts, strict=True))
+        return scale_N, zero_N
+
+    def _fitted(self, weight_KN: Tensor) -> tuple[Tensor, Tensor]:
+        found = torch.full_like(weight_KN[:3], torch.inf)
         for density_N, zero_N in self._starts(weight_KN):
-            scale_N = density_N.reciprocal().clamp(min=SMALLEST_SCALE).to(stored).to(weight_KN.dtype)
-            for _ in range(self.iterations + 1):
-                tried = (scale_N, zero_N.to(stored).to(weight_KN.dtype))
-                candidate = (tried[0].unsqueeze(0), tried[1].unsqueeze(0))
-                error_N = rounding_errors(weight_KN, equal_K, *candidate, highest_code)[0]
-                better_N = error_N < best_error_N
-                best_error_N = torch.where(better_N, error_N, best_error_N)
-                best = tried if best is None else where(better_N, tried, best)
-                # on from what was not rounded, as hqq goes: its iterates are then all among these
-                code_KN = (weight_KN * density_N + zero_N).round_().clamp_(0, highest_code)
-                residual_KN = weight_KN - (code_KN - zero_N) / density_N
-                kept_KN = shrunk(residual_KN, self.strength, self.norm)
-                zero_N = (code_KN - (weight_KN - kept_KN) * density_N).mean(0)
-        assert best is not None, "the full range was tried"
-        return best
+            self._improve(found, weight_KN, density_N, zero_N)
+        return found[0], found[1]
+
+    def _improve(self, found_3N: Tensor, weight_KN: Tensor, density_N: Tensor, zero_N: Tensor) -> None:
+        """Go through the iterates from a start, and keep what loses less than what was found.
+
+        Args:
+            found_3N: scale, zero and squared error of each group; changed.
+            weight_KN: the groups.
+            density_N, zero_N: codes per unit of weight, and the start.
+        """
+        stored, dtype = self.rule.stored, weight_KN.dtype
+        equal_K = torch.ones_like(weight_KN[:, 0])
+        scale_N = density_N.reciprocal().clamp(min=SMALLEST_SCALE).to(stored).to(dtype)
+        place_N = torch.arange(len(zero_N), device=zero_N.device)
+        for _ in range(self.iterations + 1):
+            tried_2N = torch.stack([scale_N, zero_N.to(stored).to(dtype)])
+            error_1N = rounding_errors(weight_KN, equal_K, tried_2N[:1], tried_2N[1:], self.rule.highest_code)
+            best_3N = found_3N[:, place_N]
+            tried_3N = torch.cat([tried_2N, error_1N])
+            found_3N[:, place_N] = torch.where(error_1N < best_3N[2], tried_3N, best_3N)
+            moved_N = self._moved(weight_KN, density_N, zero_N)
+            moving_N, zero_N = moved_N != zero_N, moved_N
+            kept_N = _still_moving(moving_N)
+            if len(kept_N) == 0:
+                return
+            if len(kept_N) < len(zero_N):
+                weight_KN = weight_KN[:, kept_N]
+                density_N, scale_N, zero_N, place_N = (
+                    each_N[kept_N] for each_N in (density_N, scale_N, zero_N, place_N)
+                )
+
+    def _moved(self, weight_KN: Tensor, density_N: Tensor, zero_N: Tensor) -> Tensor:
+        """The zero [N] that follows; it goes on from what was not rounded, so hqq's are among the iterates."""
+        code_KN = (weight_KN * density_N).add_(zero_N).round_().clamp_(0, self.rule.highest_code)
+        residual_KN = weight_KN - (code_KN - zero_N).div_(density_N)
+        low, high = residual_KN.aminmax()
+        # what the operator keeps nothing of, with a margin for rounding: all residuals of weights of a usual size
+        if max(-low, high) > 0.99 * self.strength ** (1 / (self.norm - 2)):
+            weight_KN = weight_KN - shrunk(residual_KN, self.strength, self.norm)
+        return (code_KN - weight_KN * density_N).mean(0)
 
     def _starts(self, weight_KN: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Codes per unit of weight [N], and the zero [N] that the lowest weight asks for; the full range first."""
@@ -83,7 +113,15 @@ class HalfQuadratic:
                 yield density_N, zero_N.round()
 
 
+def _still_moving(moving_N: Tensor) -> Tensor:
+    """Places of groups to go on with: those whose zero still moves, and others up to a half, a quarter, ... of all."""
+    width, count = len(moving_N), int(moving_N.count_nonzero())
+    while width % (2 * SIDE_BY_SIDE) == 0 and width // 2 >= count:
+        width //= 2
+    return moving_N.to(torch.uint8).argsort(descending=True, stable=True)[: width if count else 0]
+
+
 def shrunk(residual: Tensor, beta: float, norm: float) -> Tensor:
     """The l_p norm's proximal operator as HQQ approximates it: sign(x) max(|x| - |x|^(p-1) / beta, 0)."""
     size = residual.abs()
-    return torch.sign(residual) * (size - size.pow(norm - 1) / beta).clamp_(min=0)
+    return (size - size.pow(norm - 1).div_(beta)).clamp_(min=0).copysign_(residual)

@@ -7,6 +7,7 @@ import torch
 
 from quantkit.calibration.statistics import Statistics
 from quantkit.grids.affine import FloatZeroRule
+from quantkit.kernels import rounding_errors
 from quantkit.solvers.hqq import HalfQuadratic
 from quantkit.solvers.weights import WeightSolver
 
@@ -68,6 +69,37 @@ def test_half_quadratic_is_never_above_the_published_loop(bits, candidates, weig
     assert (ours <= theirs * (1 + 1e-9)).all()
     # of a single range the last iterate may be the best of all
     assert weight.shape[1] == 1 or not candidates or ours.sum() < theirs.sum()
+
+
+def every_iterate(weight: torch.Tensor, rule: FloatZeroRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best of all iterates of all groups together, without a thought of what is in vain; scale and zero [N]."""
+    best = None
+    for density, zero in HalfQuadratic(rule)._starts(weight):
+        scale = density.reciprocal().half().float()
+        for _ in range(21):
+            stored = zero.half().float()
+            error = rounding_errors(weight, torch.ones(len(weight)), scale[None], stored[None], rule.highest_code)[0]
+            if best is None:
+                best = scale.clone(), stored.clone(), error.clone()
+            for kept, tried in zip(best[:2], (scale, stored), strict=True):
+                kept[error < best[2]] = tried[error < best[2]]
+            best[2][error < best[2]] = error[error < best[2]]
+            code = (weight * density + zero).round().clamp(0, rule.highest_code)
+            residual = weight - (code - zero) / density
+            kept = residual.sign() * (residual.abs() - residual.abs() ** -0.3 / 10).clamp(min=0)
+            zero = (code - (weight - kept) * density).mean(0)
+    return best[:2]
+
+
+@pytest.mark.parametrize("number", [1, 33, 4096, 4096 + 96])
+@pytest.mark.parametrize("size", [0.02, 2.0], ids=["small", "large"])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_what_is_left_out_changes_no_bit(bits, size, number):
+    """Groups whose zero stands still, and the operator where it keeps nothing; of large weights it keeps some."""
+    weight = groups(number).float() * size / 0.05
+    rule = FloatZeroRule(bits, candidates=1)
+    for found, expected in zip(HalfQuadratic(rule).fit(weight), every_iterate(weight, rule), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_more_iterations_never_make_it_worse():
