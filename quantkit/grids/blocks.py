@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import RefusedError
-from quantkit.kernels import block_errors, fit_offset, fit_ranges
+from quantkit.kernels import block_errors, fit_offset, fit_ranges, search_blocks
+from quantkit.kernels.levels import ABOVE, BELOW, RANGE, BlockSearch
 
 K_BLOCK = 256
 BLOCK = 32
-CHUNK_WEIGHTS = 1 << 21  # searched together; bounds memory, and is fixed because it could decide rounding
-REFINEMENTS = 2
+CHUNK_WEIGHTS = 1 << 19  # searched together on a CPU, whose cache that fits; no byte depends on it
+GPU_CHUNK_WEIGHTS = 1 << 21
+REFINEMENTS = 3
 WHOLE_REFITS = 3  # of step and subtrahend, where no rounding of scales follows
 
 
@@ -151,7 +153,7 @@ def quantize(
         RefusedError: weights too large for the type's float16 scales.
     """
     rows, columns = weight_OI.shape
-    step = max(1, CHUNK_WEIGHTS // columns)
+    step = max(1, (CHUNK_WEIGHTS if weight_OI.device.type == "cpu" else GPU_CHUNK_WEIGHTS) // columns)
     parts = [_quantize(part.float(), kind, importance_I) for part in weight_OI.split(step)]
     codes_OI, grids = torch.cat([codes for codes, _ in parts]), [grid for _, grid in parts]
     grid = BlockGrid(
@@ -183,14 +185,10 @@ def require_finite(grid: BlockGrid, weight_OI: Tensor, *, where: str = "") -> No
 def _quantize(weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None) -> tuple[Tensor, BlockGrid]:
     rows, columns = weight_OI.shape
     parts = (-1, kind.block // kind.sub, kind.sub)
-    grid = fit(
-        weight_OI.reshape(parts),
-        error_weights(weight_OI, kind, importance_I).reshape(parts),
-        kind,
+    (d_N, dmin_N, scale_NS, min_NS), codes_NSL = search(
+        weight_OI.reshape(parts), error_weights(weight_OI, kind, importance_I).reshape(parts), kind
     )
-    codes_NSL = _codes(weight_OI.reshape(parts), *steps_of(grid), kind)
     num_blocks, num_subs = columns // kind.block, parts[1]
-    d_N, dmin_N, scale_NS, min_NS = grid
     return codes_NSL.reshape(rows, columns).to(torch.uint8), BlockGrid(
         kind,
         d_N.reshape(rows, num_blocks),
@@ -204,14 +202,26 @@ Fitted = tuple[Tensor, Tensor, Tensor, Tensor]
 """d [N], dmin [N], scale [N, S] and min [N, S], all float32, the last two whole numbers."""
 
 
-def fit(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> Fitted:
-    """Scales and mins of blocks.
+def search(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> tuple[Fitted, Tensor]:
+    """Scales and mins of blocks, and the codes [N, S, L], whole numbers.
 
     Args:
         x_NSL: float32, the weights of N blocks.
         w_NSL: the weight of each squared error, non-negative.
         kind: the type.
     """
+    if kind.has_sub_scales:
+        starts = tuple((RANGE, code) for code in _tried_codes(kind)) if kind.offset else tuple(_starts(kind))
+        wanted = BlockSearch(kind.top, kind.offset, kind.scale_range, kind.min_top, starts, REFINEMENTS)
+        whole = search_blocks(x_NSL, w_NSL, wanted)
+        if whole is not None:
+            return whole[:4], whole[4]
+    found = fit(x_NSL, w_NSL, kind)
+    return found, _codes(x_NSL, *steps_of(found), kind)
+
+
+def fit(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> Fitted:
+    """Scales and mins of blocks step by step, see `search`; on a CPU what the search in one kernel is held against."""
     # a sub-block whose errors weigh nothing would have no best scale
     w_NSL = w_NSL + 1e-6 * w_NSL.mean((1, 2), keepdim=True) + 1e-30
     x_LM, w_LM = (part_NSL.flatten(0, 1).t().contiguous() for part_NSL in (x_NSL, w_NSL))
@@ -243,8 +253,13 @@ def _fit_offset(x_LM: Tensor, w_LM: Tensor, kind: BlockType) -> Tensor:
         # 127 on either side as every writer does it; the gain of a search is below what float16 loses
         return x_LM.abs().amax(0) / (most - 1)
     largest_M = x_LM.gather(0, x_LM.abs().argmax(0, keepdim=True)).squeeze(0)
-    codes = [-(most + 0.1 * step) for step in range(-9, 10)] + [most - 1 + 0.1 * step for step in range(-9, 10, 3)]
-    return fit_offset(x_LM, w_LM, largest_M, x_LM.new_tensor(codes), most, kind.top)
+    return fit_offset(x_LM, w_LM, largest_M, x_LM.new_tensor(_tried_codes(kind)), most, kind.top)
+
+
+def _tried_codes(kind: BlockType) -> list[float]:
+    """What the largest weight's code, less the offset, is tried as."""
+    below = [-(kind.offset + 0.1 * step) for step in range(-9, 10)]
+    return below + [kind.offset - 1 + 0.1 * step for step in range(-9, 10, 3)]
 
 
 def _fit_ranges(x_LM: Tensor, w_LM: Tensor, kind: BlockType) -> tuple[Tensor, Tensor]:
@@ -253,28 +268,33 @@ def _fit_ranges(x_LM: Tensor, w_LM: Tensor, kind: BlockType) -> tuple[Tensor, Te
     low_M, high_M = x_LM.amin(0), x_LM.amax(0)
     if not signed:
         low_M = low_M.clamp(max=0)
-    starts = [((high_M - low_M) / kind.top, -low_M), *_starts(low_M, high_M, kind)]
+    zero_M = torch.zeros_like(low_M)
+    spans = {
+        RANGE: (low_M, high_M),
+        ABOVE: (zero_M, high_M.clamp(min=0)),
+        BELOW: (low_M.clamp(max=0), zero_M),
+    }
+    starts = [
+        ((high - low) / number, zero_M - low)
+        for (low, high), number in ((spans[span], number) for span, number in _starts(kind))
+    ]
     step_CM, less_CM = (torch.stack([start[part] for start in starts]) for part in (0, 1))
     return fit_ranges(
         x_LM, w_LM, step_CM, less_CM, kind.top, signed=signed, refits=0 if kind.has_sub_scales else WHOLE_REFITS
     )
 
 
-def _starts(low_M: Tensor, high_M: Tensor, kind: BlockType) -> Iterator[tuple[Tensor, Tensor]]:
-    """Steps and subtrahends whose codes are worth fitting."""
+def _starts(kind: BlockType) -> Iterator[tuple[int, float]]:
+    """Spans, and the codes spread over each: steps whose codes are worth fitting, the plain one first."""
     # codes beyond the top that are spread over the range: from, in steps of, how often; where no rounding of scales
     # follows that would swamp it, fewer codes may pay for a grid that lies on the few weights that rule a block
     spread = (-0.9, 0.1, 20) if kind.has_sub_scales else (-4.0, 0.125, 41)
     coarse = (-0.9, 0.5, 4)
-    zero_M = torch.zeros_like(low_M)
+    yield RANGE, float(kind.top)
     # one weight far from all others, which then are best called the same: that code must stand for about 0
-    for low, high, (first, step, count) in (
-        (low_M, high_M, spread),
-        (zero_M, high_M.clamp(min=0), coarse),
-        (low_M.clamp(max=0), zero_M, coarse),
-    ):
+    for span, (first, step, count) in ((RANGE, spread), (ABOVE, coarse), (BELOW, coarse)):
         for candidate in range(count):
-            yield (high - low) / (kind.top + first + step * candidate), zero_M - low
+            yield span, kind.top + first + step * candidate
 
 
 def _round_scales(value_NS: Tensor, weight_NS: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:

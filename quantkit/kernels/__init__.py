@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import reference
-from quantkit.kernels.levels import CODES_PER_RUN, Levels
+from quantkit.kernels.levels import CODES_PER_RUN, BlockSearch, Levels
 
 BY_DEVICE = {"cpu": "compiled", "cuda": "gpu"}
 
@@ -119,6 +119,27 @@ def fit_offset(x_LM: Tensor, w_LM: Tensor, largest_M: Tensor, code_C: Tensor, of
         offset, top: see above; the largest code.
     """
     return _fitting(x_LM).fit_offset(x_LM, w_LM, largest_M, code_C, offset, top)
+
+
+def search_blocks(
+    x_NSL: Tensor, w_NSL: Tensor, search: BlockSearch
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+    """The whole search for N blocks of a K-quant in one kernel; None on a device that has none.
+
+    Args:
+        x_NSL: float32, the weights of N blocks of S sub-blocks; not modified.
+        w_NSL: float32, the weight of each squared error, non-negative.
+        search: what is searched.
+
+    Returns:
+        d [N], dmin [N], scale [N, S] and min [N, S], float32, the last two whole numbers; codes uint8 [N, S, L].
+    """
+    if x_NSL.device.type != "cpu":
+        return None
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = import_module(
+        "quantkit.kernels.compiled_search"
+    ).search_blocks(x_NSL, w_NSL, search)
+    return found
 
 
 @cache

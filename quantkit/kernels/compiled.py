@@ -28,7 +28,7 @@ def solve_panel(
     lost_O = torch.empty_like(weight_PO[0])
     grids = (part.expand_as(levels.step_PO) for part in (levels.inverse(), levels.shift_PO, levels.less_PO))
     read = (weight_PO, feedback_PO, upper_PP, levels.step_PO, *grids)
-    _over_rows(_solve_rows, read, (codes_PO, error_PO, lost_O), levels.top, levels.half)
+    over_rows(_solve_rows, read, (codes_PO, error_PO, lost_O), levels.top, levels.half)
     return lost_O
 
 
@@ -36,7 +36,7 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     """See `quantkit.kernels.rounding_errors`."""
     error_CO = torch.empty_like(scale_CO, memory_format=torch.contiguous_format)
     read = (weight_IO, importance_I, scale_CO, scale_CO.reciprocal(), zero_CO)
-    _over_rows(_round_rows, read, (error_CO,), top)
+    over_rows(_round_rows, read, (error_CO,), top)
     return error_CO
 
 
@@ -47,7 +47,7 @@ pack, unpack, dequantize = reference.pack, reference.unpack, reference.dequantiz
 def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
     """See `quantkit.kernels.block_errors`."""
     error_CM = torch.empty_like(step_CM, memory_format=torch.contiguous_format)
-    _over_rows(_block_errors, (x_LM, w_LM, step_CM, less_CM), (error_CM,), top, offset)
+    over_rows(_block_errors, (x_LM, w_LM, step_CM, less_CM), (error_CM,), top, offset)
     return error_CM
 
 
@@ -56,18 +56,18 @@ def fit_ranges(
 ) -> tuple[Tensor, Tensor]:
     """See `quantkit.kernels.fit_ranges`."""
     best = torch.empty_like(x_LM[0]), torch.empty_like(x_LM[0])
-    _over_rows(_fit_ranges, (x_LM, w_LM, step_CM, less_CM), best, top, signed, refits)
+    over_rows(_fit_ranges, (x_LM, w_LM, step_CM, less_CM), best, top, signed, refits)
     return best
 
 
 def fit_offset(x_LM: Tensor, w_LM: Tensor, largest_M: Tensor, code_C: Tensor, offset: int, top: int) -> Tensor:
     """See `quantkit.kernels.fit_offset`."""
     step_M = torch.empty_like(largest_M)
-    _over_rows(_fit_offset, (x_LM, w_LM, largest_M, code_C), (step_M,), top, offset)
+    over_rows(_fit_offset, (x_LM, w_LM, largest_M, code_C), (step_M,), top, offset)
     return step_M
 
 
-def _over_rows(
+def over_rows(
     kernel: Callable[..., None], read: tuple[Tensor, ...], filled: tuple[Tensor, ...], top: int, *further: bool | int
 ) -> None:
     """Run a kernel on all rows, which are the last dimension of what it fills; some in each thread."""
@@ -130,7 +130,7 @@ def _solve_rows(  # type: ignore[no-untyped-def]
                 product[o] = (code - shift[row, at]) * step[row, at]
             if half:
                 single[:] = product
-                _round_to_half(single, word)
+                round_to_half(single, word)
                 product[:] = single
             for o in range(width):
                 at = start + o
@@ -141,7 +141,7 @@ def _solve_rows(  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
-def _round_to_half(single, word):  # type: ignore[no-untyped-def]
+def round_to_half(single, word):  # type: ignore[no-untyped-def]
     """Round to what float16 holds, to even where two are as near; `word` is the memory of `single` as int32.
 
     Normal numbers keep 10 bits of their mantissa; below them values lie 2^-24 apart, as those of float32 near 0.75 do.

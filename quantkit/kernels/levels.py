@@ -50,3 +50,28 @@ class Levels:
         step_O, shift_O, less_O = (part[i % len(part)] for part in (self.step_PO, self.shift_PO, self.less_PO))
         product_O = (code_O - shift_O) * step_O
         return (product_O.half().to(product_O.dtype) if self.half else product_O) - less_O
+
+
+RANGE, ABOVE, BELOW = range(3)  # what a start spans: all weights and 0, from 0 up, up to 0
+
+
+@dataclass(frozen=True)
+class BlockSearch:
+    """How the scales and mins of a K-quant are searched, see `quantkit.grids.blocks`.
+
+    Attributes:
+        top, offset: code q, from 0 to `top`, stands for step * (q - offset) - less.
+        scale_range: lowest and highest integer scale.
+        min_top: the highest integer min; 0 where the type has none.
+        starts: what is tried first, as (span, number). Without an offset the span over the number is a step; the first
+            is taken as it is, of others the codes are fitted. With an offset the number is tried as the code, less the
+            offset, of a sub-block's largest weight, and the span means nothing.
+        refinements: how often neighbours are tried and the float16 numbers fitted again.
+    """
+
+    top: int
+    offset: int
+    scale_range: tuple[int, int]
+    min_top: int
+    starts: tuple[tuple[int, float], ...]
+    refinements: int

@@ -9,7 +9,7 @@ Shape legend: O out features, I in features, N blocks of a row, S sub-blocks, L 
 import torch
 from torch import Tensor
 
-from quantkit.grids.blocks import BlockGrid, BlockType, fit, require_finite, steps_of
+from quantkit.grids.blocks import BlockGrid, BlockType, require_finite, search, steps_of
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.qtensor import QuantizedLinear
@@ -52,7 +52,7 @@ def solve_blocks(
         importance_I[place_I] = factor.importance_I[inside]
         parts = (rows, num_subs, kind.sub)
         w_NSL = importance_I.float().view(1, num_subs, kind.sub).expand(parts)
-        found = fit(free_IO.t().float().reshape(parts), w_NSL, kind)
+        found, _ = search(free_IO.t().float().reshape(parts), w_NSL, kind)
         for store, value in zip((*halves_ON, *wholes_ONS), found, strict=True):
             store[:, block] = value.to(store.dtype)
         step_IO, less_IO = (value.t()[place_I // kind.sub].to(weight_IO.dtype) for value in steps_of(found))

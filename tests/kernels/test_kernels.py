@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from quantkit.grids.blocks import TYPES
+from quantkit.grids.blocks import TYPES, fit, search, steps_of
 from quantkit.kernels import compiled, reference
 from quantkit.kernels.levels import Levels
 
@@ -123,7 +123,7 @@ def test_products_are_rounded_as_float16_rounds_them():
     scales = torch.arange(1, 0x5C00, dtype=torch.int16).view(torch.float16).float()
     products = torch.outer(scales, steps).flatten().contiguous()
     rounded = products.clone().numpy()
-    compiled._round_to_half(rounded, rounded.view("int32"))
+    compiled.round_to_half(rounded, rounded.view("int32"))
     assert torch.equal(torch.from_numpy(rounded), products.half().float())
 
 
@@ -258,16 +258,49 @@ def test_fitted_blocks_are_as_good_as_those_of_plain_torch(name, count, module, 
     assert ((step - expected_step).abs() <= 1e-4 * expected_step.abs()).float().mean() > 0.97
 
 
+@pytest.mark.parametrize("blocks", [1, 5, 40])
+@pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind.has_sub_scales])
+def test_the_whole_search_finds_what_its_steps_find(name, blocks):
+    kind = TYPES[name]
+    shape = (blocks, kind.block // kind.sub, kind.sub)
+    weight = random(*shape, dtype=torch.float32) * 0.05
+    weight[0, 0], weight[-1, 1], weight[0, 2, 3] = 0, 0.25, 4.0
+    importance = random(*shape, dtype=torch.float32, seed=1).abs() + 0.01
+    importance[0, 3] = 0
+    found, codes = search(weight, importance, kind)
+    expected = fit(weight, importance, kind)
+    error, expected_error = (
+        block_errors_of(weight, importance, *(part.flatten() for part in steps_of(each)), kind)
+        for each in (found, expected)
+    )
+    assert bool((error <= 1.0005 * expected_error + 1e-9).all()), f"{(error / expected_error).max()} of the error"
+    # sums are taken in another order, so a scale may come out another where two are as good
+    assert all((a == b).float().mean() > 0.9 for a, b in zip(found, expected, strict=True))
+    step, less = (part.unsqueeze(2) for part in steps_of(found))
+    away = (step * (codes.float() - kind.offset) - less - weight).square()
+    torch.testing.assert_close((importance * away).sum((1, 2)), error, rtol=1e-4, atol=1e-8)
+
+
+def block_errors_of(weight, importance, step, less, kind) -> torch.Tensor:
+    """The error of every block on a grid."""
+    flat = (part.flatten(0, 1).t().contiguous() for part in (weight, importance))
+    return reference.block_errors(*flat, step[None], less[None], kind.offset, kind.top).view(len(weight), -1).sum(1)
+
+
 def test_threads_change_no_bit():
     weight, feedback, upper = panel(128, 1000, torch.float32)
     levels = levels_of("zero per row", 128, 1000, torch.float32)
     scale, zero = levels.step_PO.expand(3, -1), levels.shift_PO.expand(3, -1)
+    blocks, q2_k = random(90, 16, 16, dtype=torch.float32), TYPES["Q2_K"]
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
+            grid, codes = search(blocks, blocks.abs(), q2_k)
             found.append(
                 (
+                    *grid,
+                    codes,
                     *solved(compiled, weight, feedback, upper, levels),
                     compiled.rounding_errors(weight, upper[0].abs(), scale, zero, 15),
                 )
