@@ -397,10 +397,13 @@ def _footprint(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Wor
         peaks.append(solvers.preparation.cost(work.layers[0]).memory_bytes)
     if method.survey is not None:
         peaks.append(_surveying(method.survey, work.layers[0]).memory_bytes)
-    in_layer = (streams * width + 1) * layer + 3 * source + max(peaks)
+    tokens = work.layers[0].tokens
+    # without text nothing goes through the layer: of its weights those of a stage are placed, and nothing is rewritten
+    stages = work.layers[0].stages.values()
+    placed = streams * layer if tokens else max(sum(shape.size for shape in stage.shapes) for stage in stages)
+    in_layer = width * placed + layer + (3 if tokens else 2) * source + max(peaks)
     at_ends = max((_solving(solvers.ends, stage).memory_bytes for stage in work.ends if solvers.ends), default=0)
     working = ends + max(in_layer, at_ends)
-    tokens = work.layers[0].tokens
     hidden = tokens * int(checkpoint.config["hidden_size"]) * width
     together = (recipe.model, recipe.compute.threads)
     from_float = recipe.calibration.activations == "float"

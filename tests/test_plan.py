@@ -74,7 +74,10 @@ def test_operations_of_the_shipped_shapes(shape, tmp_path):
 
 
 def test_trials_of_channel_scales_take_memory(tmp_path):
-    """AWQ's peak is its stack of candidates: more of them, more memory, up to the most that go together."""
+    """AWQ's peak is its stack of candidates: more of them, more memory, up to the most that go together.
+
+    Of each, 16 bytes a weight while it is rounded, or as much again while it is walked, beside the 4 that it leaves.
+    """
     model = make_tiny(tmp_path / "model", "mistral", hidden_size=256, intermediate_size=1024)
     taken = [
         plan(
@@ -87,4 +90,4 @@ def test_trials_of_channel_scales_take_memory(tmp_path):
     ]
     largest = 2 * 256 * 1024
     assert taken[0] < taken[1] < taken[2]
-    assert taken[2] - taken[1] > (41 - 3) * largest * 4
+    assert (41 - 3) * largest * 4 < taken[2] - taken[1] < (41 - 3) * largest * 13

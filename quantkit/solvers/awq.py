@@ -85,9 +85,11 @@ class ChannelScaling:
         candidates = 2 * self.steps + 1
         stack = own + tokens * (stage.columns + hidden)
         together = min(candidates, max(1, LARGEST_STACK // stack))
-        # of one candidate: the linear that is being rounded, those that are, the block's input, middle and output
-        each = 4 * FLOAT_BYTES * stage.largest + own * layer.width_bytes
-        each += tokens * ((stage.columns + 3 * closing.columns) * layer.width_bytes + 3 * FLOAT_BYTES * hidden)
+        # of one candidate: the linears that are rounded, and either the one that is being rounded, or afterwards the
+        # block's input, middle and output
+        rounding = 4 * FLOAT_BYTES * stage.largest
+        walking = tokens * ((stage.columns + 3 * closing.columns) * layer.width_bytes + 3 * FLOAT_BYTES * hidden)
+        each = own * layer.width_bytes + max(rounding, walking)
         return Cost({"prepare": (candidates + 1) * 2.0 * tokens * (own + closed + attention)}, together * each)
 
     def search(self, layer: DecoderLayer, fold: Fold, inputs_BTI: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

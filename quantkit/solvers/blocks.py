@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
-from quantkit.costs import Cost, StageWork
+from quantkit.costs import FLOAT_BYTES, Cost, StageWork
 from quantkit.grids.blocks import TYPES, BlockType, quantize
 from quantkit.grids.encoded import as_floats
 from quantkit.progress import timed
@@ -16,9 +16,9 @@ from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
 from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.gptq import FACTORISE, Factor, factorize, feedback_cost
-from quantkit.solvers.weights import search_cost
 
 DENSE = ("F16", "BF16")
+WORKING_COPIES = 5  # float32 numbers for each weight of the linear that is being solved
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class BlockSolver:
     def cost(self, work: StageWork) -> Cost:
         """With GPTQ one factor for each size of block, and feedback for each type of ours; else a search."""
         if self.damping is None or not work.tokens:
-            return search_cost(work)
+            return Cost(memory_bytes=WORKING_COPIES * work.largest * FLOAT_BYTES)
         solved = [(shape, kind) for shape in work.shapes for kind in self.types(shape.name, shape.columns)]
         solved = [(shape, kind) for shape, kind in solved if kind in TYPES]
         sizes = {TYPES[kind].block for _, kind in solved}

@@ -16,7 +16,7 @@ from quantkit.grids.affine import FloatZeroRule, StridedGrid
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
 
-WORKING_COPIES = 5  # float32 numbers for each weight of the linear that is being solved
+WORKING_COPIES = 2  # float32 numbers for each weight of the linear that is being solved
 CHUNK_WEIGHTS = 1 << 18  # 1 MB of float32
 CHUNK_GROUPS = 1 << 15  # groups solved together: bounds memory, and keeps the working set in cache
 
