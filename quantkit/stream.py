@@ -299,7 +299,8 @@ def _solve_item(
         )
         del layer
         prepared = time.perf_counter() - started
-    linears = {f"model.layers.{index}.{linear}" for linear in checkpoint.family.linears if not linear.endswith(skip)}
+    full_names = (f"model.layers.{index}.{linear}" for linear in checkpoint.family.linears)
+    linears = {full for full in full_names if not full.endswith(skip)}
     solved = {f"{linear}.weight": rewritten[f"{linear}.weight"] for linear in linears}
     for key, tensor in solved.items():
         _require_storable(key, tensor, stored_dtype)

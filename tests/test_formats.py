@@ -10,7 +10,7 @@ import torch
 
 import quantkit
 from quantkit import artifact, pipeline
-from quantkit.checkpoint.index import read_json
+from quantkit.checkpoint.index import open_checkpoint, read_json
 from quantkit.formats import READERS, detect
 from quantkit.methods import METHODS
 from quantkit.pipeline import build
@@ -111,6 +111,27 @@ def test_it_is_built_judged_and_read_back(recipe, source, tmp_path):
     card = (out / "README.md").read_text()
     variants = list(done.record["variants"])
     assert READERS[recipe.format].use(f"m-{recipe.format.upper()}", recipe.quantize.model_dump(), variants) in card
+
+
+@pytest.mark.parametrize("name", [name for name, section in QUANTIZE.items() if "skip" in type(section).model_fields])
+def test_a_linear_may_be_skipped_in_one_layer_only(name, source, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(WORDS * 20)
+    # no scaling, so that what is dense is the source's
+    scaling = {"scaling_steps": 0} if name == "awq" else {}
+    content = {
+        "format": name,
+        "model": {"id": str(source)},
+        "quantize": {"group_size": 32, "skip": ["layers.1.mlp.down_proj"]} | scaling,
+        "calibration": {"texts": {str(text): 4}, "window_tokens": 16},
+    }
+    out = build(Recipe.of(content), out=tmp_path / "out", device=CPU, validated=False).out
+    found, checkpoint = READERS[name].open(out), open_checkpoint(source)
+    dense = []
+    for item in ("layers.0", "layers.1"):
+        (module,) = (key for key in checkpoint.read(item) if key.endswith("mlp.down_proj.weight"))
+        dense.append(torch.allclose(found.read(item)[module].float(), checkpoint.read(item)[module].float(), rtol=1e-3))
+    assert dense == [False, True]
 
 
 @pytest.mark.parametrize("items", [1, 3])

@@ -67,6 +67,29 @@ def test_what_the_engine_cannot_honour_is_named_at_once():
     )
 
 
+def test_what_a_package_can_do_under_one_solver_only_is_refused_under_the_other():
+    content = {"format": "mlx", "engine": "mlx-lm", "model": {"id": "bielik-nano"}}
+    keys = {"bits": 3, "mixed": "mixed_3_6", "dtype": "float16"}
+    assert settled(Recipe.of(content | {"quantize": keys | {"solver": "round-to-nearest"}})).quantize.bits == 3
+    with pytest.raises(RefusedError) as caught:
+        settled(Recipe.of(content | {"quantize": keys | {"solver": "gptq"}}))
+    assert str(caught.value) == (
+        "the engine mlx-lm cannot honour the recipe:\n"
+        "  bits = 3: mlx-lm knows 4, 2, 8 with solver = 'gptq'\n"
+        "  mixed = 'mixed_3_6': mlx-lm knows none with solver = 'gptq'\n"
+        "  at:  quantize\n"
+        '  fix: --set quantize.bits=4 --set quantize.mixed=none, or engine = "quantkit"'
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"), [("gptq", "group_size", 96), ("gptq", "bits", 5), ("compressed-tensors", "bits", 3)]
+)
+def test_what_no_reader_of_a_format_takes_is_no_recipe(name, key, value):
+    with pytest.raises(RefusedError, match=rf"quantize\.{key}: Input should be .*, got {value}"):
+        load_recipe(find_recipe(f"bielik-nano/{name}"), (f"quantize.{key}={value}",))
+
+
 def test_statistics_of_the_float_model_are_not_for_engines():
     recipe = Recipe.of(
         {

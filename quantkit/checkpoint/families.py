@@ -4,6 +4,7 @@ A new family of the same shape (pre-norm attention, gated MLP) is one row; docs/
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quantkit.errors import RefusedError
@@ -207,6 +208,17 @@ def item_of(tensor_name: str) -> str:
     if match := LAYER_NAME.match(tensor_name):
         return f"layers.{match[1]}"
     return EMBEDDING if tensor_name.startswith("model.embed_tokens.") else HEAD
+
+
+def in_layer(module: str) -> str:
+    """ "mlp.down_proj" of "model.layers.7.mlp.down_proj"; another name as it is."""
+    return module.split(".", 3)[-1]
+
+
+def shortened(modules: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Names as readers match them: inside a layer, each once; in full where one of the others shares that name."""
+    shared = {in_layer(module) for module in others}
+    return list(dict.fromkeys(module if in_layer(module) in shared else in_layer(module) for module in modules))
 
 
 def item_names(num_layers: int) -> list[str]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -55,6 +55,7 @@ class Engine:
     note: str
     settings: dict[str, dict[str, tuple[Any, ...]]]
     defaults: dict[str, dict[str, Any]] = field(default_factory=dict)
+    narrower: dict[str, dict[str, dict[str, dict[str, list[Any]]]]] = field(default_factory=dict)
     models: tuple[str, ...] = ()
     starts_from: str = CHECKPOINT
 
@@ -108,9 +109,16 @@ class Engine:
             made: the format to be made.
             settings: the recipe's [quantize].
         """
-        known = self.settings[made]
+        rows: list[tuple[str, Mapping[str, Sequence[Any]]]] = [("", self.settings[made])]
+        rows += [
+            (f" with {key} = {settings[key]!r}", beside[settings[key]])
+            for key, beside in self.narrower.get(made, {}).items()
+            if settings.get(key) in beside
+        ]
         return {
-            key: f"{key} = {value!r}: {self.name} knows {', '.join(str(possible) for possible in known[key])}"
+            key: f"{key} = {value!r}: {self.name} knows {', '.join(map(str, known[key]))}{condition}"
+            # what is refused whatever stands beside it is said so
+            for condition, known in reversed(rows)
             for key, value in settings.items()
             if known.get(key) and value not in known[key]
         }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.families import Family, family_of, item_of
+from quantkit.checkpoint.families import Family, family_of, in_layer, item_of, shortened
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json, weights_stem
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
@@ -134,7 +134,7 @@ class AwqFormat:
                 reason = f"out_features {rows} is not divisible by {CODES_PER_RUN}, which the kernels need"
             else:
                 continue
-            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{name.split(".", 3)[-1]}"]')
+            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{in_layer(name)}"]')
         return found
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
@@ -158,8 +158,10 @@ class AwqFormat:
         Args:
             modules: full names of every linear of the decoder layers, quantized or not.
         """
-        # some readers match these as substrings: full names, none of which is part of another
-        dense = [module for module in modules if module.endswith(self.skip)]
+        # readers match these as substrings, autoawq of the name inside a layer: full names, none of which is part of
+        # another, only where layers differ
+        skipped = [module for module in modules if module.endswith(self.skip)]
+        dense = shortened(skipped, [module for module in modules if module not in skipped])
         return {
             "quant_method": NAME,
             "bits": BITS,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit.checkpoint.families import Family, family_of, item_of
+from quantkit.checkpoint.families import Family, family_of, in_layer, item_of
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, pack_rows, unpack
@@ -211,7 +211,7 @@ class CompressedTensorsFormat:
                 reason = f"[{rows}, {columns}] is not in multiples of {CODES_PER_RUN}, which the packing needs"
             else:
                 continue
-            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{name.split(".", 3)[-1]}"]')
+            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{in_layer(name)}"]')
         return found
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.families import END_MODULES, HEAD, Family, family_of, item_of
+from quantkit.checkpoint.families import END_MODULES, HEAD, Family, family_of, in_layer, item_of
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_every_file, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import pack, unpack
@@ -213,7 +213,7 @@ class Exl2Format:
         linears = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
         found = []
         for linear in sorted(linears):
-            expected = linear.split(".", 3)[-1] in self.biased
+            expected = in_layer(linear) in self.biased
             if (f"{linear}.bias" in names) != expected:
                 found.append(f"{linear}: exllamav2 expects {'a' if expected else 'no'} bias there")
         return found

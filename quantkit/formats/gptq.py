@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__
-from quantkit.checkpoint.families import Family, family_of, item_of
+from quantkit.checkpoint.families import Family, family_of, in_layer, item_of, shortened
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json, weights_stem
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
@@ -166,7 +166,7 @@ class GptqFormat:
                 reason = f"[{rows}, {columns}] is not in multiples of {CODES_PER_RUN}, which the packing needs"
             else:
                 continue
-            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{_in_layer(name)}"]')
+            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{in_layer(name)}"]')
         return found
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
@@ -210,7 +210,8 @@ class GptqFormat:
         dense = [module for module in modules if module.endswith(self.skip)]
         if dense:
             settings["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in dense}
-            kept = dict.fromkeys(_in_layer(module) for module in modules if module not in dense)
+            # optimum takes these as endings of full names
+            kept = shortened([module for module in modules if module not in dense], dense)
             settings["modules_in_block_to_quantize"] = [[name] for name in kept]
         return settings
 
@@ -221,11 +222,6 @@ class GptqFormat:
         config = quantized_config(checkpoint.config, settings, "float16")
         write_sidecars(checkpoint.folder, folder, config, {"quantize_config.json": settings})
         return {NAME: [path.name for path in written]}
-
-
-def _in_layer(module: str) -> str:
-    """ "mlp.down_proj" of "model.layers.7.mlp.down_proj"."""
-    return module.split(".", 3)[-1]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.families import Family, family_of, item_of
+from quantkit.checkpoint.families import Family, family_of, in_layer, item_of
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, TensorInfo, open_tensors, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
@@ -156,7 +156,8 @@ def encode_linear(name: str, linear: QuantizedLinear, group_size: int) -> dict[s
         scale, zero = grid.scale_GI.view(1, -1), grid.zero_GI.view(1, -1)
     else:
         assert isinstance(grid, AffineGrid), "HQQ codes are on an affine grid"
-        axis, codes_RC = 1, codes_OI.reshape(-1, group_size)
+        # a group as long as a row leaves codes as the solver laid them
+        axis, codes_RC = 1, codes_OI.reshape(-1, group_size).contiguous()
         scale, zero = grid.scale_OG.reshape(-1, 1), grid.zero_OG.reshape(-1, 1)
     texts = (packing, VIEWS[packing], str(STORED))
     found = {
@@ -312,7 +313,7 @@ class HqqFormat:
                 reason = f"{packed_rows} groups do not fill bytes of {blocks} codes"
             else:
                 continue
-            ending = name.split(".", 3)[-1]
+            ending = in_layer(name)
             found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{ending}"]')
         return found
 

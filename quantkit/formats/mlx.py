@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.families import Family, family_of, item_of
+from quantkit.checkpoint.families import Family, family_of, in_layer, item_of
 from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import pack_rows, unpack_rows
@@ -139,7 +139,7 @@ class MlxFormat:
         """Why matrices of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
         return [
             f"{name}: in_features {columns} is not divisible by group_size {self.group_size}; leave it in 16 bits "
-            f'with quantize.skip = ["{name.split(".", 3)[-1]}"]'
+            f'with quantize.skip = ["{in_layer(name)}"]'
             for name, _, columns in shapes
             if columns % self.group_size and not name.endswith(self.skip)
         ]

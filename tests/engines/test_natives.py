@@ -1,5 +1,6 @@
 """Each format's own package: reads what quantkit wrote, runs the card's snippet, and builds what quantkit reads."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -9,17 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.families import EMBEDDING, HEAD
 from quantkit.engines import runtime
-from quantkit.engines.env import environment_python, list_engines, own_variables
-from quantkit.formats import READERS, open_variants
+from quantkit.engines.env import Engine, environment_python, list_engines, own_variables
+from quantkit.errors import RunFailedError
+from quantkit.formats import READERS, mlx, open_variants
 from quantkit.formats.contract import Artifact
 from quantkit.pipeline import build
 from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
+from quantkit.solvers.rtn import RoundToNearest
 from tests.tiny import VARIANTS, WORDS, make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -38,6 +41,7 @@ TOLERANCE = {
 CASES = [
     *(("awq", kind, {"group_size": 32, "scaling_windows": 4}) for kind in VARIANTS),
     ("awq", "mistral", {"group_size": 64, "scaling_steps": 0}),
+    ("awq", "qwen2", {"group_size": 128, "scaling_windows": 4, "skip": ["mlp.down_proj"]}),
     *(("compressed-tensors", kind, {"group_size": 32}) for kind in VARIANTS),
     *(("compressed-tensors", "mistral", {"group_size": 32, "bits": bits, "symmetric": False}) for bits in (4, 8)),
     ("compressed-tensors", "mistral", {"group_size": -1, "bits": 8}),
@@ -45,6 +49,8 @@ CASES = [
     *(("hqq", "mistral", {"group_size": 32, "bits": bits}) for bits in (2, 3, 4, 8)),
     ("hqq", "mistral", {"group_size": 32, "bits": 3, "axis": 0}),
     ("hqq", "qwen2", {"group_size": 64, "bits": 3, "solver": "gptq"}),
+    ("hqq", "llama", {"group_size": 128, "bits": 4}),
+    ("hqq", "qwen3", {"group_size": 16, "bits": 2, "skip": ["mlp.down_proj", "self_attn.v_proj"]}),
     *(("mlx", "mistral", {"group_size": 32, "bits": bits}) for bits in (2, 3, 4, 5, 6, 8)),
     ("mlx", "mistral", {"group_size": 64, "mixed": "mixed_3_6", "dtype": "bfloat16"}),
     *(("mlx", kind, {"group_size": 32}) for kind in ("llama", "qwen2", "qwen3")),
@@ -125,6 +131,17 @@ def test_the_native_reader_sees_what_quantkit_decodes(case, sources, kept_engine
     assert difference <= TOLERANCE[engine.name]
 
 
+def test_16_bits_in_one_layer_only_are_read_by_gptqmodel_and_refused_by_autoawq(sources, kept_engine, tmp_path):
+    quantize = {"group_size": 32, "scaling_steps": 0, "skip": ["layers.1.mlp.down_proj"]}
+    recipe = recipe_of("awq", sources["mistral"], quantize, tmp_path)
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    found = list(runtime.evaluate(kept_engine("gptqmodel"), out, windows()))
+    expected = decoded_logits(sources["mistral"], READERS["awq"].open(out))
+    assert largest_difference(found, expected) <= TOLERANCE["gptqmodel"]
+    with pytest.raises(RunFailedError, match=r"in some layers only for packed ones: model\.layers\.1\.mlp\.down_proj"):
+        list(runtime.evaluate(kept_engine("autoawq"), out, windows()))
+
+
 def test_hqqs_own_loader_opens_the_pickle(sources, kept_engine, tmp_path):
     quantize = {"group_size": 32, "bits": 3, "qmodel_pt": True}
     recipe = recipe_of("hqq", sources["mistral"], quantize, tmp_path)
@@ -136,10 +153,10 @@ def test_hqqs_own_loader_opens_the_pickle(sources, kept_engine, tmp_path):
     assert largest_difference(found, expected) <= TOLERANCE["hqq"]
 
 
-def in_hqq(kept_engine, script: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run Python in hqq's environment."""
+def inside(engine: Engine, script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run Python in an engine's environment."""
     return subprocess.run(
-        [environment_python(kept_engine("hqq")), "-I", "-c", script, *map(str, arguments)],
+        [environment_python(engine), "-I", "-c", script, *map(str, arguments)],
         env=own_variables() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
@@ -151,12 +168,12 @@ def test_transformers_refuses_our_hqq_folder_where_it_would_make_random_weights(
     recipe = recipe_of("hqq", sources["mistral"], {"group_size": 32, "bits": 3}, tmp_path)
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
     script = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    done = in_hqq(kept_engine, script, out)
+    done = inside(kept_engine("hqq"), script, out)
     assert done.returncode != 0
     assert "no file named model.safetensors" in done.stderr
     assert "newly initialized" not in done.stderr
     (out / "hqq_model.safetensors").rename(out / "model.safetensors")
-    done = in_hqq(kept_engine, script, out)
+    done = inside(kept_engine("hqq"), script, out)
     assert done.returncode == 0
     assert "newly initialized" in done.stderr
 
@@ -188,7 +205,7 @@ torch.save(weights, sys.argv[1] + "/expected.pt")
 
 @pytest.mark.parametrize("quantized", ["none", "zero", "zero,scale"])
 def test_pickles_with_quantized_zeros_and_scales_decode_as_hqq_decodes_them(quantized, sources, kept_engine, tmp_path):
-    done = in_hqq(kept_engine, OLD_HQQ, tmp_path, quantized)
+    done = inside(kept_engine("hqq"), OLD_HQQ, tmp_path, quantized)
     assert done.returncode == 0, done.stderr[-2000:]
     (tmp_path / "config.json").write_text((sources["mistral"] / "config.json").read_text())
     found = READERS["hqq"].open(tmp_path).read("layers.0")
@@ -230,6 +247,41 @@ def test_what_the_package_builds_is_read_judged_and_recorded(case, sources, kept
     ours, theirs = done.record["validation"]["variants"][0]["results"]
     assert ours["ratio"] == pytest.approx(theirs["ratio"], abs=2e-3)
     assert not [path for path in done.out.rglob("*") if path.suffix == ".json" and str(tmp_path) in path.read_text()]
+
+
+# every width and group size of a matrix, by the package
+MX_QUANTIZE = """
+import itertools, sys
+import mlx.core as mx
+found = {}
+for dtype in ("float16", "bfloat16"):
+    weight = mx.load(sys.argv[1])["weight"].astype(getattr(mx, dtype))
+    for bits, size in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128)):
+        parts = mx.quantize(weight, group_size=size, bits=bits)
+        found |= {f"{dtype}-{bits}-{size}.{part}": one for part, one in zip(("weight", "scales", "biases"), parts)}
+mx.save_safetensors(sys.argv[2], found)
+"""
+
+
+def test_round_to_nearest_is_mx_quantize_bit_for_bit(kept_engine, tmp_path):
+    """With groups of one sign, of one value, of zeros, and of magnitudes that float16 hardly holds among them."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    weight[0] = weight[0].abs()
+    weight[1] = -weight[1].abs()
+    weight[2], weight[3] = 0.0, 0.125
+    weight[4] *= 1e-6
+    weight[5] *= 1e3
+    weight[6, ::2] = 0
+    save_file({"weight": weight}, tmp_path / "weight.safetensors")
+    done = inside(kept_engine("mlx-lm"), MX_QUANTIZE, tmp_path / "weight.safetensors", tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = load_file(tmp_path / "out.safetensors")
+    found = {}
+    for dtype, bits, size in itertools.product((torch.float16, torch.bfloat16), mlx.WIDTHS, mlx.GROUP_SIZES):
+        name = f"{str(dtype).removeprefix('torch.')}-{bits}-{size}"
+        found |= mlx.encode_linear(name, RoundToNearest(bits, size, dtype).quantize(weight), dtype)
+    assert found.keys() == expected.keys()
+    assert [name for name, tensor in found.items() if not torch.equal(tensor, expected[name])] == []
 
 
 ROUNDED = [

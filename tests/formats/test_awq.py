@@ -109,9 +109,11 @@ def test_settings_carry_what_readers_need():
 
 
 def test_skipped_linears_are_named_for_readers_that_match_substrings():
+    """Of names inside a layer, or of full ones."""
     modules = [f"model.layers.{i}.mlp.{name}_proj" for i in range(12) for name in ("up", "down")]
-    named = AwqFormat(128, skip=("mlp.down_proj",)).settings(modules)["modules_to_not_convert"]
-    assert named == [name for name in modules if "down" in name] + ["lm_head"]
+    skip = ("mlp.down_proj", "layers.1.mlp.up_proj")
+    named = AwqFormat(128, skip=skip).settings(modules)["modules_to_not_convert"]
+    assert named == ["mlp.down_proj", "model.layers.1.mlp.up_proj", "lm_head"]
     assert not [(one, other) for one in named for other in named if one != other and one in other]
 
 

@@ -141,6 +141,8 @@ def test_skipped_linears_are_named_for_readers():
         r"-:^model\.layers\.1\.mlp\.down_proj$": {},
     }
     assert settings["modules_in_block_to_quantize"] == [["self_attn.q_proj"]]
+    one = GptqFormat(4, 128, True, "group-aware", 0.01, skip=("layers.1.mlp.down_proj",)).settings(modules)
+    assert one["modules_in_block_to_quantize"] == [["self_attn.q_proj"], ["model.layers.0.mlp.down_proj"]]
 
 
 def test_shapes_that_do_not_fit_are_named_with_the_remedy():

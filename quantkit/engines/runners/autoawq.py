@@ -1,7 +1,9 @@
 # mypy: ignore-errors
 """autoawq, inside its environment; see start.py."""
 
+import json
 import os
+import sys
 from importlib.metadata import version
 
 import numpy as np
@@ -12,6 +14,7 @@ def load(request):
     """Read an artifact with autoawq's own loader."""
     from awq import AutoAWQForCausalLM
 
+    refuse_what_it_misreads(request["artifact"])
     torch.set_num_threads(request["threads"])
     if request["device"] == "cpu":
         use_plain_path()
@@ -29,6 +32,14 @@ def load(request):
         return found.logits[0].float().cpu().numpy()
 
     return logits, facts()
+
+
+def refuse_what_it_misreads(folder):
+    """It compares with names inside a layer, so it takes for packed what is in 16 bits in some layers only."""
+    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+        dense = json.load(file)["quantization_config"].get("modules_to_not_convert") or []
+    if found := [name for name in dense if ".layers." in name]:
+        sys.exit(f"autoawq takes linears that are in 16 bits in some layers only for packed ones: {', '.join(found)}")
 
 
 def build(request):
