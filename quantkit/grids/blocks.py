@@ -24,6 +24,7 @@ BLOCK = 32
 CHUNK_WEIGHTS = 1 << 19  # searched together on a CPU, whose cache that fits; no byte depends on it
 GPU_CHUNK_WEIGHTS = 1 << 21
 REFINEMENTS = 3
+LARGEST_HALF = torch.finfo(torch.float16).max
 WHOLE_REFITS = 3  # of step and subtrahend, where no rounding of scales follows
 
 
@@ -174,9 +175,15 @@ def require_finite(grid: BlockGrid, weight_OI: Tensor, *, where: str = "") -> No
     Raises:
         RefusedError: naming the largest weight.
     """
-    if not (torch.isfinite(grid.d_ON).all() and torch.isfinite(grid.dmin_ON).all()):
+    largest = float(torch.stack(weight_OI.aminmax()).abs().max())
+    emptied = False
+    if largest > LARGEST_HALF:
+        # where scales are whole numbers times a float16, one that is not found leaves the block empty
+        most_ON = weight_OI.unflatten(1, (-1, grid.kind.block)).abs().amax(2)
+        emptied = bool(((grid.d_ON == 0) & (most_ON > LARGEST_HALF)).any())
+    if emptied or not (torch.isfinite(grid.d_ON).all() and torch.isfinite(grid.dmin_ON).all()):
         raise RefusedError(
-            f"weights up to {float(weight_OI.abs().max()):g} are too large for {grid.kind.name}",
+            f"weights up to {largest:g} are too large for {grid.kind.name}",
             where=where,
             fix="the type's scales are 16-bit floats; this model cannot be stored in it",
         )

@@ -109,6 +109,18 @@ def test_the_worked_example_of_the_specification():
     assert packed[16:20].tolist() == [0, 17, 34, 51]
 
 
-def test_weights_beyond_half_precision_are_refused():
-    with pytest.raises(RefusedError, match="too large for Q8_0"):
-        quantize(torch.full((1, 256), 1e8), TYPES["Q8_0"], where="p")
+@pytest.mark.parametrize("name", TYPES)
+def test_weights_beyond_half_precision_are_refused(name):
+    """Also where a block beside them is small."""
+    weight = torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
+    weight[1, 256:] *= 1e9
+    with pytest.raises(RefusedError, match=f"too large for {name}"):
+        quantize(weight, TYPES[name], where="p")
+
+
+@pytest.mark.parametrize("name", [name for name in TYPES if name.endswith("_K")])
+def test_large_weights_that_the_scales_hold_are_kept(name):
+    weight = torch.randn(2, 512, generator=torch.Generator().manual_seed(0)) * 3e4
+    weight[1, :256] = 0
+    codes_OI, grid = quantize(weight, TYPES[name])
+    assert (grid.decode(codes_OI) - weight).norm() < 0.4 * weight.norm()
