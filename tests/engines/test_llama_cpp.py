@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -416,7 +417,11 @@ def test_token_ids_are_those_of_the_checkpoints_tokenizer(engine, tokenized, tmp
 
 
 @pytest.mark.parametrize("kind", VARIANTS)
-def test_llama_cpp_computes_what_our_decode_computes(kind, engine, text, tmp_path):
+def test_llama_cpp_computes_what_our_decode_computes(kind, engine, tmp_path):
+    # words that repeat would have the same rounding errors again and again, which then do not average out
+    text = tmp_path / "words.jsonl"
+    drawn = [random.Random(number).choices(WORDS.split(), k=60) for number in range(40)]
+    text.write_text("\n".join(json.dumps({"text": " ".join(words)}) for words in drawn))
     changes = VARIANTS[kind] | ({"head_dim": 128} if kind == "qwen3" else {})
     sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 416, "sharded": False}
     source = make_tiny(tmp_path / "model", kind, **(sizes | changes))
@@ -436,8 +441,8 @@ def test_llama_cpp_computes_what_our_decode_computes(kind, engine, text, tmp_pat
         assert (theirs["runtime"], theirs["status"]) == ("llama-cpp", "ok"), theirs
         assert theirs["package"] == "llama-cpp-python"
         # llama.cpp rounds activations to 8 bits in front of every product, which a random model makes much of
-        assert theirs["ppl_per_token"] == pytest.approx(ours["ppl_per_token"], rel=1e-2)
-        assert theirs["mean_kld"] == pytest.approx(ours["mean_kld"], rel=0.03, abs=1e-3)
+        assert theirs["ppl_per_token"] == pytest.approx(ours["ppl_per_token"], rel=4e-3)
+        assert theirs["mean_kld"] == pytest.approx(ours["mean_kld"], rel=0.03, abs=4e-4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"attention_factor": 1.5}, {"rope_type": "linear"}])
