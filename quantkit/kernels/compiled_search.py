@@ -149,6 +149,16 @@ def _sum_weights(data, lane):  # type: ignore[no-untyped-def]
             lane[SUM_X, o] += data[i, o] * data[i + 1, o]
 
 
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _keep_better(lane, first, second):  # type: ignore[no-untyped-def]
+    """BEST and UNDER become two rows where the error that was FOUND with them is below the LEAST."""
+    for o in range(TILE):
+        better = lane[FOUND, o] < lane[LEAST, o]
+        lane[LEAST, o] = lane[FOUND, o] if better else lane[LEAST, o]
+        lane[BEST, o] = lane[first, o] if better else lane[BEST, o]
+        lane[UNDER, o] = lane[second, o] if better else lane[UNDER, o]
+
+
 @numba.njit(nogil=True, cache=True, error_model="numpy")
 def _fit_ranges(data, lane, span, divisor, highest):  # type: ignore[no-untyped-def]
     """BEST and UNDER of the ranges whose codes, once fitted, have the least error; the first is as it is."""
@@ -187,11 +197,7 @@ def _fit_ranges(data, lane, span, divisor, highest):  # type: ignore[no-untyped-
             lane[SIZE, o] = slope if kept else alone
             lane[LESS, o] = under if kept else zero
         _errors(data, lane, FOUND, zero, highest)
-        for o in range(TILE):
-            better = lane[FOUND, o] < lane[LEAST, o]
-            lane[LEAST, o] = lane[FOUND, o] if better else lane[LEAST, o]
-            lane[BEST, o] = lane[SIZE, o] if better else lane[BEST, o]
-            lane[UNDER, o] = lane[LESS, o] if better else lane[UNDER, o]
+        _keep_better(lane, SIZE, LESS)
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -300,11 +306,7 @@ def _move(data, lane, low, high, min_top, bottom, highest):  # type: ignore[no-u
                 lane[TRIED_MIN, o] = min(max(lane[MIN, o] + np.float32(min_move), np.float32(0)), min_high)
             _grid(lane, D, DMIN, TRIED_SCALE, TRIED_MIN)
             _errors(data, lane, FOUND, bottom, highest)
-            for o in range(TILE):
-                better = lane[FOUND, o] < lane[LEAST, o]
-                lane[LEAST, o] = lane[FOUND, o] if better else lane[LEAST, o]
-                lane[BEST, o] = lane[TRIED_SCALE, o] if better else lane[BEST, o]
-                lane[UNDER, o] = lane[TRIED_MIN, o] if better else lane[UNDER, o]
+            _keep_better(lane, TRIED_SCALE, TRIED_MIN)
     lane[SCALE] = lane[BEST]
     lane[MIN] = lane[UNDER]
 

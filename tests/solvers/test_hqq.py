@@ -8,7 +8,7 @@ import torch
 from quantkit.calibration.statistics import Statistics
 from quantkit.grids.affine import FloatZeroRule
 from quantkit.kernels import rounding_errors
-from quantkit.solvers.hqq import HalfQuadratic
+from quantkit.solvers.hqq import HalfQuadratic, _still_moving
 from quantkit.solvers.weights import WeightSolver
 
 
@@ -100,6 +100,19 @@ def test_what_is_left_out_changes_no_bit(bits, size, number):
     rule = FloatZeroRule(bits, candidates=1)
     for found, expected in zip(HalfQuadratic(rule).fit(weight), every_iterate(weight, rule), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("moving", [1, 40])
+@pytest.mark.parametrize("number", [128, 4096, 4160])
+def test_groups_that_go_on_move_as_they_would_among_all(number, moving):
+    """The file's float16 zeros would hide most of what another order of sums does."""
+    weight = groups(number).float()
+    search = HalfQuadratic(FloatZeroRule(3))
+    density, zero = next(search._starts(weight))
+    kept = _still_moving(torch.arange(number) % (number // moving) == 0)
+    assert moving <= len(kept) < number
+    found = search._moved(weight[:, kept], density[kept], zero[kept])
+    assert torch.equal(found, search._moved(weight, density, zero)[kept])
 
 
 def test_more_iterations_never_make_it_worse():
