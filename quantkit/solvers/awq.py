@@ -60,7 +60,7 @@ class ChannelScaling:
         scales = {}
         for fold in layer.family.folds:
             stage = stages[fold.stage]
-            if not all(linear.endswith(self.skip) for linear in stage.linears):
+            if not all(self._stays_dense(layer, linear) for linear in stage.linears):
                 scales[fold] = self.search(layer, fold, inputs[stage], rope)
         return folded(layer, scales)
 
@@ -153,7 +153,7 @@ class ChannelScaling:
         originals = {name: layer.linears[name] for name in weights}
         for name, weight_OI in weights.items():
             scaled_ROI = weight_OI * scale_RI.unsqueeze(1)
-            if not name.endswith(self.skip):
+            if not self._stays_dense(layer, name):
                 scaled_ROI = self.rounded(scaled_ROI)
             layer.replace(name, _Stacked(originals[name], scaled_ROI / scale_RI.unsqueeze(1)))
         stacked = inputs_BTI.expand(len(scale_RI), *inputs_BTI.shape).flatten(0, 1)
@@ -161,6 +161,9 @@ class ChannelScaling:
         for name, original in originals.items():
             layer.replace(name, original)
         return (found_RBTD - expected_BTD).square().mean((1, 2, 3))
+
+    def _stays_dense(self, layer: DecoderLayer, linear: str) -> bool:
+        return layer.linear_name(linear).endswith(self.skip)
 
     def _relative(self, weight_OI: Tensor) -> Tensor:
         """|weights| over the largest of their group, [O, I]."""

@@ -180,6 +180,21 @@ def test_linears_that_stay_dense_are_folded_but_not_rounded(tmp_path):
     torch.testing.assert_close(after, layer.forward(hidden, rope), rtol=1e-12, atol=1e-12)
 
 
+def test_a_linear_that_stays_dense_in_one_layer_is_rounded_in_the_others(tmp_path):
+    checkpoint, decoder = opened(tmp_path, "mistral")
+    tensors, hidden = uneven(checkpoint, decoder)
+    rope = decoder.rope(hidden.shape[1])
+
+    def prepared(*skip: str) -> dict[str, list]:
+        found = scaling(skip=skip).prepare(decoder.layer(0, tensors), [hidden], rope)
+        return {name: tensor.tolist() for name, tensor in found.items()}
+
+    everywhere, nowhere = prepared("self_attn.o_proj"), prepared()
+    assert everywhere != nowhere
+    assert prepared("layers.0.self_attn.o_proj") == everywhere
+    assert prepared("layers.1.self_attn.o_proj") == nowhere
+
+
 def test_windows_are_evenly_spaced_over_all_batches():
     batches = [torch.arange(5.0).view(5, 1, 1), torch.arange(5.0, 8.0).view(3, 1, 1)]
     assert evenly_spaced(batches, 4).flatten().tolist() == [0, 2, 4, 6]
