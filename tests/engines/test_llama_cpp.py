@@ -15,7 +15,9 @@ import torch
 from transformers import AutoTokenizer
 
 from quantkit.artifact import Build
+from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.index import open_checkpoint, read_json
+from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.demo import Demo, run_natively
 from quantkit.engine_check import check_engine
 from quantkit.engines.env import environment_of, environment_python
@@ -28,9 +30,10 @@ from quantkit.grids.blocks import TYPES, error_weights, quantize
 from quantkit.judgement import validate
 from quantkit.pipeline import build
 from quantkit.progress import Progress
-from quantkit.recipe import Recipe, find_recipe, load_recipe
+from quantkit.recipe import Recipe, find_recipe, fingerprint, load_recipe
 from quantkit.report.record import read_record
 from quantkit.solvers import ggml
+from quantkit.texts import load_text_set
 from tests.formats.test_gguf import byte_level, rewritten
 from tests.tiny import VARIANTS, WORDS, make_tiny
 
@@ -78,6 +81,65 @@ if len(sys.argv) > 4:
         entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     params.imatrix = entries
 sys.exit(llama_cpp.llama_model_quantize(sys.argv[1].encode(), sys.argv[2].encode(), ctypes.byref(params)))
+"""
+# what llama-imatrix collects: squares of what every product with a weight reads, over all rows of all windows
+LLAMA_IMATRIX = """
+import ctypes, sys
+import llama_cpp
+import numpy
+
+class Tensor(ctypes.Structure):
+    pass
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Tensor) * 10), ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64),
+]
+op_name = llama_cpp.llama_cpp._lib.ggml_op_name
+op_name.restype = ctypes.c_char_p
+windows = numpy.load(sys.argv[2])
+count, length = windows.shape
+sums, counts = {}, {}
+
+@llama_cpp.ggml_backend_sched_eval_callback
+def collect(address, asked, _):
+    tensor = Tensor.from_address(address)
+    if op_name(tensor.op) != b"MUL_MAT":
+        return False
+    name, inputs = tensor.src[0].contents.name.decode(), tensor.src[1].contents
+    if not name.startswith("blk.") and name != "output.weight":
+        return False
+    if not asked:
+        columns, rows = inputs.ne[0], inputs.ne[1]
+        assert inputs.type == 0 and list(inputs.nb[:2]) == [4, 4 * columns] and list(inputs.ne[2:]) == [1, 1]
+        values = numpy.ctypeslib.as_array((ctypes.c_float * (rows * columns)).from_address(inputs.data))
+        squares = values.reshape(rows, columns) ** 2
+        sums[name + ".in_sum2"] = sums.get(name + ".in_sum2", 0) + squares.sum(0, keepdims=True)
+        counts[name + ".counts"] = counts.get(name + ".counts", numpy.zeros((1, 1), numpy.float32)) + rows
+    return True
+
+llama_cpp.llama_backend_init()
+model = llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), llama_cpp.llama_model_default_params())
+params = llama_cpp.llama_context_default_params()
+params.n_ctx = params.n_batch = params.n_ubatch = length
+params.n_threads = params.n_threads_batch = 2
+params.type_k = params.type_v = 0
+params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+params.cb_eval = collect
+context = llama_cpp.llama_init_from_model(model, params)
+batch = llama_cpp.llama_batch_init(length, 0, 1)
+batch.n_tokens = length
+for window in windows:
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+    for place, token in enumerate(window):
+        batch.token[place], batch.pos[place] = int(token), place
+        batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+        # the last layer goes on with those that are asked for alone
+        batch.logits[place] = 1
+    assert llama_cpp.llama_decode(context, batch) == 0
+numpy.savez(sys.argv[3], **sums, **counts)
 """
 
 
@@ -416,26 +478,64 @@ def test_token_ids_are_those_of_the_checkpoints_tokenizer(engine, tokenized, tmp
     assert (found[-1][0] != tokenizer.encode(DECOMPOSED, add_special_tokens=False)) is composes
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_llama_cpp_computes_what_our_decode_computes(kind, engine, tmp_path):
-    # words that repeat would have the same rounding errors again and again, which then do not average out
-    text = tmp_path / "words.jsonl"
+@pytest.fixture
+def words(tmp_path) -> Path:
+    """Words drawn anew for every document: those that repeat have the same rounding errors, which add up."""
+    path = tmp_path / "words.jsonl"
     drawn = [random.Random(number).choices(WORDS.split(), k=60) for number in range(40)]
-    text.write_text("\n".join(json.dumps({"text": " ".join(words)}) for words in drawn))
+    path.write_text("\n".join(json.dumps({"text": " ".join(each)}) for each in drawn))
+    return path
+
+
+def model_of(kind: str, folder: Path) -> Path:
+    """A random model of a family whose every row is a multiple of 256."""
     changes = VARIANTS[kind] | ({"head_dim": 128} if kind == "qwen3" else {})
     sizes = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 416, "sharded": False}
-    source = make_tiny(tmp_path / "model", kind, **(sizes | changes))
+    return make_tiny(folder, kind, **(sizes | changes))
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_the_importance_matrix_is_what_llama_cpp_collects(kind, engine, words, tmp_path):
+    """Weights, cache and products in float32 there as here, on the windows that the build saw, each by itself."""
+    source = model_of(kind, tmp_path / "model")
+    content = {
+        "format": "gguf",
+        "model": {"id": str(source)},
+        "quantize": {"types": ("BF16",), "name": "tiny"},
+        "calibration": {"texts": {str(words): 8}, "window_tokens": 48, "activations": "float"},
+    }
+    done = build(Recipe.of(content), out=tmp_path / "out", device=CPU, validated=False)
+    given = [(load_text_set(str(words), "calibration"), 8)]
+    tokens = calibration_windows(given, load_tokenizer(source, vocab_size=416), window_tokens=48, seed=0)
+    assert fingerprint(tokens.tolist()) == done.record["calibration"]["tokens_sha256"]
+    np.save(tmp_path / "tokens.npy", tokens.numpy())
+    stored = gguf.GGUFReader(done.out / "tiny.BF16.gguf").tensors
+    wide = {tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type) for tensor in stored}
+    model = rewritten(done.out / "tiny.BF16.gguf", tmp_path / "wide.gguf", tensors=wide)
+    within(engine, LLAMA_IMATRIX, str(model), str(tmp_path / "tokens.npy"), str(tmp_path / "theirs.npz"))
+    theirs = dict(np.load(tmp_path / "theirs.npz"))
+    ours = {tensor.name: tensor.data for tensor in gguf.GGUFReader(done.out / "tiny.imatrix.gguf").tensors}
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 2 * (2 * 7 + (not VARIANTS[kind].get("tie_word_embeddings")))
+    for name, values in theirs.items():
+        assert len(np.unique(values)) > 200 or name.endswith("counts")
+        np.testing.assert_allclose(ours[name], values, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_llama_cpp_computes_what_our_decode_computes(kind, engine, words, tmp_path):
+    source = model_of(kind, tmp_path / "model")
     recipe = Recipe.of(
         {
             "format": "gguf",
             "model": {"id": str(source)},
             "quantize": {"types": ("Q2_K", "Q4_K_M", "Q8_0"), "name": "tiny"},
-            "calibration": {"texts": {str(text): 8}, "window_tokens": 32, "activations": "float"},
-            "validation": {"texts": (str(text),), "window_tokens": 128, "generated_tokens": 0},
+            "calibration": {"texts": {str(words): 8}, "window_tokens": 32, "activations": "float"},
+            "validation": {"texts": (str(words),), "window_tokens": 128, "generated_tokens": 0},
         }
     )
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
-    result = validate(out, model=str(source), texts=(str(text),), runtime="both", device=CPU)
+    result = validate(out, model=str(source), texts=(str(words),), runtime="both", device=CPU)
     for variant in result["variants"]:
         ours, theirs = variant["results"]
         assert (theirs["runtime"], theirs["status"]) == ("llama-cpp", "ok"), theirs
