@@ -61,8 +61,8 @@ def factorised(matrix: torch.Size, *others: object, **named: object) -> int:
 
 
 def substituted(triangle: torch.Size, right: torch.Size, *others: object, **named: object) -> int:
-    """Operations of one substitution."""
-    return triangle[-1] ** 2 * right[-1]
+    """Operations of one substitution, from either side."""
+    return triangle[-1] * right.numel()
 
 
 UNCOUNTED = {

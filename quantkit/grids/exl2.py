@@ -19,6 +19,8 @@ WIDTHS = (8, 6, 5, 4, 3, 2)
 UNIT = 32  # channels of a group and columns of a matrix come in multiples of it
 TOP_CODE = 16
 SCALE_BITS = 4
+Groups = tuple[tuple[int, int], ...]
+"""(bits, channels) of each group."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Mixture:
             parts.append(Part(int(bits), float(share), int(size)))
         return cls(tuple(parts))
 
-    def groups(self, columns: int) -> tuple[tuple[int, int], ...]:
+    def groups(self, columns: int) -> Groups:
         """(bits, channels) of every group of a linear with so many input channels; only the last may be short."""
         left, found = columns, []
         for position, part in enumerate(self.parts):
@@ -102,7 +104,7 @@ class Exl2Grid:
         order_I: int64 [I], the input channel stored at each place.
     """
 
-    groups: tuple[tuple[int, int], ...]
+    groups: Groups
     scale_max_G: Tensor
     code_GO: Tensor
     order_I: Tensor

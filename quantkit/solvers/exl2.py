@@ -16,14 +16,32 @@ from torch import Tensor
 from quantkit.calibration.statistics import BLOCK, HESSIAN, Statistics
 from quantkit.costs import Cost, StageWork
 from quantkit.errors import RefusedError
-from quantkit.grids.exl2 import Exl2Grid, Mixture, column_scales, fit
+from quantkit.grids.exl2 import Exl2Grid, Groups, Mixture, column_scales, fit
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
-from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost, updated
+from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost
 
 LARGEST = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A solved linear, its input channels in the order they were visited.
+
+    Attributes:
+        codes_IO: uint8 [I, O].
+        error_IO: the weights minus what the codes stand for.
+        code_GO, scale_max_G: see `quantkit.grids.exl2.Exl2Grid`.
+        lost: tr(E H E^T).
+    """
+
+    codes_IO: Tensor
+    error_IO: Tensor
+    code_GO: Tensor
+    scale_max_G: Tensor
+    lost: float
 
 
 def solve_exl2(
@@ -41,41 +59,90 @@ def solve_exl2(
     Raises:
         RefusedError: weights too large for float16.
     """
+    order_I = factor.order_I
+    groups = mixture.groups(weight_OI.shape[1])
+    solved = solve_groups(in_visiting_order(weight_OI, order_I, where=where), factor, groups, candidates=candidates)
+    codes_OI = torch.empty(weight_OI.shape, dtype=torch.uint8, device=weight_OI.device)
+    codes_OI[:, order_I] = solved.codes_IO.t()
+    return QuantizedLinear(codes_OI, Exl2Grid(groups, solved.scale_max_G, solved.code_GO, order_I)), solved.lost
+
+
+def in_visiting_order(weight_OI: Tensor, order_I: Tensor, *, where: str) -> Tensor:
+    """[I, O], a copy.
+
+    Raises:
+        RefusedError: weights too large for float16, with the linear's name `where`.
+    """
     if float(weight_OI.abs().max()) > LARGEST:
         raise RefusedError(
             f"{where} holds weights beyond float16",
             where=where,
             fix="EXL2 stores float16 scales; this model cannot be stored in it",
         )
-    upper_II, order_I = factor.upper_II, factor.order_I
-    weight_IO = weight_OI.t()[order_I]
+    return weight_OI.t()[order_I]
+
+
+def solve_groups(weight_IO: Tensor, factor: Factor, groups: Groups, *, candidates: int) -> Visited:
+    """What `solve_exl2` finds, given the weights in visiting order, which are not modified.
+
+    Args:
+        weight_IO: [I, O] in the factor's dtype.
+        factor: see there.
+        groups: (bits, channels) of each group.
+        candidates: see there.
+    """
+    upper_II = factor.upper_II
     columns, rows = weight_IO.shape
-    groups = mixture.groups(columns)
     error_IO = torch.empty_like(weight_IO)
     codes_IO = torch.empty((columns, rows), dtype=torch.uint8, device=weight_IO.device)
     code_GO = torch.empty((len(groups), rows), dtype=torch.uint8, device=weight_IO.device)
     scale_max_G = torch.empty(len(groups), device=weight_IO.device)
     lost = weight_IO.new_zeros(())
+    for block, found in blocks(groups):
+        # what errors before the block call for: a product with so few columns as a group has takes twice as long
+        feedback_BO = upper_II[: block.start, block].t() @ error_IO[: block.start]
+        for group, inside in found:
+            bits = groups[group][0]
+            before = slice(block.start, inside.start)
+            feedback_IO = feedback_BO[inside.start - block.start : inside.stop - block.start]
+            feedback_IO.addmm_(upper_II[before, inside].t(), error_IO[before])
+            free_IO = weight_IO[inside] + _cancelled(feedback_IO, upper_II[inside, inside])
+            code_GO[group], scale_max_G[group] = fit(free_IO, factor.importance_I[inside], bits, candidates)
+            scale_O = column_scales(code_GO[group : group + 1], scale_max_G[group : group + 1])[0].to(weight_IO.dtype)
+            middle_O = torch.full_like(scale_O, 2 ** (bits - 1))
+            levels = replace(Levels.of_zeros(scale_O, middle_O, 2**bits - 1), half=True)
+            for first in range(inside.start, inside.stop, PANEL):
+                here = slice(first, min(first + PANEL, inside.stop))
+                feedback_PO = feedback_IO[here.start - inside.start : here.stop - inside.start]
+                feedback_PO.addmm_(upper_II[inside.start : first, here].t(), error_IO[inside.start : first])
+                panel = (weight_IO[here], feedback_PO, upper_II[here, here])
+                lost += solve_panel(*panel, levels, codes_IO[here], error_IO[here]).sum()
+    return Visited(codes_IO, error_IO, code_GO, scale_max_G, float(lost))
+
+
+def blocks(groups: Groups) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
+    """Channels of consecutive groups, at least so many as a panel has but at the end, and each group's place in them.
+
+    Args:
+        groups: (bits, channels) of each.
+    """
     start = 0
-    for group, (bits, size) in enumerate(groups):
-        stop = start + size
-        inside = slice(start, stop)
-        feedback_IO = upper_II[:start, inside].t() @ error_IO[:start]
-        free_IO = updated(weight_IO[inside], feedback_IO, upper_II[inside, inside])
-        code_GO[group], scale_max_G[group] = fit(free_IO, factor.importance_I[inside], bits, candidates)
-        scale_O = column_scales(code_GO[group : group + 1], scale_max_G[group : group + 1])[0].to(weight_IO.dtype)
-        levels = replace(Levels.of_zeros(scale_O, torch.full_like(scale_O, 2 ** (bits - 1)), 2**bits - 1), half=True)
-        for first in range(start, stop, PANEL):
-            here = slice(first, min(first + PANEL, stop))
-            feedback_PO = feedback_IO[here.start - start : here.stop - start]
-            feedback_PO += upper_II[start:first, here].t() @ error_IO[start:first]
-            panel = (weight_IO[here], feedback_PO, upper_II[here, here])
-            lost += solve_panel(*panel, levels, codes_IO[here], error_IO[here]).sum()
-        start = stop
-    codes_OI = torch.empty((rows, columns), dtype=torch.uint8, device=weight_IO.device)
-    codes_OI[:, order_I] = codes_IO.t()
-    linear = QuantizedLinear(codes_OI, Exl2Grid(groups, scale_max_G, code_GO, order_I))
-    return linear, float(lost)
+    found: list[tuple[int, slice]] = []
+    for group, (_, size) in enumerate(groups):
+        begin = found[-1][1].stop if found else start
+        found.append((group, slice(begin, begin + size)))
+        if begin + size - start >= PANEL or group + 1 == len(groups):
+            yield slice(start, begin + size), found
+            start, found = begin + size, []
+
+
+def _cancelled(feedback_IO: Tensor, upper_II: Tensor) -> Tensor:
+    """What a group's weights are changed by before its first channel, see `quantkit.solvers.gptq.updated`.
+
+    Rows stay side by side in memory: solved from the left they are copied there and back, and that takes three times
+    as long.
+    """
+    return torch.linalg.solve_triangular(upper_II, feedback_IO.t(), upper=True, left=False).t()
 
 
 def output_energy(weight_OI: Tensor, factor: Factor) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,10 +19,10 @@ from quantkit.checkpoint.families import Stage
 from quantkit.checkpoint.layer import DecoderLayer
 from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, Shape, StageWork, total
 from quantkit.errors import RefusedError
-from quantkit.grids.exl2 import SCALE_BITS, UNIT, WIDTHS, Mixture, Part
+from quantkit.grids.exl2 import SCALE_BITS, UNIT, WIDTHS, Groups, Mixture, Part
 from quantkit.grids.exl2_options import ATTENTION, LINEARS, MLP, OPTIONS, Option
-from quantkit.solvers.exl2 import activation_factor, solve_exl2
-from quantkit.solvers.gptq import feedback_cost
+from quantkit.solvers.exl2 import activation_factor, in_visiting_order, solve_groups
+from quantkit.solvers.gptq import Factor, feedback_cost
 from quantkit.solvers.knapsack import Choice, choose
 
 LEAST_ACCURACY = 1e-6
@@ -29,8 +30,6 @@ UNMEASURED = ("model.norm.norm", "lm_head.linear")  # as exllamav2's measurement
 WINDOWS = 4
 Measured = dict[str, list[dict[str, Any]]]
 """Options with their accuracy, by the sub-layer's full name."""
-Groups = tuple[tuple[int, int], ...]
-"""(bits, channels) of each group."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,13 @@ class OptionTrial:
             shapes = {linear: (module.out_features, module.in_features) for linear, module in linears.items()}
             cut = {option: _cut(option, shapes) for option in OPTIONS[block]}
             biases = {linear: module.bias for linear, module in linears.items()}
+            factor = self._factor(layer, stages[0], statistics)
+            ordered_BTD = inputs_BTD[..., factor.order_I]
             outputs = {
-                (linear, groups): functional.linear(inputs_BTD, weight_OI, biases[linear])
-                for linear, groups, weight_OI in self._solved(layer, stages[0], statistics)
+                (linear, groups): functional.linear(ordered_BTD, decoded_IO.t(), biases[linear])
+                for linear, groups, decoded_IO in self._solved(layer, stages[0], factor)
             }
+            del ordered_BTD
             closing_inputs: dict[tuple[Groups, ...], Tensor] = {}
             for *opened, _ in cut.values():
                 if tuple(opened) not in closing_inputs:
@@ -93,14 +95,18 @@ class OptionTrial:
                         layer.replace(f"{block}.{linear}", _Given(outputs[linear, groups]))
                     closing_inputs[tuple(opened)] = layer.closing_input(stages[0], inputs_BTD, rope)
             del outputs
+            factor = self._factor(layer, stages[1], statistics)
+            for before, closing_BTF in closing_inputs.items():
+                closing_inputs[before] = closing_BTF[..., factor.order_I]
             accuracy: dict[tuple[Groups, ...], float] = {}
             wanted = set(cut.values())
-            for closing, groups, weight_OI in self._solved(layer, stages[1], statistics):
+            for closing, groups, decoded_IO in self._solved(layer, stages[1], factor):
                 for before, closing_BTF in closing_inputs.items():
                     if (*before, groups) in wanted:
-                        error_BTD = functional.linear(closing_BTF, weight_OI, biases[closing]) - exact_BTD
+                        error_BTD = functional.linear(closing_BTF, decoded_IO.t(), biases[closing]) - exact_BTD
                         share = float((_norms(error_BTD) / norm_B).mean())
                         accuracy[(*before, groups)] = max(LEAST_ACCURACY, 1 - share)
+            del closing_inputs
             found[layer.linear_name(block)] = [
                 option_row(accuracy[cut[option]], option.stored_bits(shapes), dict(option.mixtures))
                 for option in OPTIONS[block]
@@ -123,21 +129,23 @@ class OptionTrial:
         memory_bytes = solved.memory_bytes + FLOAT_BYTES * (held + layer.forward_weights)
         return Cost(solved.operations | {"forward": walked}, memory_bytes)
 
-    def _solved(
-        self, layer: DecoderLayer, stage: Stage, statistics: Mapping[str, Statistics]
-    ) -> Iterator[tuple[str, Groups, Tensor]]:
-        """(linear, groups, float32 weights) for every way in which an option cuts the channels of a stage's linears."""
-        where = layer.linear_name(stage.linears[0])
-        factor = activation_factor(statistics[stage.name], self.damping, where=where)
+    def _factor(self, layer: DecoderLayer, stage: Stage, statistics: Mapping[str, Statistics]) -> Factor:
+        return activation_factor(statistics[stage.name], self.damping, where=layer.linear_name(stage.linears[0]))
+
+    def _solved(self, layer: DecoderLayer, stage: Stage, factor: Factor) -> Iterator[tuple[str, Groups, Tensor]]:
+        """(linear, groups, what its codes stand for) for every way in which an option cuts a stage's linears.
+
+        The last [I, O] has its channels in the factor's order; its float32 numbers differ in their last bit from those
+        that a reader decodes.
+        """
         for full in stage.linears:
             block, linear = full.rsplit(".", 1)
             weight_OI = layer.linears[full].weight.to(factor.upper_II.dtype)
-            mixtures = [dict(option.mixtures)[linear] for option in OPTIONS[block]]
-            for groups, mixture in {mixture.groups(weight_OI.shape[1]): mixture for mixture in mixtures}.items():
-                solved, _ = solve_exl2(
-                    weight_OI, factor, mixture, candidates=self.candidates, where=layer.linear_name(full)
-                )
-                yield linear, groups, solved.dequantize()
+            weight_IO = in_visiting_order(weight_OI, factor.order_I, where=layer.linear_name(full))
+            mixtures = (dict(option.mixtures)[linear] for option in OPTIONS[block])
+            for groups in dict.fromkeys(mixture.groups(len(weight_IO)) for mixture in mixtures):
+                error_IO = solve_groups(weight_IO, factor, groups, candidates=self.candidates).error_IO
+                yield linear, groups, torch.sub(weight_IO, error_IO, out=error_IO)
 
 
 class _Given(nn.Module):

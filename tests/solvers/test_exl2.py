@@ -6,8 +6,8 @@ import torch
 from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import Mixture
-from quantkit.solvers.exl2 import Exl2Solver, output_energy, solve_exl2
-from quantkit.solvers.gptq import factorize
+from quantkit.solvers.exl2 import Exl2Solver, blocks, output_energy, solve_exl2
+from quantkit.solvers.gptq import PANEL, factorize
 from tests.oracles import correlated_layer, oracle_exl2
 
 DAMPING = 0.01
@@ -33,6 +33,22 @@ def test_codes_and_scales_equal_the_oracles(mixture, columns):
     assert torch.equal(found.grid.code_GO.long(), scale_codes)
     assert found.grid.scale_max_G.tolist() == largest
     assert torch.equal(found.dequantize().double(), decoded)
+
+
+@pytest.mark.parametrize("mixture", [*MIXTURES, "3:1/256"])
+def test_blocks_are_whole_groups_that_fill_a_panel(mixture):
+    groups = Mixture.of(mixture).groups(1184)
+    found = list(blocks(groups))
+    inside = [(group, each) for _, members in found for group, each in members]
+    assert [group for group, _ in inside] == list(range(len(groups)))
+    assert [each.stop - each.start for _, each in inside] == [size for _, size in groups]
+    assert [each.start for _, each in inside] == [0, *(each.stop for _, each in inside[:-1])]
+    assert all((block.start, block.stop) == (mine[0][1].start, mine[-1][1].stop) for block, mine in found)
+    assert all(block.stop - block.start >= PANEL > mine[-1][1].start - block.start for block, mine in found[:-1])
+
+
+def test_a_group_may_be_wider_than_a_panel():
+    test_codes_and_scales_equal_the_oracles("4:.1/32 3:.9/160", 224)
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
