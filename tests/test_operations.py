@@ -135,7 +135,8 @@ def counts(name: str, source, tmp_path, monkeypatch) -> tuple[dict[str, float], 
         return run
 
     monkeypatch.setattr(compiled, "solve_panel", counted(compiled.solve_panel, panel))
-    monkeypatch.setattr(compiled, "rounding_errors", counted(compiled.rounding_errors, rounding))
+    for search in ("rounding_errors", "best_scales"):
+        monkeypatch.setattr(compiled, search, counted(getattr(compiled, search), rounding))
     monkeypatch.setattr("quantkit.plan._rate", lambda dtype, device: 1e9)  # the plan's probe is no part of the work
     monkeypatch.setattr(solver, "solve", solve)
     monkeypatch.setattr(Statistics, "add", add)

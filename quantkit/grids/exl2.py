@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantkit.kernels import rounding_errors
+from quantkit.kernels import best_scales
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
 UNIT = 32  # channels of a group and columns of a matrix come in multiples of it
@@ -156,9 +156,6 @@ def fit(weight_IO: Tensor, importance_I: Tensor, bits: int, candidates: int) -> 
 
 
 def _least(tried_CO: Tensor, scale_CO: Tensor, weight_IO: Tensor, importance_I: Tensor, bits: int) -> Tensor:
-    """[O], of what was tried that whose scale rounds the weights best; the earlier of two alike."""
-    # a column of zeros is as well off with any scale
-    usable_CO = torch.where(scale_CO == 0, 1.0, scale_CO)
-    zero_CO = torch.full_like(scale_CO, 2 ** (bits - 1))
-    error_CO = rounding_errors(weight_IO, importance_I, usable_CO, zero_CO, 2**bits - 1)
-    return tried_CO.gather(0, error_CO.argmin(0, keepdim=True))[0]
+    """[O], of what was tried that whose scale rounds the weights best."""
+    index_O = best_scales(weight_IO, importance_I, scale_CO, 2**bits - 1)
+    return tried_CO.gather(0, index_O.unsqueeze(0))[0]

@@ -49,6 +49,18 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     return _fitting(weight_IO).rounding_errors(weight_IO, importance_I, scale_CO, zero_CO, top)
 
 
+def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int) -> Tensor:
+    """int64 [O]: the candidate that rounds a group's weights with the least weighted squared error, by column.
+
+    Args:
+        weight_IO, importance_I: see `rounding_errors`.
+        scale_CO: [C, O] the candidates; code q stands for scale * (q - (top + 1) / 2). A column of zeros is as well off
+            with any scale, so one of 0 is taken as 1.
+        top: the largest code, odd.
+    """
+    return _fitting(weight_IO).best_scales(weight_IO, importance_I, scale_CO, top)
+
+
 def pack(codes_NX: Tensor, bits: int) -> Tensor:
     """int32 [N * bits / 32, X]: codes as one little-endian bitstream along the first dimension, the first lowest.
 

@@ -40,6 +40,14 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     return error_CO
 
 
+def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int) -> Tensor:
+    """See `quantkit.kernels.best_scales`."""
+    index_O = torch.empty(scale_CO.shape[1], dtype=torch.int64)
+    zero_1 = weight_IO.new_full((1,), (top + 1) // 2)
+    over_rows(_choose_rows, (weight_IO, importance_I, scale_CO, zero_1), (index_O,), top)
+    return index_O
+
+
 # whole-tensor torch is as fast as memory allows
 pack, unpack, dequantize = reference.pack, reference.unpack, reference.dequantize
 
@@ -97,16 +105,24 @@ def _solve_rows(  # type: ignore[no-untyped-def]
 ):
     channels = weight.shape[0]
     bottom = weight.dtype.type(0)  # a plain 0 would turn all into float64
-    pull = np.empty(BLOCK, weight.dtype)
-    product = np.zeros(BLOCK, weight.dtype)
+    # loops over all of a block, in memory of its own, are those that fill the registers
+    pull, own = np.zeros(BLOCK, weight.dtype), np.zeros(BLOCK, weight.dtype)
+    code, product = np.zeros(BLOCK, weight.dtype), np.zeros(BLOCK, weight.dtype)
+    size, times = np.zeros(BLOCK, weight.dtype), np.zeros(BLOCK, weight.dtype)
+    zero, minus = np.zeros(BLOCK, weight.dtype), np.zeros(BLOCK, weight.dtype)
+    total = np.zeros(BLOCK, weight.dtype)
     single = np.zeros(BLOCK, np.float32)
     word = single.view(np.int32)
     near = np.zeros((channels, BLOCK), weight.dtype)  # the block's errors, one after another in memory
     for start in range(first, last, BLOCK):
-        width = min(BLOCK, last - start)
-        lost[start : start + width] = 0
+        stop = min(start + BLOCK, last)
+        width = stop - start
+        total[:] = 0
         for i in range(channels):
-            pull[:width] = feedback[i, start : start + width]
+            if i < step.shape[0]:
+                size[:width], times[:width] = step[i, start:stop], inverse[i, start:stop]
+                zero[:width], minus[:width] = shift[i, start:stop], less[i, start:stop]
+            pull[:width], own[:width] = feedback[i, start:stop], weight[i, start:stop]
             j = 0
             while j + 4 <= i:
                 a, b, c, d = upper[j, i], upper[j + 1, i], upper[j + 2, i], upper[j + 3, i]
@@ -120,24 +136,22 @@ def _solve_rows(  # type: ignore[no-untyped-def]
                 j += 1
             pivot = upper[i, i]
             inverse_pivot = weight.dtype.type(1) / pivot
-            row = i % step.shape[0]
+            for o in range(BLOCK):
+                wanted = own[o] + pull[o] * inverse_pivot
+                code[o] = min(max(np.rint((wanted + minus[o]) * times[o] + zero[o]), bottom), top)
+                product[o] = (code[o] - zero[o]) * size[o]
             for o in range(width):
-                at = start + o
-                wanted = weight[i, at] + pull[o] * inverse_pivot
-                code = np.rint((wanted + less[row, at]) * inverse[row, at] + shift[row, at])
-                code = min(max(code, bottom), top)
-                codes[i, at] = np.uint8(code)
-                product[o] = (code - shift[row, at]) * step[row, at]
+                codes[i, start + o] = np.uint8(code[o])
             if half:
                 single[:] = product
                 round_to_half(single, word)
                 product[:] = single
-            for o in range(width):
-                at = start + o
-                near[i, o] = weight[i, at] - (product[o] - less[row, at])
+            for o in range(BLOCK):
+                near[i, o] = own[o] - (product[o] - minus[o])
                 image = pull[o] + near[i, o] * pivot
-                lost[at] += image * image
-            error[i, start : start + width] = near[i, :width]
+                total[o] += image * image
+            error[i, start:stop] = near[i, :width]
+        lost[start:stop] = total[:width]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
@@ -158,23 +172,52 @@ def round_to_half(single, word):  # type: ignore[no-untyped-def]
 def _round_rows(  # type: ignore[no-untyped-def]
     weight, importance, scale, inverse, zero, error, top, first, last
 ):
-    bottom = weight.dtype.type(0)  # as above
     total = np.empty(BLOCK, weight.dtype)
     for start in range(first, last, BLOCK):
         stop = min(start + BLOCK, last)
         near = weight[:, start:stop].copy()
         for candidate in range(scale.shape[0]):
-            total[:] = 0
             times, zeros = inverse[candidate, start:stop], zero[candidate, start:stop]
-            for i in range(weight.shape[0]):
-                share = importance[i]
-                for o in range(stop - start):
-                    ratio = near[i, o] * times[o] + zeros[o]
-                    miss = ratio - min(max(np.rint(ratio), bottom), top)
-                    total[o] += share * (miss * miss)
-            for o in range(stop - start):
+            _round_block(near, importance, scale[candidate, start:stop], times, zeros, top, total)
+            error[candidate, start:stop] = total[: stop - start]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _choose_rows(weight, importance, scale, zero, index, top, first, last):  # type: ignore[no-untyped-def]
+    one = weight.dtype.type(1)
+    least, total = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
+    times, zeros, steps = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
+    zeros[:] = zero[0]
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        width = stop - start
+        near = weight[:, start:stop].copy()
+        index[start:stop] = 0
+        for candidate in range(scale.shape[0]):
+            for o in range(width):
                 step = scale[candidate, start + o]
-                error[candidate, start + o] = total[o] * (step * step)
+                steps[o] = one if step == 0 else step
+                times[o] = one / steps[o]
+            _round_block(near, importance, steps[:width], times[:width], zeros[:width], top, total)
+            for o in range(width):
+                if candidate == 0 or total[o] < least[o]:
+                    least[o] = total[o]
+                    index[start + o] = candidate
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")
+def _round_block(near, importance, scale, inverse, zero, top, total):  # type: ignore[no-untyped-def]
+    """Weighted squared errors of rounding a block of rows, into `total`."""
+    bottom = near.dtype.type(0)  # as above
+    total[:] = 0
+    for i in range(near.shape[0]):
+        share = importance[i]
+        for o in range(near.shape[1]):
+            ratio = near[i, o] * inverse[o] + zero[o]
+            miss = ratio - min(max(np.rint(ratio), bottom), top)
+            total[o] += share * (miss * miss)
+    for o in range(near.shape[1]):
+        total[o] *= scale[o] * scale[o]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.levels import Levels
+from quantkit.kernels.reference import best_of_errors
 
 ROWS = 16  # of one program of a panel: 128 channels of them fill the registers of four warps
 COLUMNS = 128  # of one program that keeps a candidate or two for each
@@ -70,6 +71,11 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
         **PLAIN,
     )
     return error_CO
+
+
+def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int) -> Tensor:
+    """See `quantkit.kernels.best_scales`."""
+    return best_of_errors(rounding_errors, weight_IO, importance_I, scale_CO, top)
 
 
 def pack(codes_NX: Tensor, bits: int) -> Tensor:

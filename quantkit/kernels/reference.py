@@ -1,5 +1,6 @@
 """The inner loops as plain torch, on any device: what the compiled ones are held against."""
 
+from collections.abc import Callable
 from itertools import chain, repeat
 
 import torch
@@ -31,6 +32,23 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
         torch.round(ratio_IO, out=nearest_IO).clamp_(0, top)
         torch.mv(ratio_IO.sub_(nearest_IO).square_().t(), importance_I, out=error_O)
     return error_CO.mul_(scale_CO.square())
+
+
+def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int) -> Tensor:
+    """See `quantkit.kernels.best_scales`."""
+    return best_of_errors(rounding_errors, weight_IO, importance_I, scale_CO, top)
+
+
+def best_of_errors(
+    errors: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
+    weight_IO: Tensor,
+    importance_I: Tensor,
+    scale_CO: Tensor,
+    top: int,
+) -> Tensor:
+    """`best_scales` by an implementation's own rounding errors."""
+    usable_CO = torch.where(scale_CO == 0, 1.0, scale_CO)
+    return errors(weight_IO, importance_I, usable_CO, torch.full_like(scale_CO, (top + 1) // 2), top).argmin(0)
 
 
 def pack(codes_NX: Tensor, bits: int) -> Tensor:

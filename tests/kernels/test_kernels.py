@@ -150,6 +150,26 @@ def test_rounding_errors_are_those_of_plain_torch(dtype, rows, module, device):
 
 
 @each_implementation
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_the_best_scale_is_the_first_of_least_rounding_error(dtype, rows, module, device):
+    kernels = import_module(f"quantkit.kernels.{module}")
+    weight, importance = random(41, rows, dtype=dtype), random(41, dtype=dtype, seed=1).abs()
+    scale = random(5, rows, dtype=dtype, seed=2).abs() * 0.5 + 0.1
+    scale[3] = scale[1]
+    scale[:, -1], weight[:, -1] = 0, 0
+    found = kernels.best_scales(*on(device, weight, importance, scale), 7).cpu()
+    usable = torch.where(scale == 0, 1.0, scale)
+    error = reference.rounding_errors(weight, importance, usable, torch.full_like(scale, 4.0), 7)
+    least = error.amin(0)
+    torch.testing.assert_close(error.gather(0, found[None])[0], least, **CLOSE[dtype])
+    assert not bool((found == 3).any()), "the later of two alike"
+    assert int(found[-1]) == 0
+    assert len(set(found.tolist())) > 1 or rows == 1
+    assert torch.equal(found, kernels.best_scales(*on(device, weight.t().contiguous().t(), importance, scale), 7).cpu())
+
+
+@each_implementation
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(("runs", "width"), [(1, 1), (3, 63), (2, 1030)])
 def test_packing_is_that_of_plain_torch_and_is_undone(runs, width, bits, module, device):
@@ -303,6 +323,7 @@ def test_threads_change_no_bit():
                     codes,
                     *solved(compiled, weight, feedback, upper, levels),
                     compiled.rounding_errors(weight, upper[0].abs(), scale, zero, 15),
+                    compiled.best_scales(weight, upper[0].abs(), scale * torch.tensor([[1.0], [0.8], [0.6]]), 15),
                 )
             )
     finally:
