@@ -7,9 +7,10 @@ Whole processes of `quantkit build` without validation, all on the unquantized m
 what EXL2 with one target takes, less what it takes again with `quantize.measurement`, given what the first found: all
 that is saved by having a measurement, its own walk over all windows and their sums included, the start of a process and
 the solving not. It stands against whole GPTQ processes of the same round, so against the start of a process too, which
-a small model should not hide behind: `stages` is the same out of the records, `measure` against all seconds of GPTQ's
-stages. GPTQ is as it is by default, without the correction that such activations leave nothing to do for; once more
-without sweeps.
+a small model should not hide behind: `cpu_s_but_start` has GPTQ's less those of `quantkit plan`, which does all that a
+build does before it begins; and `stages` is the same out of the records, seconds of `measure` against those of all of
+GPTQ's stages. GPTQ is as it is by default, without the correction that such activations leave nothing to do for; once
+more without sweeps.
 
 A first round, in which loops compile, is not counted; then all take turns. Seconds of the processor tell more than
 those of the clock where something else runs.
@@ -22,6 +23,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ TARGET = 4.0
 FLOAT = {"activations": "float"}
 MEASURES = ("wall_s", "cpu_s", "peak_gb")
 DURATIONS = MEASURES[:2]
+START = "plan"
 
 
 def ways(measurement: Path) -> tuple[Way, ...]:
@@ -53,8 +56,8 @@ def ways(measurement: Path) -> tuple[Way, ...]:
     )
 
 
-def build(way: Way, options: argparse.Namespace, scratch: Path, measurement: Path) -> dict[str, Any]:
-    """What a build took in a fresh process, with the seconds of its stages; what it measured is left behind."""
+def written(way: Way, options: argparse.Namespace, scratch: Path) -> Path:
+    """The way's recipe as a file."""
     content = recipe_of(
         way,
         options.model.resolve(),
@@ -62,8 +65,14 @@ def build(way: Way, options: argparse.Namespace, scratch: Path, measurement: Pat
         options.window_tokens,
         threads=options.threads,
     )
-    path, out = scratch / "recipe.toml", scratch / "out"
+    path = scratch / "recipe.toml"
     path.write_text(tomlkit.dumps(content), encoding="utf-8")
+    return path
+
+
+def build(way: Way, options: argparse.Namespace, scratch: Path, measurement: Path) -> dict[str, Any]:
+    """What a build took in a fresh process, with the seconds of its stages; what it measured is left behind."""
+    path, out = written(way, options, scratch), scratch / "out"
     command = [*QUANTKIT, "build", str(path), "--out", str(out), "--device", "cpu", "--no-validate"]
     found = measured(command, dict(os.environ))
     record = read_record(out)
@@ -74,12 +83,22 @@ def build(way: Way, options: argparse.Namespace, scratch: Path, measurement: Pat
     return {key: found[key] for key in MEASURES} | {"stages": record["build"]["seconds"]}
 
 
+def start(way: Way, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """What it takes to plan a build in a fresh process."""
+    found = measured([*QUANTKIT, "plan", str(written(way, options, scratch)), "--device", "cpu"], dict(os.environ))
+    return {key: found[key] for key in MEASURES} | {"stages": {}}
+
+
 def ratios(runs: dict[str, list[dict[str, Any]]], peer: str) -> dict[str, list[float]]:
     """A measurement over a GPTQ build, by round."""
-    found: dict[str, list[float]] = {key: [] for key in (*DURATIONS, "stages")}
-    for whole, rest, gptq in zip(runs["exl2"], runs["exl2, measured before"], runs[peer], strict=True):
+    found: dict[str, list[float]] = {key: [] for key in (*DURATIONS, "cpu_s_but_start", "stages")}
+    for whole, rest, gptq, planned in zip(
+        runs["exl2"], runs["exl2, measured before"], runs[peer], runs[START], strict=True
+    ):
         for key in DURATIONS:
             found[key].append(round((whole[key] - rest[key]) / gptq[key], 3))
+        working_s = gptq["cpu_s"] - planned["cpu_s"]
+        found["cpu_s_but_start"].append(round((whole["cpu_s"] - rest["cpu_s"]) / working_s, 3))
         found["stages"].append(round(whole["stages"]["measure"] / sum(gptq["stages"].values()), 3))
     return found
 
@@ -103,13 +122,15 @@ def main() -> None:
             make_model(options.model, layers=layers, hidden=hidden, feed_forward=feed_forward)
         measurement = scratch / "earlier.json"
         tried = ways(measurement)
-        runs: dict[str, list[dict[str, Any]]] = {way.name: [] for way in tried}
+        takes = {way.name: partial(build, way, options, scratch, measurement) for way in tried}
+        takes[START] = partial(start, tried[-1], options, scratch)
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in takes}
         for number in range(options.rounds + 1):
-            for way in tried:
-                taken = build(way, options, scratch, measurement)
-                print(way.name, taken, "" if number else "(not counted)", file=sys.stderr, flush=True)
+            for name, take in takes.items():
+                taken = take()
+                print(name, taken, "" if number else "(not counted)", file=sys.stderr, flush=True)
                 if number:
-                    runs[way.name].append(taken)
+                    runs[name].append(taken)
     rows = [
         {"way": name, **{key: round(statistics.median(run[key] for run in taken), 3) for key in MEASURES}}
         | {"stages": {stage: round(seconds, 3) for stage, seconds in taken[-1]["stages"].items()}}
