@@ -129,7 +129,9 @@ def _shape_table() -> str:
     for title, shape in SHAPES.items():
         checkpoint = describe_model(HERE.parent / "bench" / "shapes" / shape)
         method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
-        plan = make_plan(recipe, checkpoint, method, out=HERE, device=torch.device("cpu"))
+        plan, divided = (
+            make_plan(recipe, checkpoint, method, out=HERE, device=torch.device("cpu"), ranks=ranks) for ranks in (1, 4)
+        )
         config, least = checkpoint.config, sum(plan.operations.values())
         columns[title] = [
             ", ".join(str(config[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers")),
@@ -137,6 +139,7 @@ def _shape_table() -> str:
             f"{least / 1e15:.3g}",
             f"{plan.source_bytes / 1e9:.0f}, {plan.artifact_bytes / 1e9:.0f}",
             f"{plan.memory_bytes / 1e9:.0f}",
+            f"{divided.rank_bytes / 1e9:.0f}",
             f"{least / ASSUMED_RATE:.0f}",
         ]
     names = [
@@ -148,6 +151,7 @@ def _shape_table() -> str:
         "sum",
         "read, written, GB",
         "memory by the plan, GB",
+        "of each of four ranks, GB",
         f"seconds at {ASSUMED_RATE / 1e12:.0f} · 10^12 operations per second, if nothing else took time",
     ]
     rows = [["", *columns], ["---"] * (len(columns) + 1), *zip(names, *columns.values(), strict=True)]

@@ -269,7 +269,9 @@ class Artifact:
     def _find_needs(self, checkpoint: Checkpoint, *, here: bool, reserved_bytes: int) -> None:
         """The plan of what was checked."""
         recipe = self.recipe
-        self.needed = make_plan(recipe, checkpoint, self.method, out=self.job.out, device=self.device)
+        self.needed = make_plan(
+            recipe, checkpoint, self.method, out=self.job.out, device=self.device, ranks=self.ranks.size
+        )
         if here:
             require_here(
                 self.needed, recipe, self.method, out=self.job.out, device=self.device, reserved_bytes=reserved_bytes

@@ -6,6 +6,7 @@ inside the commands, so that `quantkit --help` starts without torch.
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -62,6 +63,9 @@ Out = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", metavar="auto|cuda|cpu", help="Where to compute.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe key; repeatable.")]
+Size = Annotated[
+    int, typer.Option("--ranks", metavar="N", min=1, help="Processes that make the artifact together, a GPU each.")
+]
 Junit = Annotated[
     Path | None, typer.Option("--junit", metavar="FILE", help="Also write the gates as JUnit XML, for CI systems.")
 ]
@@ -104,6 +108,7 @@ def build(
     release: Annotated[
         bool, typer.Option("--release", help="To be published: refuse now what `publish` would refuse then.")
     ] = False,
+    size: Size = 1,
     junit: Junit = None,
     as_json: Json = False,
 ) -> None:
@@ -116,6 +121,10 @@ def build(
 
     if junit is not None and no_validate:
         raise RefusedError("there are no gates to write without a validation", where="--junit", fix="validate it too")
+    if size > 1 and not _is_one_of(size):
+        with _errors_in(junit, out.name if out else recipe):
+            _start_ranks(size)
+        return
     several = _means_several(recipe)
     with _together(device) as ranks, _errors_in(junit if ranks.is_first else None, out.name if out else recipe):
         jobs, errors = _jobs(recipe, changes, model, out)
@@ -269,6 +278,7 @@ def plan(
     out: Out = None,
     device: Device = "auto",
     changes: Set = None,
+    size: Size = 1,
     as_json: Json = False,
 ) -> None:
     """Show what a build will need, and refuse now what would fail later."""
@@ -279,7 +289,7 @@ def plan(
 
     jobs, errors = _jobs(recipe, changes, model, out)
     with Display() as display:
-        found = run(jobs, device=choose_device(device), progress=display.progress)
+        found = run(jobs, device=choose_device(device), progress=display.progress, ranks=size)
     several = _means_several(recipe)
     for name, each in found.plans.items():
         lines = [f"{name}:", *(f"  {line}" for line in plan_lines(each))] if several else plan_lines(each)
@@ -609,13 +619,50 @@ def _write_below(path: Path, text: str) -> None:
         write_text(path, text)
 
 
+def _is_one_of(size: int) -> bool:
+    """Whether this process is one of so many that were started together already.
+
+    Raises:
+        RefusedError: it is one of another number.
+    """
+    from quantkit.errors import RefusedError
+    from quantkit.launch import launched
+
+    if launched() not in (1, size):
+        raise RefusedError(
+            f"--ranks {size}, and torchrun has started {launched()}",
+            where="--ranks",
+            fix="leave --ranks out under torchrun, or torchrun with --ranks",
+        )
+    return launched() == size
+
+
+def _start_ranks(size: int) -> None:
+    """Run this command as several processes, and end as they do."""
+    from quantkit.launch import start
+
+    codes = start(size, [sys.executable, "-m", "quantkit", *sys.argv[1:]])
+    for rank, code in codes.items():
+        if code < 0:
+            _say(
+                f"error: rank {rank} of {size} was killed by {signal.Signals(-code).name}\n"
+                "  fix: see whether the machine has enough memory (`quantkit plan` with --ranks); finished layers are "
+                "kept, the same command goes on"
+            )
+            # whoever waits for this process must learn of a signal as if it had been the build itself
+            os.kill(os.getpid(), -code)
+    if code := worst(codes.values()):
+        raise typer.Exit(code)
+
+
 @contextmanager
 def _together(device: str) -> Iterator["Ranks"]:
-    """The processes that torchrun has started, if it has; one of them tells of an error, and all end with it."""
-    from quantkit.launch import launched
+    """The processes that were started together, if they were; one of them tells of an error, and all end with it."""
+    from quantkit.launch import end_with_launcher, launched
     from quantkit.machine import choose_device
     from quantkit.ranks import ALONE, joined
 
+    end_with_launcher()
     if launched() == 1:
         yield ALONE
         return

@@ -15,6 +15,7 @@ import torch
 from quantkit.artifact import Artifact, Build, Job, Once, Outcome
 from quantkit.checkpoint.layer import free_bytes
 from quantkit.errors import QuantkitError, RefusedError
+from quantkit.launch import TOGETHER
 from quantkit.plan import Plan, in_passes, together_bytes
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
@@ -62,7 +63,9 @@ def default_out(recipe: Recipe, name: str) -> Path:
     return Path("artifacts") / f"{model}-{name.upper()}"
 
 
-def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress, here: bool = True) -> Plan:
+def plan(
+    recipe: Recipe, *, out: Path, device: torch.device, progress: Progress, here: bool = True, ranks: int = 1
+) -> Plan:
     """What building a recipe will need; see `quantkit.plan`.
 
     Args:
@@ -71,16 +74,25 @@ def plan(recipe: Recipe, *, out: Path, device: torch.device, progress: Progress,
         device: what would compute it.
         progress: told what is going on.
         here: on this machine, so refuse what it cannot run or fetch.
+        ranks: how many processes would make it together.
     """
-    artifact = Artifact(Job("", recipe, out), device, progress)
+    job = Job("", recipe, out)
+    _require_divisible([job], ranks)
+    artifact = Artifact(job, device, progress, Ranks(size=ranks))
     artifact.plan(Once(), here=here)
     return artifact.needed
 
 
-def plan_all(jobs: Sequence[Job], *, device: torch.device, progress: Progress) -> Planned:
-    """What building recipes together will need here, and which of them cannot be built."""
+def plan_all(jobs: Sequence[Job], *, device: torch.device, progress: Progress, ranks: int = 1) -> Planned:
+    """What building recipes together will need here, and which of them cannot be built.
+
+    Args:
+        jobs, device, progress: as for `build_all`.
+        ranks: how many processes would make a single one together.
+    """
+    _require_divisible(jobs, ranks)
     once, reserved_bytes = Once(), 0
-    artifacts = [Artifact(job, device, progress) for job in jobs]
+    artifacts = [Artifact(job, device, progress, Ranks(size=ranks)) for job in jobs]
     for artifact in artifacts:
         with artifact.turn():
             artifact.plan(once, reserved_bytes=reserved_bytes)
@@ -145,7 +157,7 @@ def build_all(
         device, fresh, validated, progress: as for `build`.
         ranks: the processes that make a single artifact together; the first alone writes, judges and has its record.
     """
-    _require_divisible(jobs, ranks)
+    _require_divisible(jobs, ranks.size)
     validated = validated and ranks.is_first
     progress, once, reserved_bytes = progress or Progress(), Once(), 0
     artifacts = [Artifact(job, device, _named(progress, job) if len(jobs) > 1 else progress, ranks) for job in jobs]
@@ -165,22 +177,22 @@ def build_all(
     return [artifact.outcome for artifact in artifacts]
 
 
-def _require_divisible(jobs: Sequence[Job], ranks: Ranks) -> None:
+def _require_divisible(jobs: Sequence[Job], ranks: int) -> None:
     """Stop at what several processes cannot make together."""
-    if ranks.size == 1:
+    if ranks == 1:
         return
     if len(jobs) > 1:
         raise RefusedError(
-            f"{ranks.size} processes make one artifact together, not {len(jobs)}",
-            where="torchrun",
+            f"{ranks} processes make one artifact together, not {len(jobs)}",
+            where=TOGETHER,
             fix="name one recipe, or build all of them with one process",
         )
     for job in jobs:
         if job.recipe.upstream is not None:
             raise RefusedError(
                 f"the engine {job.recipe.engine} is one process",
-                where="torchrun",
-                fix=f'build it without torchrun, or with engine = "{OWN_ENGINE}"',
+                where=TOGETHER,
+                fix=f'build it with one process, or with engine = "{OWN_ENGINE}"',
             )
 
 

@@ -1,5 +1,6 @@
 """What a build will need, found out before it starts: problems, sizes, memory, disk and a time estimate."""
 
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
 from quantkit.formats.contract import Format, Headed, InPlace, Particular, SeveralVariants
+from quantkit.launch import TOGETHER
 from quantkit.methods import Method, Survey
+from quantkit.ranks import owners
 from quantkit.recipe import OWN_ENGINE, Recipe
 from quantkit.solvers.contract import Solver
 from quantkit.units import size_text
@@ -43,7 +46,9 @@ class Plan:
         bits_per_weight: over the quantized linears; the mean of the variants.
         disk_bytes: most that is on disk at once (finished items beside the artifact).
         disk_free_bytes: on the output's disk.
-        memory_bytes: peak on the device that solves.
+        ranks: processes that make it together.
+        memory_bytes: peak on the device that solves: of all processes on a CPU, which they share; of one on its GPU.
+        rank_bytes: of it, the one process that needs most.
         memory_free_bytes: available there.
         tokens: of calibration.
         operations: least floating-point operations of each stage, see `operations`.
@@ -59,7 +64,9 @@ class Plan:
     bits_per_weight: float
     disk_bytes: int
     disk_free_bytes: int
+    ranks: int
     memory_bytes: int
+    rank_bytes: int
     memory_free_bytes: int
     tokens: int
     operations: dict[str, float]
@@ -121,8 +128,16 @@ def in_passes(builds: Sequence[Footprint], free: int) -> list[list[int]]:
     return passes
 
 
-def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Path, device: torch.device) -> Plan:
+def make_plan(
+    recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Path, device: torch.device, ranks: int = 1
+) -> Plan:
     """The plan of a build.
+
+    Args:
+        recipe, checkpoint, method: what is built.
+        out: the artifact's folder.
+        device: where is computed.
+        ranks: how many processes make it together.
 
     Raises:
         RefusedError: the format cannot hold a linear; every problem is named.
@@ -178,8 +193,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
     taken = (
         Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
         if engine is not None and engine.takes_checkpoint
-        else _footprint(recipe, checkpoint, method, work, waiting=artifact_bytes // checkpoint.num_layers)
+        else _footprint(recipe, checkpoint, method, work, waiting=artifact_bytes // checkpoint.num_layers, ranks=ranks)
     )
+    rank_bytes = together_bytes([taken])
     # what is not given the checkpoint starts from a copy of it in 16 bits
     prepared_bytes = 0 if engine is None or engine.takes_checkpoint else 2 * parameters_held
     counted = operations(method, work, from_float=recipe.calibration.activations == "float")
@@ -190,12 +206,14 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Pa
         bits_per_weight=quantized_bits / max(quantized * max(len(variants), 1), 1),
         disk_bytes=prepared_bytes + artifact_bytes * (1 if isinstance(method.format, InPlace) else 2),
         disk_free_bytes=shutil.disk_usage(_existing(out)).free,
-        memory_bytes=together_bytes([taken]),
+        ranks=ranks,
+        memory_bytes=rank_bytes * (ranks if device.type == "cpu" else 1),
+        rank_bytes=rank_bytes,
         memory_free_bytes=free_bytes(device),
         tokens=tokens,
         operations=counted,
         source_bytes=sum(info.size_bytes for info in infos.values()),
-        seconds=_seconds(counted, recipe, device),
+        seconds=_seconds(_of_one(counted, work, recipe, ranks), recipe, device) * _crowding(recipe, device, ranks),
         variants=variants,
         footprint=taken,
     )
@@ -221,6 +239,12 @@ def require_here(
         require(recipe.upstream, device.type)
     if method.engine:
         require(find_engine(method.engine), "cpu")
+    if device.type == "cuda" and plan.ranks > torch.cuda.device_count():
+        raise RefusedError(
+            f"{plan.ranks} ranks want a GPU each: {torch.cuda.device_count()} are there",
+            where=TOGETHER,
+            fix="use as many ranks as there are GPUs",
+        )
     if plan.disk_bytes + reserved_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
         beside = f", {size_text(reserved_bytes)} of them for those before it" if reserved_bytes else ""
         raise RefusedError(
@@ -229,11 +253,16 @@ def require_here(
             fix="free some space, or choose another disk with --out",
         )
     if plan.memory_bytes > plan.memory_free_bytes:
+        shared = plan.memory_bytes > plan.rank_bytes
+        together = f", {size_text(plan.rank_bytes)} for each of {plan.ranks} ranks" if shared else ""
+        fewer = "fewer ranks (--ranks), " if shared else ""
+        more = "more GPUs (--ranks), " if device.type == "cuda" and recipe.upstream is None and plan.tokens else ""
         raise RefusedError(
-            f"the build needs about {size_text(plan.memory_bytes)} of memory on {device.type}, "
+            f"the build needs about {size_text(plan.memory_bytes)} of memory on {device.type}{together}, "
             f"{size_text(plan.memory_free_bytes)} are free",
             where="calibration and compute",
-            fix="use fewer or shorter windows (calibration.texts, calibration.window_tokens), or a larger machine",
+            fix=f"use {fewer}{more}fewer or shorter windows (calibration.texts, calibration.window_tokens), or a "
+            "larger machine",
         )
 
 
@@ -245,12 +274,19 @@ def plan_lines(plan: Plan) -> list[str]:
         f"artifact          {size_text(plan.artifact_bytes)}",
         *(f"  {name:<16}{size_text(size)}" for name, size in plan.variants.items()),
         f"disk              {size_text(plan.disk_bytes)} while building, {size_text(plan.disk_free_bytes)} free",
-        f"memory            {size_text(plan.memory_bytes)}, {size_text(plan.memory_free_bytes)} free",
+        f"memory            {_memory_text(plan)}, {size_text(plan.memory_free_bytes)} free",
         f"calibration       {plan.tokens} tokens",
         f"operations        {sum(plan.operations.values()) / 1e12:.2f} T at least: "
         + ", ".join(f"{stage} {count / 1e12:.2f}" for stage, count in plan.operations.items()),
         f"time              about {plan.seconds:.0f} s (estimate)",
     ]
+
+
+def _memory_text(plan: Plan) -> str:
+    """What is held against the free memory; of several ranks on one CPU also what each takes."""
+    if plan.memory_bytes > plan.rank_bytes:
+        return f"{size_text(plan.memory_bytes)} of {plan.ranks} ranks, {size_text(plan.rank_bytes)} each"
+    return f"{size_text(plan.memory_bytes)}{' of each rank' if plan.ranks > 1 else ''}"
 
 
 def together_lines(names: list[list[str]], memory_bytes: int, disk_bytes: int) -> list[str]:
@@ -346,6 +382,30 @@ def work_of(recipe: Recipe, checkpoint: Checkpoint, solved: list[tuple[str, int,
     return Work(tuple(layers), ends)
 
 
+def _of_one(counted: dict[str, float], work: Work, recipe: Recipe, ranks: int) -> dict[str, float]:
+    """Operations of the rank with most to do, given those of one process; what is not dealt, each does in full."""
+    if ranks == 1:
+        return counted
+    stages = [*(stage for layer in work.layers for stage in layer.stages.values()), *work.ends]
+    tokens = work.layers[0].tokens
+    dealt = {
+        "forward": _held_tokens(recipe, tokens, ranks)[0] / max(tokens, 1),
+        "statistics": 1 / ranks,
+        "solve": sum(_most(stage, ranks) * stage.columns for stage in stages)
+        / max(sum(shape.size * stage.columns for stage in stages for shape in stage.shapes), 1),
+    }
+    return {name: count * dealt.get(name, 1) for name, count in counted.items()}
+
+
+def _most(stage: StageWork, ranks: int) -> int:
+    """Weights that the rank with most of a stage has to solve."""
+    sizes = [shape.size for shape in stage.shapes]
+    load = [0] * ranks
+    for size, owner in zip(sizes, owners(sizes, ranks), strict=True):
+        load[owner] += size
+    return max(load)
+
+
 def operations(method: Method, work: Work, *, from_float: bool) -> dict[str, float]:
     """Least floating-point operations of each stage, one multiply-add being two; a floor, not what a solver takes.
 
@@ -375,12 +435,18 @@ def operations(method: Method, work: Work, *, from_float: bool) -> dict[str, flo
     return found.operations
 
 
-def _footprint(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Work, *, waiting: int) -> Footprint:
+def _footprint(
+    recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Work, *, waiting: int, ranks: int
+) -> Footprint:
     """Peak of the pass: activations, one layer, and the largest of what is done to it; or one of the ends.
+
+    Of several ranks each holds the activations of its own windows alone, and everything else as one process would: the
+    layer, whole sums, and one of them the largest linear's solution.
 
     Args:
         recipe, checkpoint, method, work: of the build.
         waiting: bytes of an item that is being written.
+        ranks: how many processes make it; the footprint is that of the first, which has most.
     """
     width = _width(recipe).itemsize
     infos = checkpoint.tensors.tensors
@@ -388,23 +454,26 @@ def _footprint(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Wor
     layer, source = (sum(getattr(infos[name], part) for name in names) for part in ("num_elements", "size_bytes"))
     ends = max(sum(infos[name].size_bytes for name in checkpoint.names(item)) for item in (EMBEDDING, HEAD))
     streams, solvers = _streams(method), method.solvers
+    tokens = work.layers[0].tokens
+    own, travelling = _held_tokens(recipe, tokens, ranks)
+    hidden = own * int(checkpoint.config["hidden_size"]) * width
+    # of what is looked at as a whole, every rank is handed the rest
+    others = (tokens - own) * int(checkpoint.config["hidden_size"]) * width
     peaks = [
-        streams * stage.tokens * stage.columns * width + _solving(solvers.layers, stage).memory_bytes
+        (streams * own + travelling) * stage.columns * width + _solving(solvers.layers, stage).memory_bytes
         for each in work.layers[:1]
         for stage in each.stages.values()
     ]
     if solvers.preparation is not None:
-        peaks.append(solvers.preparation.cost(work.layers[0]).memory_bytes)
+        peaks.append(others + solvers.preparation.cost(work.layers[0]).memory_bytes)
     if method.survey is not None:
-        peaks.append(_surveying(method.survey, work.layers[0]).memory_bytes)
-    tokens = work.layers[0].tokens
+        peaks.append(max(others, _surveying(method.survey, work.layers[0]).memory_bytes))
     # without text nothing goes through the layer: of its weights those of a stage are placed, and nothing is rewritten
     stages = work.layers[0].stages.values()
     placed = streams * layer if tokens else max(sum(shape.size for shape in stage.shapes) for stage in stages)
     in_layer = width * placed + layer + (3 if tokens else 2) * source + max(peaks)
     at_ends = max((_solving(solvers.ends, stage).memory_bytes for stage in work.ends if solvers.ends), default=0)
     working = ends + max(in_layer, at_ends)
-    hidden = tokens * int(checkpoint.config["hidden_size"]) * width
     together = (recipe.model, recipe.compute.threads)
     from_float = recipe.calibration.activations == "float"
     if not tokens or not (from_float or streams == 2):
@@ -419,8 +488,17 @@ def _footprint(recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Wor
         working,
         stream=(tuple(sorted(section.texts.items())), section.window_tokens, section.seed, *compute),
         stream_alone=hidden,
-        stream_shared=2 * hidden + tokens * sum(inputs) * width + width * layer + sums,
+        stream_shared=2 * hidden + own * sum(inputs) * width + width * layer + sums,
     )
+
+
+def _held_tokens(recipe: Recipe, tokens: int, ranks: int) -> tuple[int, int]:
+    """Tokens of the batches that the first rank is dealt, and of the batch that it is handed of another's."""
+    if ranks == 1 or not tokens:
+        return tokens, 0
+    batch = recipe.compute.windows_per_batch * recipe.calibration.window_tokens
+    batches = -(-tokens // batch)
+    return min(tokens, -(-batches // ranks) * batch), min(tokens, batch)
 
 
 def _streams(method: Method) -> int:
@@ -454,6 +532,13 @@ def _seconds(counted: dict[str, float], recipe: Recipe, device: torch.device) ->
         dtype = torch.float32 if stage in IN_FLOAT32 else _width(recipe)
         by_dtype[dtype] = by_dtype.get(dtype, 0.0) + count
     return sum(count / _rate(dtype, device) for dtype, count in by_dtype.items()) / EFFICIENCY
+
+
+def _crowding(recipe: Recipe, device: torch.device, ranks: int) -> float:
+    """How many times longer ranks take that share the cores of a CPU than ranks that have their threads' own."""
+    if device.type != "cpu":
+        return 1.0
+    return max(1.0, ranks / max(1, (os.cpu_count() or 1) // recipe.compute.threads))
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:

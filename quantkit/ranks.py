@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from quantkit.errors import RefusedError, RunFailedError
+from quantkit.launch import TOGETHER
 
 T = TypeVar("T")
 # a process that waits so long for one that lives and says nothing gives up
@@ -83,12 +84,13 @@ class Ranks:
             return [own]
         written = io.BytesIO()
         torch.save(own, written)
-        found: list[Any] = [None] * self.size
-        with self._others():
-            distributed.all_gather_object(found, written.getvalue())
-        # from a process of the same build
-        read = [torch.load(io.BytesIO(each), map_location=self.device, weights_only=False) for each in found]
-        return [own if rank == self.rank else each for rank, each in enumerate(read)]
+        mine = torch.frombuffer(written.getbuffer(), dtype=torch.uint8).to(self.device)
+        found = []
+        # one after another, so that what travels is held of one at a time
+        for owner in range(self.size):
+            (content,) = self._handed((mine,), owner)
+            found.append(own if owner == self.rank else self._read(content))
+        return found
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes; the others make nothing."""
@@ -120,13 +122,18 @@ class Ranks:
                 differing = ", ".join(sorted(key for key in first | other if first.get(key) != other.get(key)))
                 raise RefusedError(
                     f"rank {rank} would build something else than rank 0: {differing} differ",
-                    where="torchrun",
+                    where=TOGETHER,
                     fix="use GPUs of one model, and the same versions and files for all ranks",
                 )
 
     def fails_first(self) -> bool:
         """Whether no other has failed before: the one who says so tells of the error."""
         return self.store is None or self.store.add(FAILED, 1) == 1
+
+    def _read(self, content: Tensor) -> Any:
+        """What another process of the same build has saved; tensors in it are put on one's own device."""
+        written = io.BytesIO(content.cpu().numpy().data)
+        return torch.load(written, map_location=self.device, weights_only=False)
 
     def _handed(self, mine: tuple[Tensor, ...] | None, owner: int) -> tuple[Tensor, ...]:
         known = None if mine is None else [(each.shape, each.dtype) for each in mine]
@@ -154,7 +161,7 @@ class Ranks:
             raise RunFailedError(
                 "another process of the build has ended",
                 where=f"rank {self.rank} of {self.size}",
-                fix="see what it or torchrun said; the same command goes on from the last finished layer",
+                fix="see what it said, or who killed it; the same command goes on from the last finished layer",
             ) from error
 
 
@@ -163,7 +170,7 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """One's place among the processes that torchrun has started.
+    """One's place among the processes that were started together, by `quantkit.launch.start` or torchrun.
 
     On GPUs the process uses the one of its local rank; tensors go through NCCL there, and through gloo elsewhere.
 
@@ -175,7 +182,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         if local >= torch.cuda.device_count():
             raise RefusedError(
                 f"rank {local} has no GPU: {torch.cuda.device_count()} are there",
-                where="torchrun --nproc-per-node",
+                where=TOGETHER,
                 fix="start as many processes as there are GPUs",
             )
         torch.cuda.set_device(local)

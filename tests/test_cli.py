@@ -13,12 +13,15 @@ from tests.commands import ROOT, quantkit, run
 from tests.tiny import WORDS
 
 FROZEN = {
-    "build": {"--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--release", "--junit", "--json"},
+    "build": {
+        *("--model", "--out", "--device", "--set", "--fresh", "--no-validate", "--release", "--ranks", "--junit"),
+        "--json",
+    },
     "validate": {"--model", "--text", "--runtime", "--device", "--junit", "--json"},
     "inspect": {"--verify", "--public-key", "--json"},
     "report": {"--out", "--json"},
     "publish": {"--repo", "--revision", "--private", "--dry-run", "--sign", "--report", "--json"},
-    "plan": {"--model", "--out", "--device", "--set", "--json"},
+    "plan": {"--model", "--out", "--device", "--set", "--ranks", "--json"},
     "demo": {"--out", "--device", "--json"},
     "submit": {
         *("--model", "--out", "--set", "--partition", "--account", "--qos", "--time", "--gpus", "--cpus", "--memory"),

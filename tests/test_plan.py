@@ -91,3 +91,64 @@ def test_trials_of_channel_scales_take_memory(tmp_path):
     largest = 2 * 256 * 1024
     assert taken[0] < taken[1] < taken[2]
     assert (41 - 3) * largest * 4 < taken[2] - taken[1] < (41 - 3) * largest * 13
+
+
+def planned(shape: str, name: str, ranks: int, device: torch.device = CPU, **changes: str):
+    changed = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+    recipe = load_recipe(find_recipe(f"bielik-7b-instruct-v0.1/{name}"), tuple(changed))
+    checkpoint = describe_model(SHAPES / shape)
+    method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
+    return make_plan(recipe, checkpoint, method, out=SHAPES, device=device, ranks=ranks)
+
+
+def test_ranks_divide_the_activations_and_the_time_and_nothing_else(monkeypatch):
+    one, two, four = (planned("mistral-7b", "gptq", ranks) for ranks in (1, 2, 4))
+    recipe = load_recipe(find_recipe("bielik-7b-instruct-v0.1/gptq"))
+    # in front of the layer and in its widest stage, in bfloat16; a batch of another's is in hand
+    activations = one.tokens * (4096 + 14336) * 2
+    travelling = recipe.compute.windows_per_batch * recipe.calibration.window_tokens * 14336 * 2
+    assert one.rank_bytes - two.rank_bytes == activations // 2 - travelling
+    assert two.rank_bytes - four.rank_bytes == activations // 4
+    assert one.operations == four.operations
+    # on a CPU they share the memory
+    assert (one.memory_bytes, four.memory_bytes) == (one.rank_bytes, 4 * four.rank_bytes)
+    monkeypatch.setattr("quantkit.plan.free_bytes", lambda device: 0)
+    assert planned("mistral-7b", "gptq", 4, torch.device("cuda")).memory_bytes == four.rank_bytes
+
+
+def test_time_with_ranks_is_that_of_who_has_most_to_do(monkeypatch):
+    monkeypatch.setattr("quantkit.plan.os.cpu_count", lambda: 64)
+    one, two, eight = (planned("mistral-7b", "gptq", ranks, compute__threads="8") for ranks in (1, 2, 8))
+    assert one.seconds / 2 < two.seconds < one.seconds / 2 * 1.05
+    # down_proj is solved by one, whoever waits
+    assert one.seconds / 8 * 1.1 < eight.seconds < one.seconds / 4
+    monkeypatch.setattr("quantkit.plan.os.cpu_count", lambda: 16)
+    assert planned("mistral-7b", "gptq", 8, compute__threads="8").seconds == pytest.approx(4 * eight.seconds)
+
+
+def test_a_70b_that_one_small_card_cannot_hold_fits_four(monkeypatch):
+    monkeypatch.setattr("quantkit.plan.free_bytes", lambda device: 40 * 10**9)
+    cuda = torch.device("cuda")
+    one, four = (planned("llama-3-70b", "gptq", ranks, cuda) for ranks in (1, 4))
+    assert one.memory_bytes > one.memory_free_bytes > four.memory_bytes
+
+
+def test_a_search_on_all_hidden_states_is_done_by_every_rank():
+    """AWQ's scales: each rank is handed what the others have of the hidden states."""
+    gptq, awq = ([planned("mistral-7b", name, ranks).rank_bytes for ranks in (1, 8)] for name in ("gptq", "awq"))
+    assert awq[0] == pytest.approx(gptq[0], rel=1e-3)
+    assert awq[1] > gptq[1]
+
+
+def test_ranks_for_which_memory_does_not_suffice_are_refused(tmp_path, monkeypatch):
+    model = make_tiny(tmp_path / "model", "mistral", hidden_size=128, intermediate_size=256)
+
+    def run(ranks: int):
+        return plan(recipe_of(model, "gptq"), out=tmp_path / "out", device=CPU, progress=Progress(), ranks=ranks)
+
+    needed = run(1).memory_bytes
+    monkeypatch.setattr("quantkit.plan.free_bytes", lambda device: needed)
+    with pytest.raises(RefusedError, match="for each of 2 ranks") as caught:
+        run(2)
+    assert "fewer ranks" in caught.value.fix
+    assert run(1).memory_free_bytes == needed

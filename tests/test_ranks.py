@@ -2,29 +2,33 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from quantkit.artifact import Job
 from quantkit.calibration.statistics import BLOCK
 from quantkit.errors import RefusedError
+from quantkit.launch import start
 from quantkit.pipeline import build, build_all
 from quantkit.ranks import Ranks, owners
 from quantkit.recipe import Recipe
 from quantkit.report.record import read_record
 from quantkit.workdir import work_folder
-from tests.commands import ROOT, quantkit
+from tests.commands import COMMAND, ROOT, quantkit
 from tests.test_build_all import FLOAT
 from tests.test_formats import CASES, hashes
 from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
 PATIENCE_S = 240
-COMMON = ("gptq", "gguf-float")
+COMMON = "gptq"
 # builds, one after another, whatever recipes and folders it is given
 BUILDS = """
 import json, sys
@@ -44,25 +48,24 @@ with joined(torch.device("cpu")) as ranks:
         if outcome.error is not None:
             raise outcome.error
 """
-# the command, in which rank 1 comes to grief in front of a layer
+# what Python runs first in every process: rank 1 is to come to grief in front of a layer
 FAILS = """
-import os, sys
-from quantkit import stream
-from quantkit.errors import RunFailedError
+import os
 
-plain = stream._solve_item
+if os.environ.get("RANK") == "1":
+    from quantkit import stream
+    from quantkit.errors import UnavailableError
 
-def solve_item(checkpoint, name, *rest):
-    if name == "layers.1" and os.environ["RANK"] == "1":
-        if os.environ["GRIEF"] == "kill":
-            os.kill(os.getpid(), 9)
-        raise RunFailedError("a layer that only rank 1 stumbles over", where=name)
-    return plain(checkpoint, name, *rest)
+    plain = stream._solve_item
 
-if "GRIEF" in os.environ:
+    def solve_item(checkpoint, name, *rest):
+        if name == "layers.1":
+            if os.environ["GRIEF"] == "kill":
+                os.kill(os.getpid(), 9)
+            raise UnavailableError("a layer that only rank 1 stumbles over", where=name)
+        return plain(checkpoint, name, *rest)
+
     stream._solve_item = solve_item
-from quantkit.cli import main
-main()
 """
 
 
@@ -128,13 +131,95 @@ def require_equal_bytes(names, source, folder: Path) -> None:
         assert record["fingerprint"] == one.record["fingerprint"]
 
 
-def test_two_ranks_make_the_bytes_of_one(source, tmp_path):
-    require_equal_bytes(COMMON, source, tmp_path)
-
-
 @pytest.mark.slow
 def test_two_ranks_make_the_bytes_of_one_in_every_format(source, tmp_path):
-    require_equal_bytes(sorted((CASES | FLOAT).keys() - set(COMMON)), source, tmp_path)
+    require_equal_bytes(sorted(CASES | FLOAT), source, tmp_path)
+
+
+def building(source, folder: Path) -> list[str]:
+    """Arguments of a build into `out` beside the recipe."""
+    recipe, out = str(written(source, folder)), str(folder / "out")
+    return ["build", recipe, "--out", out, "--device", "cpu", "--no-validate", "--json"]
+
+
+def test_two_ranks_make_the_bytes_of_one(source, tmp_path):
+    done = quantkit(*building(source, tmp_path), "--ranks", "2")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["environment"]["ranks"] == 2
+    one = build(Recipe.of(recipe_of(COMMON, source)), out=tmp_path / "one", device=CPU, validated=False)
+    assert hashes(tmp_path / "out") == hashes(one.out)
+    assert json.loads(done.stdout)["fingerprint"] == one.record["fingerprint"]
+
+
+def test_ranks_exit_as_one_process_would_and_one_of_them_says_why(source, tmp_path):
+    done = quantkit(*building(source, tmp_path), "--ranks", "2", "--set", "calibration.window_tokens=100000")
+    assert done.returncode == 2
+    assert (done.stderr.count("error: "), done.stderr.count("error on rank")) in ((1, 0), (0, 1)), done.stderr
+    assert "100000 tokens per window are more than the model's" in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_number_of_ranks_that_torchrun_did_not_start_is_refused(source, tmp_path):
+    done = quantkit(*building(source, tmp_path), "--ranks", "3", TORCHELASTIC_RUN_ID="none", WORLD_SIZE="2", RANK="0")
+    assert done.returncode == 2
+    assert "error: --ranks 3, and torchrun has started 2" in done.stderr
+
+
+# what a rank does, by its number
+ACTS = """
+import os, sys, time
+from quantkit.launch import end_with_launcher
+end_with_launcher()
+sys.path[:] = []
+acts = sys.argv[1:]
+exec(acts[int(os.environ["RANK"])])
+"""
+
+
+def acting(*acts: str) -> list[str]:
+    return [sys.executable, "-c", ACTS, *acts]
+
+
+def test_the_exit_code_of_each_rank_is_known(monkeypatch):
+    monkeypatch.setattr("quantkit.launch.GRACE_S", 0.5)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert start(2, acting("pass", "time.sleep(1)")) == {0: 0, 1: 0}
+    # those that go on when one has failed are stopped, and have no code
+    assert start(2, acting("time.sleep(600)", "sys.exit(4)")) == {1: 4}
+    assert start(3, acting("time.sleep(600)", "os.kill(os.getpid(), 9)", "pass"))[1] == -9
+
+
+# starts two ranks that say who they are and then do nothing
+IDLE = """
+import json, sys
+from quantkit.launch import start
+start(2, json.loads(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_no_rank_outlives_who_started_it(by):
+    idle = acting(*["print(os.getpid(), flush=True); time.sleep(600)"] * 2)
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", IDLE, json.dumps(idle)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    ranks: list[psutil.Process] = []
+    try:
+        ranks += [psutil.Process(int(launcher.stdout.readline())) for _ in range(2)]
+        assert all(rank.is_running() for rank in ranks)
+        launcher.send_signal(by)
+        assert launcher.wait() == -by
+        assert psutil.wait_procs(ranks, timeout=20)[1] == []
+    finally:
+        launcher.kill()
+        launcher.wait()
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.kill()
+        launcher.stdout.close()
 
 
 def written(source, folder: Path) -> Path:
@@ -156,24 +241,32 @@ def toml(value: object) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("grief", "resumed"), [("raise", 1), ("kill", 2)])
-def test_both_end_where_one_does_and_the_same_command_goes_on(source, tmp_path, grief, resumed):
-    path, out = written(source, tmp_path), tmp_path / "out"
-    command = ("build", str(path), "--out", str(out), "--device", "cpu", "--no-validate", "--json")
-    code, stdout, stderr = on_two(tmp_path, FAILS, *command, GRIEF=grief)
-    assert code != 0
+@pytest.mark.parametrize("own", [True, False], ids=["--ranks", "torchrun"])
+@pytest.mark.parametrize(("grief", "code", "resumed"), [("raise", 4, 1), ("kill", -9, 2)])
+def test_both_end_where_one_does_and_the_same_command_goes_on(source, tmp_path, own, grief, code, resumed):
+    command, out = building(source, tmp_path), tmp_path / "out"
+    early = tmp_path / "early"
+    early.mkdir()
+    (early / "sitecustomize.py").write_text(FAILS)
+    variables = {"PYTHONPATH": os.pathsep.join((str(early), str(ROOT))), "GRIEF": grief}
+    if own:
+        done = quantkit(*command, "--ranks", "2", **variables)
+        found, stdout, stderr = done.returncode, done.stdout, done.stderr
+    else:
+        found, stdout, stderr = on_two(tmp_path, COMMAND, *command, **variables)
+    # torchrun has one code for all that can go wrong
+    assert found == (code if own else 1), stderr
     assert not stdout
     assert not out.exists()
     told = "error on rank 1: a layer that only rank 1" if grief == "raise" else "another process of the build has ended"
-    assert stderr.count("error: ") + stderr.count("error on rank") == stderr.count(told) == 1
+    assert stderr.count(told) == 1, stderr
+    killed = stderr.count("error: rank 1 of 2 was killed by SIGKILL")
+    assert killed == (own and grief == "kill")
+    assert stderr.count("error: ") + stderr.count("error on rank") == 1 + killed
     items = json.loads((work_folder(out) / "journal.json").read_text())["items"]
     assert "embedding" in items
     assert "layers.1" not in items
-    if resumed == 2:
-        code, stdout, stderr = on_two(tmp_path, FAILS, *command)
-        assert code == 0, stderr
-    else:
-        stdout = quantkit(*command).stdout
+    stdout = quantkit(*command, "--ranks", str(resumed)).stdout
     assert json.loads(stdout)["environment"]["ranks"] == resumed
     one = build(Recipe.of(recipe_of("gptq", source)), out=tmp_path / "one", device=CPU, validated=False)
     assert hashes(out) == hashes(one.out)
