@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from quantkit.artifact import Artifact, Build, Job, Once, Outcome
-from quantkit.checkpoint.layer import free_bytes
+from quantkit.checkpoint.spill import free_bytes
 from quantkit.errors import QuantkitError, RefusedError
 from quantkit.launch import TOGETHER
 from quantkit.plan import Plan, in_passes, together_bytes

@@ -14,7 +14,7 @@ from quantkit.calibration.statistics import DEVIATION
 from quantkit.calibration.statistics import cost as statistics_cost
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD
 from quantkit.checkpoint.index import Checkpoint
-from quantkit.checkpoint.layer import free_bytes
+from quantkit.checkpoint.spill import free_bytes
 from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, Shape, StageWork, total
 from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require

@@ -67,12 +67,6 @@ class Ranks:
             del mine
         assert next(own, None) is None, "there is more than was counted"
 
-    def all_of(self, own: Sequence[Tensor], total: int) -> Sequence[Tensor]:
-        """Every tensor that all have, in the order it was dealt."""
-        if self.size == 1:
-            return own
-        return [tensor for (tensor,) in self.in_order(((each,) for each in own), total)]
-
     def share(self, tensor: Tensor, owner: int) -> None:
         """Overwrite a tensor, of the same shape everywhere, with that of one process."""
         if self.size > 1:

@@ -22,6 +22,7 @@ from quantkit.calibration.statistics import Statistics
 from quantkit.checkpoint.families import EMBEDDING, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
+from quantkit.checkpoint.spill import Kept, Spill
 from quantkit.progress import timed
 from quantkit.ranks import ALONE, Ranks
 
@@ -56,9 +57,17 @@ class Calibration:
         """What was made of every rank's batches, in the recipe's order, given one's own."""
         return self.ranks.in_order(own, -(-len(self.tokens_WT) // self.windows_per_batch))
 
-    def all_of(self, own: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The same, all at once."""
-        return self.ranks.all_of(own, -(-len(self.tokens_WT) // self.windows_per_batch))
+    def sampled(self, own: Iterator[Tensor], most: int) -> Tensor:
+        """A copy of at most so many of all windows [B, ...], evenly spaced, given what was made of one's own batches."""
+        windows = len(self.tokens_WT)
+        count = min(most, windows)
+        wanted = [place * windows // count for place in range(count)]
+        found: list[Tensor] = []
+        first = 0
+        for (batch,) in self.in_order((each,) for each in own):
+            found += [batch[at - first].clone() for at in wanted if first <= at < first + len(batch)]
+            first += len(batch)
+        return torch.stack(found)
 
 
 class SourcePass:
@@ -122,7 +131,7 @@ class FloatStream:
         self._wanted: dict[object, Taken] = {}
         self._name: str | None = None
         self._source: dict[str, Tensor] = {}
-        self._batches: list[Tensor] = []
+        self._batches: list[Kept] = []
         self._visit: _Visit | None = None
         self._hidden_left = 0
 
@@ -156,7 +165,7 @@ class FloatStream:
             return
         if self._name == EMBEDDING:
             with timed(seconds, "embed"):
-                self._batches = [self.decoder.embed(self._source, tokens) for tokens in self.calibration.batches]
+                self._batches = embedded(self.decoder, self._source, self.calibration)
         elif self._name is not None:
             visit = self._layer(seconds)
             with timed(seconds, "advance"):
@@ -164,7 +173,7 @@ class FloatStream:
         self._name, self._source, self._visit = name, source, None
         self._hidden_left = sum(wanted.hidden for wanted in self._wanted.values())
 
-    def hidden(self) -> list[Tensor]:
+    def hidden(self) -> list[Kept]:
         """The batches [B, T, D] in front of the item, in a list of one's own; the tensors are not to be modified."""
         found = list(self._batches)
         self._hidden_left -= 1
@@ -176,7 +185,7 @@ class FloatStream:
         """The current layer with the source's weights, not to be altered."""
         return self._layer({}).layer
 
-    def inputs(self, stage: Stage, seconds: dict[str, float]) -> list[Tensor]:
+    def inputs(self, stage: Stage, seconds: dict[str, float]) -> list[Kept]:
         """What a stage of the current layer reads, [B, T, I] per batch; once for each who said they would take them.
 
         Args:
@@ -195,7 +204,8 @@ class FloatStream:
             with timed(seconds, "load"):
                 layer = self.decoder.layer(int(str(self._name).removeprefix("layers.")), self._source)
             batches = list(self._batches) if self._hidden_left > 0 else self._batches
-            self._visit = _Visit(layer, batches, self.rope, self.calibration, tuple(self._wanted.values()))
+            wanted = tuple(self._wanted.values())
+            self._visit = _Visit(layer, batches, self.rope, self.decoder.spill, self.calibration, wanted)
         return self._visit
 
 
@@ -220,22 +230,24 @@ class _Visit:
     def __init__(
         self,
         layer: DecoderLayer,
-        batches: list[Tensor],
+        batches: list[Kept],
         rope: tuple[Tensor, Tensor],
+        spill: Spill,
         calibration: Calibration,
         wanted: Sequence[Taken],
     ) -> None:
         self.layer = layer
+        self._spill = spill
         self._calibration = calibration
-        self._walks = start(layer, batches, rope)
+        self._walks = start(layer, batches, rope, spill)
         self._needs = frozenset().union(*(each.needs for each in wanted))
         self._takers = {"inputs": sum(each.inputs for each in wanted), "sums": sum(bool(each.needs) for each in wanted)}
         self._reached: set[Stage] = set()
-        self._inputs: dict[Stage, tuple[int, list[Tensor]]] = {}
+        self._inputs: dict[Stage, tuple[int, list[Kept]]] = {}
         self._sums: dict[Stage, tuple[int, Statistics]] = {}
-        self._outputs: list[Tensor] = []
+        self._outputs: list[Kept] = []
 
-    def inputs(self, stage: Stage, seconds: dict[str, float]) -> list[Tensor]:
+    def inputs(self, stage: Stage, seconds: dict[str, float]) -> list[Kept]:
         self._reach(stage, seconds)
         left, found = self._inputs.pop(stage)
         if left > 1:
@@ -249,9 +261,9 @@ class _Visit:
             self._sums[stage] = (left - 1, found)
         return found
 
-    def outputs(self) -> list[Tensor]:
+    def outputs(self) -> list[Kept]:
         """The batches behind the layer."""
-        self._outputs += finish(self._walks)
+        self._outputs += finish(self._walks, self._spill)
         return self._outputs
 
     def _reach(self, stage: Stage, seconds: dict[str, float]) -> None:
@@ -259,7 +271,7 @@ class _Visit:
         if stage in self._reached:
             return
         self._reached.add(stage)
-        kept: list[Tensor] = []
+        kept: list[Kept] = []
         reached = self._reaching(stage, seconds, kept)
         if self._takers["sums"]:
             statistics = Statistics(self._needs, self._calibration.ranks)
@@ -274,7 +286,7 @@ class _Visit:
         if self._takers["inputs"]:
             self._inputs[stage] = (self._takers["inputs"], kept)
 
-    def _reaching(self, stage: Stage, seconds: dict[str, float], kept: list[Tensor]) -> Iterator[tuple[Tensor]]:
+    def _reaching(self, stage: Stage, seconds: dict[str, float], kept: list[Kept]) -> Iterator[tuple[Tensor]]:
         """What the stage reads, batch by batch; a batch goes on once the next is asked for."""
         last = stage == self.layer.family.stages[-1]
         walks, self._walks = self._walks, []
@@ -283,24 +295,34 @@ class _Visit:
             with timed(seconds, "forward"):
                 _, inputs = next(walk)
             if self._takers["inputs"]:
-                kept.append(inputs)
+                kept.append(self._spill.keep(inputs))
             yield (inputs,)
             del inputs
             if last:
                 # nothing but the output is left of a batch, unless somebody takes what the stage read
                 with timed(seconds, "advance"):
-                    self._outputs += finish([walk])
+                    self._outputs += finish([walk], self._spill)
             else:
                 self._walks.append(walk)
             del walk
 
 
-def start(layer: DecoderLayer, batches: list[Tensor], rope: tuple[Tensor, Tensor]) -> list[Walk]:
+def embedded(decoder: Decoder, tensors: dict[str, Tensor], calibration: Calibration) -> list[Kept]:
+    """One's batches of hidden states [B, T, D] in front of the first layer."""
+    return [decoder.spill.keep(decoder.embed(tensors, tokens)) for tokens in calibration.batches]
+
+
+def start(layer: DecoderLayer, batches: list[Kept], rope: tuple[Tensor, Tensor], spill: Spill) -> list[Walk]:
     """Walks over the batches; the list is emptied, so that a batch lives only as long as its walk needs it."""
-    return [layer.walk(batches.pop(0), rope) for _ in range(len(batches))]
+    return [_walked(layer, [batches.pop(0)], rope, spill) for _ in range(len(batches))]
 
 
-def finish(walks: list[Walk]) -> list[Tensor]:
+def _walked(layer: DecoderLayer, batch: list[Kept], rope: tuple[Tensor, Tensor], spill: Spill) -> Walk:
+    """A walk whose batch waits until it sets out; the list with it is emptied then."""
+    return (yield from layer.walk(batch.pop().tensor(), rope, spill))
+
+
+def finish(walks: list[Walk], spill: Spill) -> list[Kept]:
     """The outputs of walks, wherever they stand; the list is emptied."""
     outputs = []
     while walks:
@@ -309,6 +331,6 @@ def finish(walks: list[Walk]) -> list[Tensor]:
             try:
                 next(walk)
             except StopIteration as end:
-                outputs.append(end.value)
+                outputs.append(spill.keep(end.value))
                 break
     return outputs

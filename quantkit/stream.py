@@ -25,13 +25,14 @@ from quantkit.calibration.statistics import ACTIVATIONS, DEVIATION, Statistics
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
+from quantkit.checkpoint.spill import Kept
 from quantkit.costs import Cost, LayerWork
 from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
 from quantkit.progress import timed
 from quantkit.qtensor import Item, LinearFacts
 from quantkit.solvers.contract import Solver
-from quantkit.source_pass import Calibration, FloatStream, SourcePass, Taken, finish, start
+from quantkit.source_pass import Calibration, FloatStream, SourcePass, Taken, embedded, finish, start
 
 HEAD_WEIGHT = f"{END_MODULES[HEAD]}.weight"
 WeightOf = Callable[[str], Tensor]
@@ -42,12 +43,17 @@ SolveStage = Callable[[Stage, WeightOf, Statistics], None]
 class Preparation(Protocol):
     """Rewrites a decoder layer before it is solved, without changing what the layer computes."""
 
-    def prepare(self, layer: DecoderLayer, batches: Sequence[Tensor], rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    @property
+    def windows(self) -> int:
+        """Most calibration windows whose hidden states `prepare` is given."""
+        ...
+
+    def prepare(self, layer: DecoderLayer, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Dense tensors that replace the layer's own, by checkpoint name, in the compute dtype or a wider one.
 
         Args:
             layer: holding the source's weights; may be altered, the stream makes itself another.
-            batches: the layer's calibration inputs, each [B, T, D]; not modified.
+            hidden_BTD: the layer's input [B, T, D] for some windows, evenly spaced; not modified.
             rope: for `DecoderLayer.walk`.
         """
         ...
@@ -257,20 +263,13 @@ def _measured(
             if name == EMBEDDING or known(name):
                 yield None
                 continue
-            hidden_BTD = _sample(calibration.all_of(exact.hidden()), measuring.windows)
+            hidden_BTD = calibration.sampled((each.tensor() for each in exact.hidden()), measuring.windows)
             spent: dict[str, float] = {}
             statistics = {stage.name: exact.statistics(stage, spent) for stage in checkpoint.family.stages}
             release_freed_memory()
             layer = exact.decoder.layer(int(name.removeprefix("layers.")), source)
             yield name, measuring.measure(layer, statistics, hidden_BTD, exact.rope)
             del statistics, layer, hidden_BTD
-
-
-def _sample(batches: Sequence[Tensor], most: int) -> Tensor:
-    """A copy of at most so many windows [W, T, D], evenly spaced."""
-    windows = [window for batch in batches for window in batch.unbind()]
-    count = min(most, len(windows))
-    return torch.stack([windows[place * len(windows) // count] for place in range(count)])
 
 
 def _solve_item(
@@ -294,9 +293,9 @@ def _solve_item(
         assert activations is not None, "a preparation needs activations"
         started = time.perf_counter()
         layer = decoder.layer(index, source)
-        rewritten = source | solvers.preparation.prepare(
-            layer, activations.calibration.all_of(hidden), activations.rope
-        )
+        sample_BTD = activations.calibration.sampled((each.tensor() for each in hidden), solvers.preparation.windows)
+        rewritten = source | solvers.preparation.prepare(layer, sample_BTD, activations.rope)
+        del sample_BTD
         del layer
         prepared = time.perf_counter() - started
     full_names = (f"model.layers.{index}.{linear}" for linear in checkpoint.family.linears)
@@ -416,7 +415,7 @@ class Activations:
         self.calibration = calibration
         self.from_float = calibration.from_float
         self.rope = exact.rope if exact else decoder.rope(calibration.tokens_WT.shape[1])
-        self._batches: list[Tensor] = []
+        self._batches: list[Kept] = []
         self._exact = exact
         self._wanted = wanted
         if exact is not None:
@@ -436,7 +435,7 @@ class Activations:
         if self._exact is not None:
             self._exact.at(name, source, seconds)
 
-    def hidden(self) -> list[Tensor]:
+    def hidden(self) -> list[Kept]:
         """The batches [B, T, D] in front of the item, once for each; the tensors are not to be modified."""
         return self._float().hidden() if self.from_float else self._batches
 
@@ -450,10 +449,10 @@ class Activations:
         if name == HEAD or self.from_float:
             return
         if name == EMBEDDING:
-            self._batches = [self.decoder.embed(tensors, tokens) for tokens in self.calibration.batches]
+            self._batches = embedded(self.decoder, tensors, self.calibration)
             return
         layer = self.decoder.layer(int(name.removeprefix("layers.")), tensors)
-        self._batches = finish(start(layer, self._batches, self.rope))
+        self._batches = finish(start(layer, self._batches, self.rope, self.decoder.spill), self.decoder.spill)
 
     def head_statistics(
         self, tensors: dict[str, Tensor], source: dict[str, Tensor], needs: frozenset[str]
@@ -469,8 +468,11 @@ class Activations:
 
         def inputs() -> Iterator[tuple[Tensor, ...]]:
             for position, batch in enumerate(self.hidden()):
-                normed = self.decoder.normed(tensors, batch)
-                yield (normed, self.decoder.normed(source, exact[position])) if exact is not None else (normed,)
+                normed = self.decoder.normed(tensors, batch.tensor())
+                if exact is None:
+                    yield (normed,)
+                else:
+                    yield normed, self.decoder.normed(source, exact[position].tensor())
 
         return self._summed(inputs(), needs, {})
 
@@ -484,7 +486,7 @@ class Activations:
     def solve_layer(
         self,
         layer: DecoderLayer,
-        hidden: list[Tensor],
+        hidden: list[Kept],
         item: Item,
         needs: frozenset[str],
         solve_stage: SolveStage,
@@ -498,7 +500,7 @@ class Activations:
             needs: statistics the solver asks for.
             solve_stage: solves the linears of one stage into `item`.
         """
-        walks = start(layer, hidden, self.rope)
+        walks = start(layer, hidden, self.rope, self.decoder.spill)
         for stage in layer.family.stages:
             exact = self._float().inputs(stage, item.seconds) if self._wanted.inputs else None
             statistics = self._summed(_stops(walks, exact, item.seconds), needs, item.seconds)
@@ -508,7 +510,7 @@ class Activations:
                 _replace_weights(layer, stage, item)
         if not self.from_float:
             with timed(item.seconds, "advance"):
-                self._batches = finish(walks)
+                self._batches = finish(walks, self.decoder.spill)
 
     def _summed(
         self, inputs: Iterator[tuple[Tensor, ...]], needs: frozenset[str], seconds: dict[str, float]
@@ -527,13 +529,13 @@ class Activations:
 
 
 def _stops(
-    walks: Sequence[Walk], exact: Sequence[Tensor] | None, seconds: dict[str, float]
+    walks: Sequence[Walk], exact: Sequence[Kept] | None, seconds: dict[str, float]
 ) -> Iterator[tuple[Tensor, ...]]:
     """What walks read at their next stop, with what the unquantized stream has there."""
     for position, walk in enumerate(walks):
         with timed(seconds, "forward"):
             _, inputs = next(walk)
-        yield (inputs, exact[position]) if exact is not None else (inputs,)
+        yield (inputs, exact[position].tensor()) if exact is not None else (inputs,)
 
 
 def _replace_weights(layer: DecoderLayer, stage: Stage, item: Item) -> None:

@@ -1,5 +1,8 @@
 """The streamed pass against the whole model with hooks: the slow, obvious way to collect a layer's inputs."""
 
+import weakref
+from dataclasses import dataclass, field
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,8 +11,11 @@ from quantkit.checkpoint.families import FAMILIES
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import head_tensors
+from quantkit.checkpoint.spill import STAY, Kept, Spill
 from quantkit.errors import RefusedError
 from quantkit.grids.affine import AffineRule
+from quantkit.methods import awq
+from quantkit.quantize import AwqSection
 from quantkit.solvers.gptq import GptqSolver, drift, factorize, in_file_order, solve_gptq
 from quantkit.stream import Calibration, Solvers, stream
 from tests.tiny import VARIANTS, make_tiny
@@ -21,16 +27,16 @@ def tokens(windows: int = 6, length: int = 24) -> torch.Tensor:
     return torch.randint(3, 384, (windows, length), generator=torch.Generator().manual_seed(0))
 
 
-def decoder_of(checkpoint, dtype=torch.float32) -> Decoder:
-    return Decoder(checkpoint.config, checkpoint.family, device=CPU, dtype=dtype)
+def decoder_of(checkpoint, dtype=torch.float32, spill=STAY) -> Decoder:
+    return Decoder(checkpoint.config, checkpoint.family, device=CPU, dtype=dtype, spill=spill)
 
 
-def run_stream(checkpoint, solver, calibration, *, dtype=torch.float32, **options):
+def run_stream(checkpoint, solver, calibration, *, dtype=torch.float32, spill=STAY, **options):
     found = stream(
         checkpoint,
-        Solvers(solver),
+        solver if isinstance(solver, Solvers) else Solvers(solver),
         calibration,
-        decoder=decoder_of(checkpoint, dtype),
+        decoder=decoder_of(checkpoint, dtype, spill),
         stored_dtype=torch.float16,
         **options,
     )
@@ -105,6 +111,55 @@ def test_solved_weights_equal_those_of_the_whole_model(model_type, from_float, a
     assert solved.keys() == expected.keys()
     for name, linear in solved.items():
         assert torch.equal(linear.dequantize(), expected[name]), name
+
+
+@dataclass(frozen=True)
+class Watched(Spill):
+    """Counts what of the tensors that were to wait is still held by somebody, each time one more comes."""
+
+    seen: list[weakref.ref] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
+
+    def keep(self, tensor):
+        self.held.append(sum(each() is not None for each in self.seen))
+        self.seen.append(weakref.ref(tensor))
+        kept = super().keep(tensor)
+        return kept if kept.held is tensor else Away(kept.held, kept.device)
+
+
+class Away(Kept):
+    """Gives another tensor than the one that waited, as from another device."""
+
+    def tensor(self):
+        return super().tensor().clone()
+
+
+GPTQ = {
+    "quantized": (GptqSolver(AffineRule(4), 32, "group-aware", 0.01), False),
+    "asymmetric": (GptqSolver(AffineRule(4), 32, "group-aware", 0.01, 0.5), False),
+    "float": (GptqSolver(AffineRule(4), 32, "group-aware", 0.01), True),
+    "awq": (awq(AwqSection(group_size=32), {}).solvers, False),
+    "awq float": (awq(AwqSection(group_size=32), {}).solvers, True),
+}
+
+
+@pytest.mark.parametrize("way", GPTQ)
+def test_activations_that_wait_elsewhere_leave_the_device_and_change_nothing(way, tiny_mistral):
+    solver, from_float = GPTQ[way]
+    checkpoint, calibration = open_checkpoint(tiny_mistral), Calibration(tokens(12), 1, from_float)
+    expected = run_stream(checkpoint, solver, calibration)
+    away, there = Watched(1, lambda device: 0), Watched(1, lambda device: 1)
+    for spill in (away, there):
+        found = run_stream(checkpoint, solver, calibration, spill=spill)
+        for item, like in zip(found, expected, strict=True):
+            assert item.tensors.keys() == like.tensors.keys()
+            assert all(torch.equal(item.tensors[name], like.tensors[name]) for name in like.tensors)
+            assert item.linears.keys() == like.linears.keys()
+            for name, linear in item.linears.items():
+                assert torch.equal(linear.dequantize(), like.linears[name].dequantize()), name
+    # twelve batches wait; what is held is what is at work
+    assert max(away.held) <= 4
+    assert max(there.held) >= 12
 
 
 def test_items_hold_every_tensor_once(tmp_path):

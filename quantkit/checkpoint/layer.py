@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
 from quantkit.checkpoint.families import Family, Stage
+from quantkit.checkpoint.spill import STAY, Spill
 from quantkit.errors import RefusedError
 
 Walk = Generator[tuple[Stage, Tensor], None, Tensor]
@@ -59,7 +59,7 @@ class DecoderLayer:
         """The weight [O, I] of one of the family's linears."""
         return self.linears[linear].weight
 
-    def walk(self, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Walk:
+    def walk(self, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor], spill: Spill = STAY) -> Walk:
         """Go through the layer, stopping in front of every stage with the input its linears will read.
 
         The caller may change the stage's weights before it asks for the next stop: what follows uses them. So a
@@ -68,24 +68,27 @@ class DecoderLayer:
         Args:
             hidden_BTD: the layer's input [B, T, D]; not modified.
             rope: cosines and sines from `Decoder.rope`.
+            spill: where the walk's own tensors wait at a stop.
 
         Returns:
             (as the generator's value) the layer's output [B, T, D].
         """
         qkv, o, gate_up, down = self.family.stages
         layer = self.module
-        normed = layer.input_layernorm(hidden_BTD)  # type: ignore[operator]
-        yield qkv, normed
-        attended = self._attended(normed, rope)
-        del normed
-        yield o, attended
+        states = [hidden_BTD, layer.input_layernorm(hidden_BTD)]  # type: ignore[operator]
+        del hidden_BTD
+        hidden_BTD, normed = yield from _stop(qkv, states, spill)
+        states = [hidden_BTD, self._attended(normed, rope)]
+        del hidden_BTD, normed
+        hidden_BTD, attended = yield from _stop(o, states, spill)
         hidden_BTD = hidden_BTD + self.linears["self_attn.o_proj"](attended)
         del attended
-        normed = layer.post_attention_layernorm(hidden_BTD)  # type: ignore[operator]
-        yield gate_up, normed
-        gated = layer.mlp(normed)  # type: ignore[operator]
-        del normed
-        yield down, gated
+        states = [hidden_BTD, layer.post_attention_layernorm(hidden_BTD)]  # type: ignore[operator]
+        del hidden_BTD
+        hidden_BTD, normed = yield from _stop(gate_up, states, spill)
+        states = [hidden_BTD, layer.mlp(normed)]  # type: ignore[operator]
+        del hidden_BTD, normed
+        hidden_BTD, gated = yield from _stop(down, states, spill)
         return hidden_BTD + self.linears["mlp.down_proj"](gated)
 
     def _attended(self, normed_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -139,6 +142,16 @@ class DecoderLayer:
                 return output
 
 
+def _stop(
+    stage: Stage, states: list[Tensor], spill: Spill
+) -> Generator[tuple[Stage, Tensor], None, tuple[Tensor, Tensor]]:
+    """A stop of a walk: its two states, of which the stage reads the second, wait until it goes on; the list is emptied."""
+    hidden, reads = (spill.keep(state) for state in states)
+    del states[0]
+    yield stage, states.pop()
+    return hidden.tensor(), reads.tensor()
+
+
 class Decoder:
     """A causal language model's skeleton, fed with one item's weights at a time.
 
@@ -149,10 +162,13 @@ class Decoder:
         family: its row of the table.
         device: where weights and activations are put.
         dtype: what everything is computed in (float32 or bfloat16).
+        spill: where activations wait.
     """
 
-    def __init__(self, config: dict, family: Family, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.family, self.device, self.dtype = family, device, dtype
+    def __init__(
+        self, config: dict, family: Family, *, device: torch.device, dtype: torch.dtype, spill: Spill = STAY
+    ) -> None:
+        self.family, self.device, self.dtype, self.spill = family, device, dtype, spill
         self._described = {key: value for key, value in config.items() if key != "quantization_config"}
 
     @cached_property
@@ -235,10 +251,3 @@ class Decoder:
     def place(self, tensor: Tensor) -> Tensor:
         """A weight on the decoder's device, in the compute dtype."""
         return tensor.to(device=self.device, dtype=self.dtype)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free for new tensors on a device right now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

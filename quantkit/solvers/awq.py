@@ -49,9 +49,8 @@ class ChannelScaling:
     windows: int
     skip: tuple[str, ...] = ()
 
-    def prepare(self, layer: DecoderLayer, batches: Sequence[Tensor], rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    def prepare(self, layer: DecoderLayer, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """Folded tensors by checkpoint name; see `quantkit.stream.Preparation`."""
-        hidden_BTD = evenly_spaced(batches, self.windows)
         inputs = {}
         walk = layer.walk(hidden_BTD, rope)
         for stage, inputs_BTI in walk:
@@ -212,13 +211,6 @@ def producer_channels(layer: DecoderLayer, fold: Fold) -> Tensor:
     head_dim = int(layer.module.self_attn.head_dim)  # type: ignore[union-attr,arg-type]
     heads_per_value = len(channels) // num_made
     return channels // (head_dim * heads_per_value) * head_dim + channels % head_dim
-
-
-def evenly_spaced(batches: Sequence[Tensor], number: int) -> Tensor:
-    """At most `number` windows [B, T, D] of all batches."""
-    windows = [window for batch in batches for window in batch.unbind()]
-    number = min(number, len(windows))
-    return torch.stack([windows[at * len(windows) // number] for at in range(number)])
 
 
 class _Stacked(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from quantkit.checkpoint.families import EMBEDDING
-from quantkit.checkpoint.layer import Decoder, DecoderLayer, free_bytes
+from quantkit.checkpoint.layer import Decoder, DecoderLayer
+from quantkit.checkpoint.spill import free_bytes
 from quantkit.checkpoint.source import WeightSource, head_tensors
 from quantkit.checkpoint.tokenizer import Tokenizer
 

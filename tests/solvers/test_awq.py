@@ -22,7 +22,7 @@ from quantkit.progress import Progress
 from quantkit.quantize import AwqSection
 from quantkit.recipe import Recipe
 from quantkit.solvers import awq as module
-from quantkit.solvers.awq import ChannelScaling, evenly_spaced, folded, producer_channels
+from quantkit.solvers.awq import ChannelScaling, folded, producer_channels
 from quantkit.stream import Calibration, stream
 from tests.test_kill import Builds
 from tests.test_pipeline import hashes
@@ -150,7 +150,7 @@ def test_the_search_leaves_the_layer_as_it_was(tmp_path):
     tensors, hidden = uneven(checkpoint, decoder)
     layer, rope = decoder.layer(0, tensors), decoder.rope(hidden.shape[1])
     before = layer.forward(hidden, rope)
-    scaling().prepare(layer, [hidden], rope)
+    scaling().prepare(layer, hidden, rope)
     assert torch.equal(layer.forward(hidden, rope), before)
 
 
@@ -160,11 +160,11 @@ def test_a_channel_that_is_never_active_and_numbers_that_overflow_do_no_harm(tmp
     tensors["model.layers.0.input_layernorm.weight"][7] = 0
     tensors["model.layers.0.self_attn.v_proj.weight"][:, 3] = 0
     rope = decoder.rope(hidden.shape[1])
-    prepared = scaling().prepare(decoder.layer(0, tensors), [hidden], rope)
+    prepared = scaling().prepare(decoder.layer(0, tensors), hidden, rope)
     assert prepared
     assert all(torch.isfinite(tensor).all() for tensor in prepared.values())
     tensors["model.layers.0.post_attention_layernorm.weight"][:] = 1e30
-    prepared = scaling().prepare(decoder.layer(0, tensors), [hidden], rope)
+    prepared = scaling().prepare(decoder.layer(0, tensors), hidden, rope)
     assert not [name for name in prepared if "mlp" in name or "post" in name], "what cannot be judged is not scaled"
 
 
@@ -173,7 +173,7 @@ def test_linears_that_stay_dense_are_folded_but_not_rounded(tmp_path):
     tensors, hidden = uneven(checkpoint, decoder)
     rope = decoder.rope(hidden.shape[1])
     layer = decoder.layer(0, tensors)
-    part = scaling(skip=("mlp.gate_proj", "self_attn.o_proj")).prepare(layer, [hidden], rope)
+    part = scaling(skip=("mlp.gate_proj", "self_attn.o_proj")).prepare(layer, hidden, rope)
     assert "model.layers.0.self_attn.v_proj.weight" in part  # reads the norm, which is divided
     assert "model.layers.0.self_attn.o_proj.weight" not in part  # nobody gains
     after = decoder.layer(0, tensors | part).forward(hidden, rope)
@@ -186,19 +186,13 @@ def test_a_linear_that_stays_dense_in_one_layer_is_rounded_in_the_others(tmp_pat
     rope = decoder.rope(hidden.shape[1])
 
     def prepared(*skip: str) -> dict[str, list]:
-        found = scaling(skip=skip).prepare(decoder.layer(0, tensors), [hidden], rope)
+        found = scaling(skip=skip).prepare(decoder.layer(0, tensors), hidden, rope)
         return {name: tensor.tolist() for name, tensor in found.items()}
 
     everywhere, nowhere = prepared("self_attn.o_proj"), prepared()
     assert everywhere != nowhere
     assert prepared("layers.0.self_attn.o_proj") == everywhere
     assert prepared("layers.1.self_attn.o_proj") == nowhere
-
-
-def test_windows_are_evenly_spaced_over_all_batches():
-    batches = [torch.arange(5.0).view(5, 1, 1), torch.arange(5.0, 8.0).view(3, 1, 1)]
-    assert evenly_spaced(batches, 4).flatten().tolist() == [0, 2, 4, 6]
-    assert evenly_spaced(batches, 20).flatten().tolist() == list(range(8))
 
 
 def layer_error(checkpoint, decoder, section: AwqSection) -> float:
@@ -210,7 +204,7 @@ def layer_error(checkpoint, decoder, section: AwqSection) -> float:
     seen, unseen = hidden[:4], hidden[4:]
     prepared = tensors
     if method.solvers.preparation is not None:
-        prepared = tensors | method.solvers.preparation.prepare(decoder.layer(0, tensors), [seen], rope)
+        prepared = tensors | method.solvers.preparation.prepare(decoder.layer(0, tensors), seen, rope)
     layer = decoder.layer(0, prepared)
     for stage, inputs in layer.walk(seen, rope):
         statistics = Statistics(method.solvers.layers.needs)

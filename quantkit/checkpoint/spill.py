@@ -1,0 +1,62 @@
+"""Where activations wait that are not at work: on the device while there is room, in the host's memory otherwise.
+
+Where they wait changes no byte: what goes through the model together, and in which order it is summed up, is the recipe's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import Tensor
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free for new tensors on a device right now, of other programs' and torch's own."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    return int(psutil.virtual_memory().available)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that waits.
+
+    Attributes:
+        held: where it waits.
+        device: where it is wanted.
+    """
+
+    held: Tensor
+    device: torch.device
+
+    def tensor(self) -> Tensor:
+        """The tensor on its device: itself if it stayed there."""
+        # from page-locked memory; what is launched after the copy on the same stream runs after it
+        return self.held.to(self.device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Spill:
+    """Decides where a tensor waits.
+
+    Attributes:
+        reserve_bytes: that are to stay free on the device for what is at work; 0 lets everything stay on it.
+        free: how much is.
+    """
+
+    reserve_bytes: int = 0
+    free: Callable[[torch.device], int] = free_bytes
+
+    def keep(self, tensor: Tensor) -> Kept:
+        """Have it wait; the caller lets go of its own."""
+        device = tensor.device
+        if not self.reserve_bytes or self.free(device) >= self.reserve_bytes:
+            return Kept(tensor, device)
+        # page-locked, so that the GPU fetches it by itself; the device's copy is reused by what is launched after this
+        host = torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
+        return Kept(host.copy_(tensor, non_blocking=True), device)
+
+
+STAY = Spill()
