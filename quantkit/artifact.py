@@ -281,6 +281,7 @@ class Artifact:
         """Open the work folder and make ready for the passes."""
         recipe, source = self.recipe, self.source
         self._calibration = _calibration(recipe, self._texts, source, once, self.ranks)
+        self._decoder.reserve(self.needed.reserve_bytes)
         # a recipe that is refused leaves no work that the mended one would be held against
         self._work = self.ranks.from_first(partial(open_workdir, self.job.out, self._identity, fresh=fresh))
         if recipe.upstream is not None:

@@ -30,6 +30,7 @@ from quantkit.units import size_text
 DISK_MARGIN_BYTES = 64 * 1024**2
 PROBE_SIDE = 1024
 IN_FLOAT32 = ("factorise", "solve", "survey")
+AT_WORK = 2  # batches whose activations are on the device when all others wait elsewhere
 FIXED_BYTES = 700 * 1024**2  # interpreter, libraries and allocator slack
 # the share of the probed matmul rate that the whole pass reaches; the column loop and small products keep it down
 EFFICIENCY = 0.35
@@ -50,6 +51,8 @@ class Plan:
         memory_bytes: peak on the device that solves: of all processes on a CPU, which they share; of one on its GPU.
         rank_bytes: of it, the one process that needs most.
         memory_free_bytes: available there.
+        waiting_bytes: of the memory, activations that may wait in the host's; 0 on a CPU.
+        host_free_bytes: available there.
         tokens: of calibration.
         operations: least floating-point operations of each stage, see `operations`.
         source_bytes: weights to be read.
@@ -68,12 +71,32 @@ class Plan:
     memory_bytes: int
     rank_bytes: int
     memory_free_bytes: int
+    waiting_bytes: int
+    host_free_bytes: int
     tokens: int
     operations: dict[str, float]
     source_bytes: int
     seconds: float
     variants: dict[str, int]
     footprint: "Footprint"
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Of the device's memory, what is to be free for what is at work; 0 where nothing can wait elsewhere."""
+        return self.memory_bytes - self.waiting_bytes if self.waiting_bytes else 0
+
+    @property
+    def spills(self) -> bool:
+        """Whether activations have to wait in the host's memory."""
+        return self.memory_bytes > self.memory_free_bytes and self.fits
+
+    @property
+    def fits(self) -> bool:
+        """Whether memory suffices, the host's for what can wait there."""
+        if self.memory_bytes <= self.memory_free_bytes:
+            return True
+        least_bytes = self.memory_bytes - self.waiting_bytes
+        return least_bytes <= self.memory_free_bytes and self.waiting_bytes * self.ranks <= self.host_free_bytes
 
     def facts(self) -> dict[str, Any]:
         """As a table for JSON."""
@@ -190,12 +213,17 @@ def make_plan(
     if reads_text(recipe, method):
         tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens
     work = work_of(recipe, checkpoint, solved, tokens)
+    waiting = artifact_bytes // checkpoint.num_layers
     taken = (
         Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
         if engine is not None and engine.takes_checkpoint
-        else _footprint(recipe, checkpoint, method, work, waiting=artifact_bytes // checkpoint.num_layers, ranks=ranks)
+        else _footprint(recipe, checkpoint, method, work, waiting=waiting, ranks=ranks)
     )
     rank_bytes = together_bytes([taken])
+    waiting_bytes = 0
+    if has_own_memory(device) and engine is None:
+        least = _footprint(recipe, checkpoint, method, work, waiting=waiting, ranks=ranks, most_batches=AT_WORK)
+        waiting_bytes = rank_bytes - together_bytes([least])
     # what is not given the checkpoint starts from a copy of it in 16 bits
     prepared_bytes = 0 if engine is None or engine.takes_checkpoint else 2 * parameters_held
     counted = operations(method, work, from_float=recipe.calibration.activations == "float")
@@ -210,6 +238,8 @@ def make_plan(
         memory_bytes=rank_bytes * (ranks if device.type == "cpu" else 1),
         rank_bytes=rank_bytes,
         memory_free_bytes=free_bytes(device),
+        waiting_bytes=waiting_bytes,
+        host_free_bytes=free_bytes(torch.device("cpu")),
         tokens=tokens,
         operations=counted,
         source_bytes=sum(info.size_bytes for info in infos.values()),
@@ -252,14 +282,20 @@ def require_here(
             where=str(out),
             fix="free some space, or choose another disk with --out",
         )
-    if plan.memory_bytes > plan.memory_free_bytes:
+    if not plan.fits:
         shared = plan.memory_bytes > plan.rank_bytes
         together = f", {size_text(plan.rank_bytes)} for each of {plan.ranks} ranks" if shared else ""
         fewer = "fewer ranks (--ranks), " if shared else ""
         more = "more GPUs (--ranks), " if device.type == "cuda" and recipe.upstream is None and plan.tokens else ""
+        least = (
+            f"; with {size_text(plan.waiting_bytes)} of activations in the host's memory, of which "
+            f"{size_text(plan.host_free_bytes)} are free, still {size_text(plan.memory_bytes - plan.waiting_bytes)}"
+            if plan.waiting_bytes
+            else ""
+        )
         raise RefusedError(
             f"the build needs about {size_text(plan.memory_bytes)} of memory on {device.type}{together}, "
-            f"{size_text(plan.memory_free_bytes)} are free",
+            f"{size_text(plan.memory_free_bytes)} are free{least}",
             where="calibration and compute",
             fix=f"use {fewer}{more}fewer or shorter windows (calibration.texts, calibration.window_tokens), or a "
             "larger machine",
@@ -284,6 +320,9 @@ def plan_lines(plan: Plan) -> list[str]:
 
 def _memory_text(plan: Plan) -> str:
     """What is held against the free memory; of several ranks on one CPU also what each takes."""
+    if plan.spills:
+        on_device = size_text(plan.memory_bytes - plan.waiting_bytes)
+        return f"{on_device}, {size_text(plan.waiting_bytes)} of activations wait in the host's"
     if plan.memory_bytes > plan.rank_bytes:
         return f"{size_text(plan.memory_bytes)} of {plan.ranks} ranks, {size_text(plan.rank_bytes)} each"
     return f"{size_text(plan.memory_bytes)}{' of each rank' if plan.ranks > 1 else ''}"
@@ -436,7 +475,14 @@ def operations(method: Method, work: Work, *, from_float: bool) -> dict[str, flo
 
 
 def _footprint(
-    recipe: Recipe, checkpoint: Checkpoint, method: Method, work: Work, *, waiting: int, ranks: int
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    method: Method,
+    work: Work,
+    *,
+    waiting: int,
+    ranks: int,
+    most_batches: int | None = None,
 ) -> Footprint:
     """Peak of the pass: activations, one layer, and the largest of what is done to it; or one of the ends.
 
@@ -447,6 +493,7 @@ def _footprint(
         recipe, checkpoint, method, work: of the build.
         waiting: bytes of an item that is being written.
         ranks: how many processes make it; the footprint is that of the first, which has most.
+        most_batches: whose activations are on the device; None is all of its own.
     """
     width = _width(recipe).itemsize
     infos = checkpoint.tensors.tensors
@@ -456,18 +503,18 @@ def _footprint(
     streams, solvers = _streams(method), method.solvers
     tokens = work.layers[0].tokens
     own, travelling = _held_tokens(recipe, tokens, ranks)
-    hidden = own * int(checkpoint.config["hidden_size"]) * width
-    # of what is looked at as a whole, every rank is handed the rest
-    others = (tokens - own) * int(checkpoint.config["hidden_size"]) * width
+    if most_batches is not None:
+        own = min(own, most_batches * recipe.compute.windows_per_batch * recipe.calibration.window_tokens)
+    hidden, handed = (held * int(checkpoint.config["hidden_size"]) * width for held in (own, travelling))
     peaks = [
         (streams * own + travelling) * stage.columns * width + _solving(solvers.layers, stage).memory_bytes
         for each in work.layers[:1]
         for stage in each.stages.values()
     ]
     if solvers.preparation is not None:
-        peaks.append(others + solvers.preparation.cost(work.layers[0]).memory_bytes)
+        peaks.append(handed + solvers.preparation.cost(work.layers[0]).memory_bytes)
     if method.survey is not None:
-        peaks.append(max(others, _surveying(method.survey, work.layers[0]).memory_bytes))
+        peaks.append(max(handed, _surveying(method.survey, work.layers[0]).memory_bytes))
     # without text nothing goes through the layer: of its weights those of a stage are placed, and nothing is rewritten
     stages = work.layers[0].stages.values()
     placed = streams * layer if tokens else max(sum(shape.size for shape in stage.shapes) for stage in stages)
@@ -518,6 +565,11 @@ def _surveying(survey: Survey, layer: LayerWork) -> Cost:
     walked = Cost({"forward": layer.forward_operations(layer.tokens)})
     found = total([walked, *collected, measuring.cost(layer)])
     return Cost(found.operations, found.memory_bytes + sum(each.memory_bytes for each in collected)).under("survey")
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether a device's memory is not the host's."""
+    return device.type != "cpu"
 
 
 def _width(recipe: Recipe) -> torch.dtype:

@@ -58,7 +58,7 @@ class Calibration:
         return self.ranks.in_order(own, -(-len(self.tokens_WT) // self.windows_per_batch))
 
     def sampled(self, own: Iterator[Tensor], most: int) -> Tensor:
-        """A copy of at most so many of all windows [B, ...], evenly spaced, given what was made of one's own batches."""
+        """A copy of at most so many of all windows [B, ...], evenly spaced, given what was made of one's own."""
         windows = len(self.tokens_WT)
         count = min(most, windows)
         wanted = [place * windows // count for place in range(count)]

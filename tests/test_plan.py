@@ -10,13 +10,14 @@ from quantkit.checkpoint.index import describe_model
 from quantkit.errors import RefusedError
 from quantkit.methods import METHODS
 from quantkit.pipeline import build, plan
-from quantkit.plan import make_plan
+from quantkit.plan import make_plan, plan_lines
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe, find_recipe, load_recipe
+from tests.test_pipeline import hashes
 from tests.tiny import make_tiny
 
 CPU = torch.device("cpu")
-HERE = ("seconds", "disk_free_bytes", "memory_free_bytes")
+HERE = ("seconds", "disk_free_bytes", "memory_free_bytes", "host_free_bytes")
 SHAPES = Path(__file__).parent.parent / "bench" / "shapes"
 
 
@@ -93,7 +94,7 @@ def test_trials_of_channel_scales_take_memory(tmp_path):
     assert (41 - 3) * largest * 4 < taken[2] - taken[1] < (41 - 3) * largest * 13
 
 
-def planned(shape: str, name: str, ranks: int, device: torch.device = CPU, **changes: str):
+def planned(shape: str, name: str, ranks: int = 1, device: torch.device = CPU, **changes: str):
     changed = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     recipe = load_recipe(find_recipe(f"bielik-7b-instruct-v0.1/{name}"), tuple(changed))
     checkpoint = describe_model(SHAPES / shape)
@@ -133,11 +134,53 @@ def test_a_70b_that_one_small_card_cannot_hold_fits_four(monkeypatch):
     assert one.memory_bytes > one.memory_free_bytes > four.memory_bytes
 
 
-def test_a_search_on_all_hidden_states_is_done_by_every_rank():
-    """AWQ's scales: each rank is handed what the others have of the hidden states."""
+def test_a_search_on_some_windows_is_handed_a_batch_at_a_time():
     gptq, awq = ([planned("mistral-7b", name, ranks).rank_bytes for ranks in (1, 8)] for name in ("gptq", "awq"))
-    assert awq[0] == pytest.approx(gptq[0], rel=1e-3)
-    assert awq[1] > gptq[1]
+    assert awq == pytest.approx(gptq, rel=1e-3)
+
+
+def free(monkeypatch, *, gpu_gb: int, host_gb: int) -> None:
+    monkeypatch.setattr(
+        "quantkit.plan.free_bytes", lambda device: (gpu_gb if device.type == "cuda" else host_gb) * 10**9
+    )
+
+
+def test_activations_that_do_not_fit_the_gpu_wait_in_the_hosts_memory(monkeypatch):
+    cuda = torch.device("cuda")
+    free(monkeypatch, gpu_gb=40, host_gb=128)
+    found = planned("llama-3-70b", "gptq", device=cuda)
+    assert found.spills
+    assert found.reserve_bytes < 40e9 < found.memory_bytes
+    # in front of the layer and in its widest stage, but for two batches
+    recipe = load_recipe(find_recipe("bielik-7b-instruct-v0.1/gptq"))
+    at_work = 2 * recipe.compute.windows_per_batch * recipe.calibration.window_tokens
+    assert found.waiting_bytes == (found.tokens - at_work) * (8192 + 28672) * 2
+    assert "GB of activations wait in the host's" in "\n".join(plan_lines(found))
+    free(monkeypatch, gpu_gb=80, host_gb=128)
+    assert not planned("llama-3-70b", "gptq", device=cuda).spills
+    free(monkeypatch, gpu_gb=40, host_gb=10)
+    assert not planned("llama-3-70b", "gptq", device=cuda).fits
+    free(monkeypatch, gpu_gb=8, host_gb=128)
+    short = planned("llama-3-70b", "gptq", device=cuda)
+    assert not short.fits
+    assert planned("llama-3-70b", "gptq").waiting_bytes == planned("llama-3-70b", "gptq").reserve_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_a_build_whose_activations_wait_elsewhere_gives_the_same_bytes(name, tmp_path, monkeypatch):
+    model = make_tiny(tmp_path / "model", "mistral", hidden_size=128, intermediate_size=256)
+    recipe, spilled = recipe_of(model, name, compute={"windows_per_batch": 1}), []
+    build(recipe, out=tmp_path / "there", device=CPU, validated=False)
+
+    def free_bytes(device: torch.device) -> int:
+        spilled.append(device)
+        return 0
+
+    monkeypatch.setattr("quantkit.plan.has_own_memory", lambda device: True)
+    monkeypatch.setattr("quantkit.checkpoint.spill.free_bytes", free_bytes)
+    build(recipe, out=tmp_path / "elsewhere", device=CPU, validated=False)
+    assert spilled
+    assert hashes(tmp_path / "there") == hashes(tmp_path / "elsewhere")
 
 
 def test_ranks_for_which_memory_does_not_suffice_are_refused(tmp_path, monkeypatch):

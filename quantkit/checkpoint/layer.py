@@ -145,7 +145,7 @@ class DecoderLayer:
 def _stop(
     stage: Stage, states: list[Tensor], spill: Spill
 ) -> Generator[tuple[Stage, Tensor], None, tuple[Tensor, Tensor]]:
-    """A stop of a walk: its two states, of which the stage reads the second, wait until it goes on; the list is emptied."""
+    """A stop of a walk: its two states, of which the stage reads the second, wait; the list is emptied."""
     hidden, reads = (spill.keep(state) for state in states)
     del states[0]
     yield stage, states.pop()
@@ -208,6 +208,10 @@ class Decoder:
         context = int(config.max_position_embeddings)
         sliding = getattr(config, "sliding_window", None)
         return min(context, int(sliding)) if sliding else context
+
+    def reserve(self, size_bytes: int) -> None:
+        """Let activations wait elsewhere where less would stay free; the most that anybody asks for counts."""
+        self.spill = Spill(max(self.spill.reserve_bytes, size_bytes))
 
     def rope(self, num_tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines for positions 0 .. num_tokens-1, each [1, T, head_dim] in the compute dtype."""

@@ -1,9 +1,9 @@
 """Where activations wait that are not at work: on the device while there is room, in the host's memory otherwise.
 
-Where they wait changes no byte: what goes through the model together, and in which order it is summed up, is the recipe's.
+Where they wait changes no byte: what goes through the model together, and in which order it is summed up, the
+recipe says.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
@@ -43,16 +43,14 @@ class Spill:
 
     Attributes:
         reserve_bytes: that are to stay free on the device for what is at work; 0 lets everything stay on it.
-        free: how much is.
     """
 
     reserve_bytes: int = 0
-    free: Callable[[torch.device], int] = free_bytes
 
     def keep(self, tensor: Tensor) -> Kept:
         """Have it wait; the caller lets go of its own."""
         device = tensor.device
-        if not self.reserve_bytes or self.free(device) >= self.reserve_bytes:
+        if not self.reserve_bytes or free_bytes(device) >= self.reserve_bytes:
             return Kept(tensor, device)
         # page-locked, so that the GPU fetches it by itself; the device's copy is reused by what is launched after this
         host = torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from quantkit.checkpoint.families import EMBEDDING
 from quantkit.checkpoint.layer import Decoder, DecoderLayer
-from quantkit.checkpoint.spill import free_bytes
 from quantkit.checkpoint.source import WeightSource, head_tensors
+from quantkit.checkpoint.spill import free_bytes
 from quantkit.checkpoint.tokenizer import Tokenizer
 
 LONGEST_PERIOD = 8
