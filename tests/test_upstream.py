@@ -41,9 +41,9 @@ def test_quantkits_own_recipes_are_left_alone():
 @pytest.mark.parametrize("engine", MAKERS)
 def test_keys_that_are_left_out_take_the_engines_value(engine):
     found = settled(recipe_of(engine)).quantize
-    assert found.order == {"auto-gptq": "natural", "gptqmodel": "group-aware"}[engine]
+    assert found.order == {"auto-gptq": "natural", "auto-round": "natural", "gptqmodel": "group-aware"}[engine]
     assert (found.scale_candidates, found.asymmetric, found.bits) == (0, 0.0, 4)
-    assert found.damping == {"auto-gptq": 0.01, "gptqmodel": 0.05}[engine]
+    assert found.damping == {"auto-gptq": 0.01, "auto-round": 0.01, "gptqmodel": 0.05}[engine]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

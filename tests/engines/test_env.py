@@ -64,6 +64,7 @@ def test_the_table_is_whole():
     engines = list_engines()
     assert [engine.name for engine in engines] == [
         "auto-gptq",
+        "auto-round",
         "autoawq",
         "exllamav2",
         "gptqmodel",
@@ -97,8 +98,8 @@ def test_an_unknown_engine_is_refused_with_a_suggestion():
         find_engine("autogptq")
     assert str(caught.value) == (
         "no engine named 'autogptq'\n"
-        "  fix: did you mean 'auto-gptq'? there are: auto-gptq, autoawq, exllamav2, gptqmodel, hqq, llama-cpp, "
-        "llm-compressor, mlx-lm"
+        "  fix: did you mean 'auto-gptq'? there are: auto-gptq, auto-round, autoawq, exllamav2, gptqmodel, "
+        "hqq, llama-cpp, llm-compressor, mlx-lm"
     )
 
 
