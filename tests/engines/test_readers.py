@@ -4,6 +4,7 @@ Numbers to hold against: float16 arithmetic of the readers moves logits on a sca
 """
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -233,6 +234,15 @@ def test_it_reads_our_artifacts_as_an_independent_decode_does(engine, case, sour
     print(f"{engine.name} {folder.name}: largest difference {difference:.5f} of the scale")
     assert difference <= LARGEST_DIFFERENCE
     assert largest_difference(logits_of(source, windows), expected) > 3 * LARGEST_DIFFERENCE, "the source is told apart"
+
+
+def test_auto_round_refuses_zeros_of_layout_version_2(kept_engine, artifacts, tmp_path):
+    folder = shutil.copytree(artifacts[Case("mistral", 4)], tmp_path / "second")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"format": "gptq_v2", "checkpoint_format": "gptq_v2"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunFailedError, match="zeros of layout version 2"):
+        list(runtime.evaluate(kept_engine("auto-round"), folder, windows_of(np.full((3, 48), 5))))
 
 
 @pytest.mark.parametrize(("kind", "bits", "order"), BUILT)
