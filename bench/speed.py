@@ -6,12 +6,15 @@
     python -m bench.speed --make 4096 14336 1 --set format=gguf,imatrix=false \\
         --way "llama-quantize:engine=llama-quantize" --way "quantkit:" --way "ggml:encoder=ggml"
 
-A way is NAME:KEY=VALUE,... as in bench.quality. Each is one process from start to exit: `quantkit build` without
-validation, or the engine's runner in its own environment, which does nothing but what the package's users write; the
-engine llama-quantize is bench.llama_quantize. All get the same tokens and threads. A first run of each, in which
-packages compile, is not counted; then they take turns. A ratio is this way's over the first way's of the same round.
-`written_over_files` is what a process has written to disk over what it left in its output folder; 0 where the folder is
-not on a disk.
+    python -m bench.speed --make 1024 3584 4 --windows 32 --way "one:threads=1" --way "two:ranks=2,threads=1"
+
+A way is NAME:KEY=VALUE,... as in bench.quality; `threads` is its own number of them, instead of --threads, and `ranks`
+the number of quantkit's processes, of so many threads each: `cpu_s` is of all of them, `peak_gb` of the largest. Each
+is run from start to exit: `quantkit build` without validation, or the engine's runner in its own environment, which
+does nothing but what the package's users write; the engine llama-quantize is bench.llama_quantize. All get the same
+tokens. A first run of each, in which packages compile, is not counted; then they take turns. A ratio is this way's over
+the first way's of the same round. `written_over_files` is what the processes have written to disk over what is left in
+the output folder; 0 where the folder is not on a disk.
 """
 
 import argparse
@@ -21,8 +24,9 @@ import shutil
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tomlkit
@@ -55,10 +59,29 @@ class Run:
     out: Path
 
 
-def prepared(way: Way, options: argparse.Namespace, scratch: Path) -> Run:
-    """The whole-process run of a way."""
-    content = recipe_of(way, options.model, {options.calibration: options.windows}, options.window_tokens)
-    content["compute"]["threads"] = options.threads
+@dataclass(frozen=True)
+class Entry:
+    """A way, and with how many processes of how many threads."""
+
+    way: Way
+    ranks: int
+    threads: int
+
+
+def parse_entry(text: str, common: dict[str, Any], threads: int) -> Entry:
+    """An entry from NAME:KEY=VALUE,...; `ranks` is for quantkit alone."""
+    way = parse_way(text, common)
+    keys = dict(way.quantize)
+    ranks, threads = keys.pop("ranks", 1), keys.pop("threads", threads)
+    if ranks > 1 and way.engine != OWN_ENGINE:
+        sys.exit(f"{way.engine} is one process: leave ranks out")
+    return Entry(replace(way, quantize=keys), ranks, threads)
+
+
+def prepared(entry: Entry, options: argparse.Namespace, scratch: Path) -> Run:
+    """The whole-process run of an entry."""
+    way, texts = entry.way, {options.calibration: options.windows}
+    content = recipe_of(way, options.model, texts, options.window_tokens, threads=entry.threads)
     if way.engine == LLAMA_QUANTIZE:
         content["engine"] = OWN_ENGINE
     recipe = settled(Recipe.of(content))
@@ -73,6 +96,7 @@ def prepared(way: Way, options: argparse.Namespace, scratch: Path) -> Run:
             paths = os.pathsep.join([os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])])
             return Run(peer, dict(os.environ) | {"PYTHONPATH": paths}, out)
         arguments = ["build", str(path), "--out", str(out), "--device", "cpu", "--no-validate"]
+        arguments += ["--ranks", str(entry.ranks)]
         return Run([*QUANTKIT, *arguments], dict(os.environ), out)
     engine = find_engine(way.engine)
     tokenizer = load_tokenizer(options.model, vocab_size=open_checkpoint(options.model).config["vocab_size"])
@@ -86,10 +110,10 @@ def prepared(way: Way, options: argparse.Namespace, scratch: Path) -> Run:
         "settings": recipe.quantize.model_dump(mode="json"),
         "tokens": str(folder / "tokens.npy"),
         "device": "cpu",
-        "threads": options.threads,
+        "threads": entry.threads,
     }
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    return Run(command(engine, "build", folder / "request.json"), variables(engine, options.threads, "cpu"), out)
+    return Run(command(engine, "build", folder / "request.json"), variables(engine, entry.threads, "cpu"), out)
 
 
 def run_once(run: Run) -> dict[str, float]:
@@ -112,25 +136,26 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="keys common to all ways, as KEY=VALUE,...")
     parser.add_argument("--way", action="append", required=True)
     options = parser.parse_args()
-    ways = [parse_way(text, parse_pairs(",".join(options.set))) for text in options.way]
-    found: dict[str, list[dict[str, float]]] = {way.name: [] for way in ways}
+    common = parse_pairs(",".join(options.set))
+    entries = [parse_entry(text, common, options.threads) for text in options.way]
+    found: dict[str, list[dict[str, float]]] = {entry.way.name: [] for entry in entries}
     with tempfile.TemporaryDirectory() as scratch:
         if options.make:
             hidden, feed_forward, layers = options.make
             options.model = Path(scratch) / f"random-{hidden}-{feed_forward}-{layers}"
             options.model.mkdir()
             make_model(options.model, layers=layers, hidden=hidden, feed_forward=feed_forward)
-        runs = {way.name: prepared(way, options, Path(scratch)) for way in ways}
+        runs = {entry.way.name: prepared(entry, options, Path(scratch)) for entry in entries}
         for run in runs.values():
             run_once(run)
         for _ in range(options.rounds):
             for name, run in runs.items():
                 found[name].append(run_once(run))
                 print(name, found[name][-1], file=sys.stderr, flush=True)
-    first = found[ways[0].name]
+    first = found[entries[0].way.name]
     rows = []
-    for way in ways:
-        taken = found[way.name]
+    for entry in entries:
+        way, taken = entry.way, found[entry.way.name]
         name = "llama-cpp" if way.engine == LLAMA_QUANTIZE or way.quantize.get("encoder") == "ggml" else way.engine
         facts = None if name == OWN_ENGINE else installed_facts(find_engine(name))
         rows.append(
@@ -140,6 +165,8 @@ def main() -> None:
                 "format": way.format,
                 "compute_dtype": way.compute_dtype if way.engine == OWN_ENGINE else None,
                 "settings": way.quantize,
+                "ranks": entry.ranks,
+                "threads": entry.threads,
                 "version": facts["version"] if facts else None,
                 **{key: round(statistics.median(run[key] for run in taken), 3) for key in MEASURES},
                 "over_first": {
@@ -152,7 +179,6 @@ def main() -> None:
         "command": command_line("bench.speed"),
         "model": options.model.name,
         "calibration": [Path(options.calibration).name, options.windows, options.window_tokens],
-        "threads": options.threads,
         "environment": environment(torch.device("cpu")),
         "rows": rows,
     }
