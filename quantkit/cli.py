@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -318,8 +319,12 @@ def submit(
         typer.Option("--time", metavar="LIMIT", help="Minutes, H:MM:SS or D-HH:MM; a build that reaches it goes on."),
     ] = "4:00:00",
     gpus: Annotated[int, typer.Option("--gpus", min=0, help="Of each build [default: the partition's rule].")] = 0,
+    size: Annotated[
+        int, typer.Option("--ranks", metavar="N", min=0, help="Processes of each build [default: one for each GPU].")
+    ] = 0,
     cpus: Annotated[
-        int, typer.Option("--cpus", min=0, help="Of each build [default: the partition's rule, or the recipe's].")
+        int,
+        typer.Option("--cpus", min=0, help="Of each build [default: the partition's rule, or each rank's threads]."),
     ] = 0,
     memory: Annotated[
         int, typer.Option("--memory", metavar="GB", min=0, help="Of each build [default: as its plan says].")
@@ -348,7 +353,7 @@ def submit(
         for each in named:
             require_pinned(_recipe(each, changes, model)[0])
     limit = cluster.minutes_of(time_limit)
-    asked = cluster.Resources(limit, cpus, memory, gpus, partition=partition, account=account, qos=qos)
+    asked = cluster.Resources(limit, cpus, memory, gpus, size, partition=partition, account=account, qos=qos)
     jobs = [_job(each, out, changes, model, asked) for each in named]
     artifacts = tuple(job.out for job, _ in jobs)
     if len(set(artifacts)) < len(artifacts):
@@ -548,12 +553,16 @@ def _job(
     from quantkit.pipeline import plan as run
 
     chosen, stem = _recipe(name, changes, model)
+    asked = replace(asked, ranks=cluster.ranks_of(asked, divisible=chosen.upstream is None))
     target = (out / default_out(chosen, stem).name).absolute()
     with Display() as display:
         # this machine only submits: what it has itself does not matter
-        found = run(chosen, out=target, device=torch.device("cpu"), progress=display.progress, here=False)
-    granted = cluster.resources(asked, threads=chosen.compute.threads, memory_bytes=found.memory_bytes)
+        found = run(
+            chosen, out=target, device=torch.device("cpu"), progress=display.progress, here=False, ranks=asked.ranks
+        )
+    granted = cluster.resources(asked, threads=chosen.compute.threads, rank_bytes=found.rank_bytes)
     given: tuple[str, ...] = ("--device", "cuda" if granted.gpus else "cpu")
+    given += ("--ranks", str(granted.ranks)) if granted.ranks > 1 else ()
     given += tuple(part for change in changes or () for part in ("--set", change))
     given += ("--model", model) if model is not None else ()
     return cluster.BuildJob(name, target, given), granted

@@ -5,6 +5,7 @@ its last finished layer. Every task runs the same command that a user would type
 log; what the queue says is asked only of tasks that have left none.
 """
 
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,17 @@ OF_QUANTKIT = re.compile(r"^error: (.*(?:\n  (?!at:|fix:).*)*)", re.MULTILINE)
 """An error without its place and its remedy, which follow indented."""
 OF_SLURM = re.compile(r"^slurmstepd(?:-\S+)?: error: [* ]*(.*?)[* ]*$", re.MULTILINE)
 RESTART = "Starting with JobEnvironment"  # first line of submitit's in a log, each time that the job begins
+OF_SBATCH = re.compile(r"^sbatch: error: (?:Batch job submission failed: )?")
+REFUSED_OPTIONS = {
+    "partition": "--partition",
+    "account": "--account",
+    "qos": "--qos",
+    "time limit": "--time",
+    "cpu": "--cpus",
+    "memory": "--memory",
+    "gres": "--gpus",
+}
+"""What a word in sbatch's refusal has to do with."""
 DURATION = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+)(?::(?P<minutes>[0-5]?\d))?(?::(?P<seconds>[0-5]?\d))?")
 
 
@@ -48,12 +61,14 @@ class Resources:
         partition, account, qos: by name; None leaves them to the cluster.
         minutes: time limit.
         gpus, cpus, memory_gb: of one node.
+        ranks: processes that share them, a GPU each where there are GPUs.
     """
 
     minutes: int
     cpus: int
     memory_gb: int
     gpus: int = 0
+    ranks: int = 1
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -177,21 +192,41 @@ def minutes_of(text: str) -> int:
     raise RefusedError("a time limit of nothing", where="--time", fix="say minutes, H:MM:SS or D-HH:MM")
 
 
-def resources(asked: Resources, *, threads: int, memory_bytes: int) -> Resources:
+def ranks_of(asked: Resources, *, divisible: bool) -> int:
+    """How many processes make a build: what was asked, else one for each GPU.
+
+    Args:
+        asked: 0 for `ranks` means not asked.
+        divisible: several processes can make it; an engine is one, whatever it does with several GPUs.
+
+    Raises:
+        RefusedError: there are fewer GPUs than processes.
+    """
+    ranks = asked.ranks or (max(asked.gpus, 1) if divisible else 1)
+    if asked.gpus and ranks > asked.gpus:
+        raise RefusedError(
+            f"{ranks} ranks want a GPU each, and {asked.gpus} are asked for",
+            where="--ranks",
+            fix="leave --ranks out, or ask for more --gpus",
+        )
+    return ranks
+
+
+def resources(asked: Resources, *, threads: int, rank_bytes: int) -> Resources:
     """What a build gets: what was asked, else what its partition gives with a GPU, else what its plan needs.
 
     Args:
         asked: 0 for `cpus` and `memory_gb` means not asked.
-        threads: of the recipe.
-        memory_bytes: of the plan.
+        threads: of the recipe, each rank's.
+        rank_bytes: of the plan, each rank's.
 
     Raises:
         RefusedError: it does not agree with the rules of the partition.
     """
-    needed_gb = math.ceil(memory_bytes * MEMORY_SLACK / 1e9)
+    needed_gb = math.ceil(asked.ranks * rank_bytes * MEMORY_SLACK / 1e9)
     rules = PARTITIONS.get(asked.partition or "")
     if rules is None:
-        return replace(asked, cpus=asked.cpus or threads, memory_gb=asked.memory_gb or needed_gb)
+        return replace(asked, cpus=asked.cpus or asked.ranks * threads, memory_gb=asked.memory_gb or needed_gb)
     if not (asked.account or "").endswith(rules.account_suffix):
         raise RefusedError(
             f"accounts of the partition {asked.partition} end in {rules.account_suffix}, not as in {asked.account}",
@@ -204,14 +239,16 @@ def resources(asked: Resources, *, threads: int, memory_bytes: int) -> Resources
             where="--time",
             fix="ask for less: a build that reaches its limit is queued again and goes on",
         )
-    if memory_bytes > rules.gpu_memory_gb * 1e9:
+    if rank_bytes > rules.gpu_memory_gb * 1e9:
+        each = f"each of {asked.ranks} GPUs" if asked.ranks > 1 else "the GPU"
         raise RefusedError(
-            f"the build needs about {memory_bytes / 1e9:.0f} GB on the GPU; those of {asked.partition} have "
+            f"the build needs about {rank_bytes / 1e9:.0f} GB on {each}; those of {asked.partition} have "
             f"{rules.gpu_memory_gb}",
             where="--partition",
-            fix="use fewer or shorter windows (--set calibration.window_tokens=...), or a partition of larger GPUs",
+            fix="use more GPUs (--gpus), fewer or shorter windows (--set calibration.window_tokens=...), or a "
+            "partition of larger GPUs",
         )
-    gpus = asked.gpus or 1
+    gpus = asked.gpus or asked.ranks
     return replace(
         asked,
         gpus=gpus,
@@ -259,19 +296,14 @@ def submit(
     def put(group: list[Job], asked: Resources, **further: str) -> list[str]:
         executor = submitit.SlurmExecutor(folder=logs, max_num_timeout=RESTARTS)
         executor.update_parameters(**_parameters(group, asked, at_once, further))
+        said = io.StringIO()
         try:
-            if len(group) == 1:
-                placed = [executor.submit(group[0])]
-            else:
-                with executor.batch():
-                    placed = [executor.submit(job) for job in group]
+            # submitit repeats what sbatch says; of a refusal it would stand in front of our error
+            with redirect_stderr(said), executor.batch() if len(group) > 1 else nullcontext():
+                placed = [executor.submit(job) for job in group]
         except submitit.core.utils.FailedJobError as error:
-            reason = str(error).strip().splitlines()[-1].removeprefix("sbatch: error: ")
-            raise RefusedError(
-                f"Slurm does not take it: {reason}",
-                where="sbatch",
-                fix="compare --partition, --account, --time, --cpus, --memory and --gpus with what the cluster allows",
-            ) from None
+            raise _refused(str(error)) from None
+        sys.stderr.write(said.getvalue())
         submitted.extend(
             {
                 "name": job.name,
@@ -296,9 +328,21 @@ def submit(
     return submitted
 
 
+def _refused(said: str) -> RefusedError:
+    """The error for what sbatch says of a job that it does not take."""
+    lines = [OF_SBATCH.sub("", line) for line in said.splitlines() if OF_SBATCH.match(line)]
+    reason = "; ".join(lines) or " ".join(said.split())
+    named = [option for word, option in REFUSED_OPTIONS.items() if word in reason.lower()]
+    return RefusedError(
+        f"Slurm does not take it: {reason}",
+        where=", ".join(named) or "sbatch",
+        fix=f"compare {', '.join(named) or 'what is asked (--dry-run shows it)'} with what the cluster allows",
+    )
+
+
 def _beside(asked: list[Resources]) -> Resources:
     """For what solves nothing: no GPU, and the least memory that a build was given."""
-    return replace(min(asked, key=lambda each: each.memory_gb), gpus=0)
+    return replace(min(asked, key=lambda each: each.memory_gb), gpus=0, ranks=1)
 
 
 def submitted_jobs(folder: Path) -> list[dict[str, Any]]:

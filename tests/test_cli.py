@@ -25,6 +25,7 @@ FROZEN = {
     "demo": {"--out", "--device", "--json"},
     "submit": {
         *("--model", "--out", "--set", "--partition", "--account", "--qos", "--time", "--gpus", "--cpus", "--memory"),
+        "--ranks",
         *("--at-once", "--publish", "--wait", "--dry-run", "--json"),
     },
     "jobs": {"--json"},

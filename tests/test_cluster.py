@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantkit import cli
 from quantkit.cluster import (
     JOBS,
     LOST,
@@ -23,8 +24,10 @@ from quantkit.cluster import (
     ReleaseJob,
     Resources,
     _beside,
+    _refused,
     exit_code,
     minutes_of,
+    ranks_of,
     resources,
     submitted_jobs,
 )
@@ -55,13 +58,35 @@ def test_other_time_limits_are_refused(text):
 
 
 def test_a_build_asks_for_what_its_plan_needs():
-    asked = resources(Resources(60, 0, 0, partition="cpu"), threads=4, memory_bytes=8 * 10**9)
+    asked = resources(Resources(60, 0, 0, partition="cpu"), threads=4, rank_bytes=8 * 10**9)
     assert asked == Resources(60, 4, 10, partition="cpu")
-    assert resources(Resources(60, 16, 64), threads=4, memory_bytes=8 * 10**9) == Resources(60, 16, 64)
+    assert resources(Resources(60, 16, 64), threads=4, rank_bytes=8 * 10**9) == Resources(60, 16, 64)
+
+
+def test_ranks_share_what_a_build_asks_for():
+    asked = resources(Resources(60, 0, 0, ranks=3), threads=4, rank_bytes=8 * 10**9)
+    assert asked == Resources(60, 12, 30, ranks=3)
+    assert resources(Resources(60, 5, 7, ranks=3), threads=4, rank_bytes=8 * 10**9) == Resources(60, 5, 7, ranks=3)
+    on_athena = resources(replace(ATHENA, ranks=4), threads=2, rank_bytes=10**9)
+    assert (on_athena.gpus, on_athena.cpus, on_athena.memory_gb) == (4, 64, 512)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "asked", "divisible", "ranks"),
+    [(0, 0, True, 1), (4, 0, True, 4), (4, 0, False, 1), (4, 2, True, 2), (4, 1, True, 1), (0, 2, True, 2)],
+)
+def test_a_build_has_a_process_for_each_gpu(gpus, asked, divisible, ranks):
+    assert ranks_of(Resources(60, 0, 0, gpus, asked), divisible=divisible) == ranks
+
+
+def test_more_ranks_than_gpus_are_refused():
+    with pytest.raises(RefusedError) as caught:
+        ranks_of(Resources(60, 0, 0, 2, 3), divisible=True)
+    assert caught.value.where == "--ranks"
 
 
 def test_a_gpu_of_athena_comes_with_16_cores_and_128_gb():
-    given = resources(ATHENA, threads=2, memory_bytes=10**9)
+    given = resources(ATHENA, threads=2, rank_bytes=10**9)
     assert (given.gpus, given.cpus, given.memory_gb) == (1, 16, 128)
 
 
@@ -71,8 +96,19 @@ def test_a_gpu_of_athena_comes_with_16_cores_and_128_gb():
 )
 def test_what_athena_would_refuse_is_refused_here(wrong, where):
     with pytest.raises(RefusedError) as caught:
-        resources(replace(ATHENA, **wrong), threads=2, memory_bytes=10**9)
+        resources(replace(ATHENA, **wrong), threads=2, rank_bytes=10**9)
     assert caught.value.where == where
+
+
+def test_a_refusal_of_sbatch_names_the_option_that_it_is_about():
+    """As sbatch 22.05 writes it, and a line that is none of its own."""
+    said = (
+        "sbatch: error: invalid partition specified: gpu\nsbatch: error: Batch job submission failed: Invalid partition"
+    )
+    found = _refused(said + " name specified\n")
+    assert found.what == "Slurm does not take it: invalid partition specified: gpu; Invalid partition name specified"
+    assert found.where == "--partition"
+    assert _refused("slurm_load: Socket timed out\n").where == "sbatch"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +176,28 @@ def test_a_dry_run_shows_what_would_be_asked(recipes, tmp_path):
     assert not (tmp_path / "artifacts").exists()
 
 
+def test_ranks_are_planned_and_asked_for(recipes, tmp_path):
+    """Each has its threads and its memory; an engine, which is one process, cannot be divided."""
+    command = ("submit", str(recipes[0]), "--time", "30", "--dry-run", "--json", "--set", "compute.threads=2")
+    found = quantkit(*command, "--ranks", "2", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    planned = json.loads(quantkit("plan", str(recipes[0]), "--device", "cpu", "--ranks", "2", "--json").stdout)
+    asked = json.loads(found.stdout)[0]["resources"]
+    assert (asked["ranks"], asked["cpus"], asked["gpus"]) == (2, 4, 0)
+    assert asked["memory_gb"] == math.ceil(2 * planned["rank_bytes"] * MEMORY_SLACK / 1e9)
+    refused = quantkit(*command, "--ranks", "2", "--set", "engine=gptqmodel", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "error: the engine gptqmodel is one process" in refused.stderr
+
+
+def test_what_a_job_runs_is_what_a_user_would_type(recipes, tmp_path):
+    asked = replace(ATHENA, gpus=4, ranks=0)
+    job, granted = cli._job(str(recipes[0]), tmp_path, ["compute.threads=3"], None, asked)
+    assert (granted.gpus, granted.ranks, granted.cpus) == (4, 4, 64)
+    assert job.options == ("--device", "cuda", "--ranks", "4", "--set", "compute.threads=3")
+    assert cli._job(str(recipes[0]), tmp_path, [], None, replace(ATHENA, ranks=0))[0].options == ("--device", "cuda")
+
+
 def test_without_slurm_it_says_so(recipes, tmp_path):
     found = quantkit("submit", str(recipes[0]), cwd=tmp_path, PATH=str(tmp_path))
     assert found.returncode == 4
@@ -191,16 +249,22 @@ def test_an_array_of_builds_and_the_report_behind_it(slurm, recipes, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_slurm_does_not_take_is_refused_with_its_reason(slurm, recipes, tmp_path):
-    found = quantkit("submit", str(recipes[0]), "--partition", "gpu", cwd=tmp_path, **slurm)
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--partition", "gpu"), "invalid partition specified: gpu"),
+        (("--partition", "grant", "--account", "other"), "Invalid account"),
+        (("--time", "2:00:00"), "Requested time limit is invalid"),
+    ],
+)
+def test_what_slurm_does_not_take_is_one_error_with_its_reason(slurm, recipes, tmp_path, options, said):
+    found = quantkit("submit", str(recipes[0]), *options, cwd=tmp_path, **slurm)
     assert found.returncode == 2
-    assert "invalid partition" in found.stderr
-    found = quantkit("submit", str(recipes[0]), "--partition", "grant", "--account", "other", cwd=tmp_path, **slurm)
-    assert found.returncode == 2
-    assert "Invalid account" in found.stderr
-    found = quantkit("submit", str(recipes[0]), "--time", "2:00:00", cwd=tmp_path, **slurm)
-    assert found.returncode == 2
-    assert "Requested time limit is invalid" in found.stderr
+    error = found.stderr[found.stderr.index("error: ") :]
+    assert error.startswith("error: Slurm does not take it: ")
+    assert said in error
+    assert options[-2] in error
+    assert "sbatch: " not in found.stderr
     assert "Traceback" not in found.stderr
 
 
@@ -234,12 +298,16 @@ def preempt(job: dict[str, Any], slurm: dict[str, str]) -> None:
 
 def take_too_long(job: dict[str, Any], slurm: dict[str, str]) -> None:
     """Nothing is done until Slurm itself announces the time limit."""
-    build = next(each for each in psutil.process_iter(["cmdline"]) if is_build(each.info["cmdline"] or [], job))
-    build.suspend()
+    for build in builds_of(job):
+        build.suspend()
 
 
-def is_build(command: list[str], job: dict[str, Any]) -> bool:
-    return "build" in command and any(part.endswith(job["name"]) for part in command)
+def builds_of(job: dict[str, Any]) -> list[psutil.Process]:
+    """All processes of a job's build."""
+    found = [(each, each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
+    return [
+        each for each, command in found if "build" in command and any(part.endswith(job["name"]) for part in command)
+    ]
 
 
 def interrupt_in_its_layers(
@@ -256,19 +324,33 @@ def interrupt_in_its_layers(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("interruption", "minutes"), [(requeue, "30"), (preempt, "30"), (take_too_long, "1")], ids=["kill", "warn", "limit"]
+    ("interruption", "minutes", "ranks"),
+    [(requeue, "30", "1"), (preempt, "30", "1"), (take_too_long, "1", "1"), (requeue, "30", "2"), (preempt, "30", "2")],
+    ids=["kill", "warn", "limit", "kill two", "warn two"],
 )
-def test_an_interrupted_job_goes_on_and_ends_in_the_same_bytes(slurm, recipes, tmp_path, interruption, minutes):
-    submitted = quantkit("submit", str(recipes[0]), "--time", minutes, "--json", cwd=tmp_path, **slurm)
+def test_an_interrupted_job_goes_on_and_ends_in_the_same_bytes(slurm, recipes, tmp_path, interruption, minutes, ranks):
+    options = ("--time", minutes, "--ranks", ranks, "--json")
+    submitted = quantkit("submit", str(recipes[0]), *options, cwd=tmp_path, **slurm)
     assert submitted.returncode == 0, submitted.stderr
     job = json.loads(submitted.stdout)[0]
-    interrupt_in_its_layers(job, tmp_path / "artifacts", interruption, slurm)
+    interrupted: list[psutil.Process] = []
+
+    def interrupt(job: dict[str, Any], slurm: dict[str, str]) -> None:
+        interrupted.extend(builds_of(job))
+        interruption(job, slurm)
+
+    interrupt_in_its_layers(job, tmp_path / "artifacts", interrupt, slurm)
+    # the ranks and who has started them; none is at work on what the next run goes on with
+    assert len(interrupted) == (1 if ranks == "1" else 1 + int(ranks))
+    assert psutil.wait_procs(interrupted, timeout=10)[1] == []
     until(lambda: jobs(tmp_path, slurm)[job["name"]]["state"] in ("done", "failed", LOST), job["log"])
     log = Path(job["log"]).read_text()
     assert jobs(tmp_path, slurm)[job["name"]]["state"] == "done", log
     assert log.count("quantkit build") == 2
     assert "Traceback" not in log
-    assert files(tmp_path / "artifacts" / "model-GOOD") == direct(recipes[0], tmp_path)
+    artifact = tmp_path / "artifacts" / "model-GOOD"
+    assert json.loads((artifact / "quantkit.json").read_text())["environment"]["ranks"] == int(ranks)
+    assert files(artifact) == direct(recipes[0], tmp_path)
 
 
 @pytest.mark.slow
@@ -327,16 +409,16 @@ def test_a_cancelled_job_is_lost(slurm, recipes, tmp_path):
 
 
 def test_what_follows_takes_no_gpu():
-    given = [resources(replace(ATHENA, memory_gb=size), threads=2, memory_bytes=10**9) for size in (200, 128)]
+    given = [resources(replace(ATHENA, memory_gb=size), threads=2, rank_bytes=10**9) for size in (200, 128)]
     assert _beside(given) == replace(given[1], gpus=0)
 
 
 @pytest.mark.parametrize(("partition", "suffix", "holds"), [("a100", "a100", 40), ("gh200", "gh200", 96)])
 def test_a_build_too_large_for_the_gpus_is_refused_before_it_queues(partition, suffix, holds):
     asked = replace(ATHENA, partition=f"plgrid-gpu-{partition}", account=f"grant-gpu-{suffix}")
-    assert resources(asked, threads=2, memory_bytes=holds * 10**9).gpus == 1
+    assert resources(asked, threads=2, rank_bytes=holds * 10**9).gpus == 1
     with pytest.raises(RefusedError, match=f"have {holds}") as caught:
-        resources(asked, threads=2, memory_bytes=holds * 10**9 + 10**8)
+        resources(asked, threads=2, rank_bytes=holds * 10**9 + 10**8)
     assert caught.value.where == "--partition"
 
 
