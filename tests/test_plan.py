@@ -1,11 +1,16 @@
 """What a plan says of a model that is only described, and what methods state of their memory."""
 
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+import tomlkit
 import torch
 
+from bench.models import make_model
+from bench.processes import measured
 from quantkit.checkpoint.index import describe_model
 from quantkit.errors import RefusedError
 from quantkit.methods import METHODS
@@ -13,6 +18,7 @@ from quantkit.pipeline import build, plan
 from quantkit.plan import make_plan, plan_lines
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe, find_recipe, load_recipe
+from tests.commands import ROOT
 from tests.test_pipeline import hashes
 from tests.tiny import make_tiny
 
@@ -195,3 +201,25 @@ def test_ranks_for_which_memory_does_not_suffice_are_refused(tmp_path, monkeypat
         run(2)
     assert "fewer ranks" in caught.value.fix
     assert run(1).memory_free_bytes == needed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_a_rank_takes_is_what_was_planned(ranks, tmp_path):
+    """Activations of large batches, which the C library gives back at once; one rank's plan would be 1.2 of two's."""
+    model, text = tmp_path / "model", ROOT / "calibration" / "calibration.jsonl"
+    model.mkdir()
+    make_model(model, layers=1, hidden=256, feed_forward=1024)
+    content = {
+        "format": "gptq",
+        "model": {"id": str(model)},
+        "quantize": {"asymmetric": 0},
+        "calibration": {"texts": {str(text): 64}, "window_tokens": 1024},
+        "compute": {"threads": 1},
+    }
+    (tmp_path / "recipe.toml").write_text(tomlkit.dumps(content))
+    command = ["build", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    given = [sys.executable, "-m", "quantkit", *command, "--no-validate", "--ranks", str(ranks)]
+    peak_gb = measured(given, os.environ | {"PYTHONPATH": str(ROOT)})["peak_gb"]
+    needed = plan(Recipe.of(content), out=tmp_path / "other", device=CPU, progress=Progress(), ranks=ranks).rank_bytes
+    assert 0.88 * needed < peak_gb * 1e9 < needed
