@@ -34,7 +34,7 @@ from quantkit.machine import deciding_versions, device_model, environment, peak_
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan, reads_text, require_here
 from quantkit.progress import Progress, timed
-from quantkit.qtensor import Item
+from quantkit.qtensor import Item, QuantizedLinear
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
 from quantkit.report.card import keep
@@ -42,7 +42,7 @@ from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, re
 from quantkit.solvers.dealt import Dealt
 from quantkit.source_pass import Calibration, SourcePass
 from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
-from quantkit.stream import Sinks, Solvers, stream, survey
+from quantkit.stream import Sinks, Solvers, goes_on_quantized, stream, survey
 from quantkit.texts import TextSet, load_text_set, require_known
 from quantkit.upstream import adopt, adopt_files, prepare, prepared_items, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
@@ -135,6 +135,7 @@ class Artifact:
         self.passes: list[tuple[str, Callable[[SourcePass], Iterator[None]]]] = []
         self._reused = False
         self._text: EvaluationText | None = None  # to be judged on
+        self._waiting: dict[str, torch.Tensor] = {}  # of the item at work, for its own file
         self._seconds = 0.0
         self._stages: dict[str, float] = {}
         self._engine_facts: dict[str, Any] | None = None
@@ -336,10 +337,12 @@ class Artifact:
             placed = {} if places is None else places.read(name)
             return form.decode_item(read_item(work.path(name)) | placed)
 
-        names = checkpoint.items
+        names, behind = checkpoint.items, Behind()
+        at_once = places is not None and not goes_on_quantized(self._calibration)
         sinks = Sinks(
-            linear=self.progress.linear,
             item=lambda name: self.progress.steps("quantize", names.index(name), len(names)),
+            linear=self.progress.linear,
+            taken=partial(self._keep_linear, behind) if at_once else None,
         )
         solved = stream(
             checkpoint,
@@ -354,7 +357,7 @@ class Artifact:
         )
 
         def go_through() -> Iterator[None]:
-            with Behind() as behind:
+            with behind:
                 # mapped, for a loop would hold on to an item while others take their turns
                 yield from map(partial(self._keep, behind), solved)
             self.progress.steps("quantize", len(names), len(names))
@@ -371,9 +374,26 @@ class Artifact:
         facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
         behind.do(partial(self._work.finish, item.name, partial(self._write, tensors, item.seconds), facts))
 
-    def _write(self, tensors: dict[str, torch.Tensor], seconds: dict[str, float], path: Path) -> None:
+    def _keep_linear(self, behind: Behind, item: Item, full: str, linear: QuantizedLinear) -> None:
+        """Encode a solved linear, and have it put into its places while the next one is solved."""
+        if not self.ranks.is_first:
+            return
+        with timed(item.seconds, "pack"):
+            tensors = self.method.format.encode_item(Item(item.name, {full: linear}, {}))
+        behind.do(partial(self._put, tensors, item.seconds))
+
+    def _put(self, tensors: dict[str, torch.Tensor], seconds: dict[str, float]) -> None:
+        """Write what has a place in the artifact's files; the rest waits for the item's own."""
         with timed(seconds, "write"):
-            write_item(path, tensors if self._places is None else self._places.write(tensors))
+            self._waiting |= tensors if self._places is None else self._places.write(tensors)
+
+    def _write(self, tensors: dict[str, torch.Tensor], seconds: dict[str, float], path: Path) -> None:
+        self._put(tensors, seconds)
+        with timed(seconds, "write"):
+            if self._places is not None:
+                self._places.keep()
+            waiting, self._waiting = self._waiting, {}
+            write_item(path, waiting)
 
     @property
     def _prepared(self) -> Path:

@@ -213,16 +213,16 @@ def make_plan(
     if reads_text(recipe, method):
         tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens
     work = work_of(recipe, checkpoint, solved, tokens)
-    waiting = artifact_bytes // checkpoint.num_layers
+    item_bytes = artifact_bytes // checkpoint.num_layers
     taken = (
         Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
         if engine is not None and engine.takes_checkpoint
-        else _footprint(recipe, checkpoint, method, work, waiting=waiting, ranks=ranks)
+        else _footprint(recipe, checkpoint, method, work, item_bytes=item_bytes, ranks=ranks)
     )
     rank_bytes = together_bytes([taken])
     waiting_bytes = 0
     if has_own_memory(device) and engine is None:
-        least = _footprint(recipe, checkpoint, method, work, waiting=waiting, ranks=ranks, most_batches=AT_WORK)
+        least = _footprint(recipe, checkpoint, method, work, item_bytes=item_bytes, ranks=ranks, most_batches=AT_WORK)
         waiting_bytes = rank_bytes - together_bytes([least])
     # what is not given the checkpoint starts from a copy of it in 16 bits
     prepared_bytes = 0 if engine is None or engine.takes_checkpoint else 2 * parameters_held
@@ -480,7 +480,7 @@ def _footprint(
     method: Method,
     work: Work,
     *,
-    waiting: int,
+    item_bytes: int,
     ranks: int,
     most_batches: int | None = None,
 ) -> Footprint:
@@ -491,7 +491,7 @@ def _footprint(
 
     Args:
         recipe, checkpoint, method, work: of the build.
-        waiting: bytes of an item that is being written.
+        item_bytes: of a solved item in the artifact.
         ranks: how many processes make it; the footprint is that of the first, which has most.
         most_batches: whose activations are on the device; None is all of its own.
     """
@@ -515,14 +515,19 @@ def _footprint(
         peaks.append(handed + solvers.preparation.cost(work.layers[0]).memory_bytes)
     if method.survey is not None:
         peaks.append(max(handed, _surveying(method.survey, work.layers[0]).memory_bytes))
+    from_float = recipe.calibration.activations == "float"
+    # what has its places is written linear by linear, and the solver counts those; else a solved item is there, and one
+    # more that is being written
+    at_once = isinstance(method.format, InPlace) and (from_float or not tokens) and ranks == 1
+    solved, waiting = (0, 0) if at_once else (layer, item_bytes)
     # without text nothing goes through the layer: of its weights those of a stage are placed, and nothing is rewritten
     stages = work.layers[0].stages.values()
-    placed = streams * layer if tokens else max(sum(shape.size for shape in stage.shapes) for stage in stages)
-    in_layer = width * placed + layer + (3 if tokens else 2) * source + max(peaks)
+    largest = max(sum(shape.size for shape in stage.shapes) for stage in stages)
+    placed = width * streams * layer if tokens else source * largest // layer
+    in_layer = placed + solved + (3 if tokens else 2) * source + max(peaks)
     at_ends = max((_solving(solvers.ends, stage).memory_bytes for stage in work.ends if solvers.ends), default=0)
     working = ends + max(in_layer, at_ends)
     together = (recipe.model, recipe.compute.threads)
-    from_float = recipe.calibration.activations == "float"
     if not tokens or not (from_float or streams == 2):
         return Footprint(together, hidden + waiting, working)
     section = recipe.calibration

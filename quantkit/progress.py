@@ -4,10 +4,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from quantkit.qtensor import LinearFacts
+
+T = TypeVar("T")
+# a generator's end
+END = object()
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,17 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     yield
     _wait_for_gpu()
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def timed_steps(seconds: dict[str, float], stage: str, steps: Iterator[T]) -> Iterator[T]:
+    """The same steps, the wall time of each added to a stage's seconds; what is done between them is not."""
+    while True:
+        with timed(seconds, stage):
+            found = next(steps, END)
+        if found is END:
+            return
+        yield found  # type: ignore[misc]
+        del found
 
 
 def _wait_for_gpu() -> None:

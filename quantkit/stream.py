@@ -29,8 +29,8 @@ from quantkit.checkpoint.spill import Kept
 from quantkit.costs import Cost, LayerWork
 from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
-from quantkit.progress import timed
-from quantkit.qtensor import Item, LinearFacts
+from quantkit.progress import timed, timed_steps
+from quantkit.qtensor import Item, LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
 from quantkit.source_pass import Calibration, FloatStream, SourcePass, Taken, embedded, finish, start
 
@@ -89,10 +89,23 @@ class Solvers:
 
 @dataclass(frozen=True)
 class Sinks:
-    """Who wants to hear of the pass while it runs; a linear is reported as soon as it is solved."""
+    """Who wants to hear of the pass while it runs.
 
-    linear: Callable[[LinearFacts], None] = lambda facts: None
+    Attributes:
+        item: told the name of an item that begins.
+        linear: told of a linear as soon as it is solved.
+        taken: given every solved linear at once, with the item and its full name, so that the item need not hold them
+            all; for streams that do not go on with quantized weights (`goes_on_quantized`).
+    """
+
     item: Callable[[str], None] = lambda name: None
+    linear: Callable[[LinearFacts], None] = lambda facts: None
+    taken: Callable[[Item, str, QuantizedLinear], None] | None = None
+
+
+def goes_on_quantized(calibration: Calibration | None) -> bool:
+    """Whether what follows a linear in the stream is computed with what it became."""
+    return calibration is not None and not calibration.from_float
 
 
 def stream(
@@ -125,6 +138,7 @@ def stream(
         RunFailedError: from the solver, with the linear's name.
     """
     assert (calibration is None) == (not solvers.needs), "calibration is given exactly when a solver needs it"
+    assert sinks is None or sinks.taken is None or not goes_on_quantized(calibration), "the stream needs the linears"
     alone = shared is None
     shared = shared or SourcePass(checkpoint)
     activations = _activations(shared, decoder, calibration, solvers) if calibration else None
@@ -330,7 +344,7 @@ def _solve_item(
         for stage in checkpoint.family.stages:
             solve_stage(
                 stage,
-                lambda linear: decoder.place(working[f"model.layers.{index}.{linear}.weight"]),
+                lambda linear: decoder.place_to_solve(working[f"model.layers.{index}.{linear}.weight"]),
                 Statistics(frozenset()),
             )
         return item
@@ -350,12 +364,17 @@ def _solve(
 ) -> None:
     """Solve linears into an item; what they share counts as a stage of its own."""
     factorised = 0.0
-    with timed(item.seconds, "solve"):
-        for full, quantized, facts in solver.solve(weights, statistics):
-            item.linears[full] = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
-            item.facts.append(facts)
-            sinks.linear(facts)
-            factorised += facts.factorise_s
+    for full, quantized, facts in timed_steps(item.seconds, "solve", solver.solve(weights, statistics)):
+        linear = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
+        if sinks.taken is None:
+            item.linears[full] = linear
+        else:
+            sinks.taken(item, full, linear)
+        # else it would be there until the next is solved
+        del quantized, linear
+        item.facts.append(facts)
+        sinks.linear(facts)
+        factorised += facts.factorise_s
     if factorised:
         item.seconds["factorise"] = item.seconds.get("factorise", 0.0) + factorised
         item.seconds["solve"] -= factorised
@@ -371,18 +390,19 @@ def _solve_end(
     decoder: Decoder,
 ) -> Item:
     """The embedding, or final norm and head; quantized if there is a solver for them."""
-    stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in source.items()}
     key = f"{END_MODULES[name]}.weight"
-    item = Item(name, {}, stored)
-    if solver is not None and key in source:
+    solved = solver is not None and key in source
+    if solved:
+        _require_storable(key, source[key], stored_dtype)
+    kept = {other: tensor for other, tensor in source.items() if not (solved and other == key)}
+    item = Item(name, {}, {other: _as_stored(other, tensor, stored_dtype) for other, tensor in kept.items()})
+    if solver is not None and solved:
         statistics = Statistics(frozenset())
         if name == HEAD and activations and solver.needs:
             with timed(item.seconds, "statistics"):
-                statistics = activations.head_statistics(stored, source, solver.needs)
-        weights = {END_MODULES[name]: source[key].to(device=decoder.device, dtype=decoder.dtype)}
-        _solve(item, solver, weights, statistics, sinks)
-        del item.tensors[key]
-    if activations and name == EMBEDDING:
+                statistics = activations.head_statistics(item.tensors, source, solver.needs)
+        _solve(item, solver, {END_MODULES[name]: decoder.place_to_solve(source[key])}, statistics, sinks)
+    if activations and not activations.from_float and name == EMBEDDING:
         decoded = {f"{full}.weight": linear.dequantize() for full, linear in item.linears.items()}
         with timed(item.seconds, "embed"):
             activations.advance(name, item.tensors | decoded)

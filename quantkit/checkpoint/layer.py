@@ -255,3 +255,8 @@ class Decoder:
     def place(self, tensor: Tensor) -> Tensor:
         """A weight on the decoder's device, in the compute dtype."""
         return tensor.to(device=self.device, dtype=self.dtype)
+
+    def place_to_solve(self, tensor: Tensor) -> Tensor:
+        """A weight on the decoder's device, in the compute dtype, or as it is where that loses nothing by widening."""
+        widened = torch.promote_types(tensor.dtype, self.dtype) == self.dtype
+        return tensor.to(device=self.device, dtype=tensor.dtype if widened else self.dtype)

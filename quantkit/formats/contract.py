@@ -129,7 +129,11 @@ class LaidOut(Protocol):
         ...
 
     def write(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Put an encoded item into its places, durably; returns what has none, for the work file."""
+        """Put encoded tensors into their places; returns those that have none, for the work file."""
+        ...
+
+    def keep(self) -> None:
+        """Make durable what was written."""
         ...
 
     def read(self, item: str) -> dict[str, Tensor]:

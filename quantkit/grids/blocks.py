@@ -153,9 +153,7 @@ def quantize(
     Raises:
         RefusedError: weights too large for the type's float16 scales.
     """
-    rows, columns = weight_OI.shape
-    step = max(1, (CHUNK_WEIGHTS if weight_OI.device.type == "cpu" else GPU_CHUNK_WEIGHTS) // columns)
-    parts = [_quantize(part.float(), kind, importance_I) for part in weight_OI.split(step)]
+    parts = list(quantized_rows(weight_OI, kind, importance_I, where=where))
     codes_OI, grids = torch.cat([codes for codes, _ in parts]), [grid for _, grid in parts]
     grid = BlockGrid(
         kind,
@@ -164,9 +162,23 @@ def quantize(
         torch.cat([part.scale_ONS for part in grids]),
         torch.cat([part.min_ONS for part in grids]),
     )
-    assert codes_OI.shape == (rows, columns), "every weight has a code"
-    require_finite(grid, weight_OI, where=where)
+    assert codes_OI.shape == weight_OI.shape, "every weight has a code"
     return codes_OI, grid
+
+
+def quantized_rows(
+    weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None = None, *, where: str = ""
+) -> Iterator[tuple[Tensor, BlockGrid]]:
+    """What `quantize` finds, in parts: codes and grid of so many rows as are searched together, from the first row on.
+
+    Args:
+        weight_OI, kind, importance_I, where: as there.
+    """
+    chunk = CHUNK_WEIGHTS if weight_OI.device.type == "cpu" else GPU_CHUNK_WEIGHTS
+    for part in weight_OI.split(max(1, chunk // weight_OI.shape[1])):
+        codes, grid = _quantize(part.float(), kind, importance_I)
+        require_finite(grid, part, where=where)
+        yield codes, grid
 
 
 def require_finite(grid: BlockGrid, weight_OI: Tensor, *, where: str = "") -> None:

@@ -12,14 +12,13 @@ from torch import Tensor
 from quantkit.grids.blocks import BlockGrid, BlockType, require_finite, search, steps_of
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
-from quantkit.qtensor import QuantizedLinear
 from quantkit.solvers.gptq import PANEL, Factor, updated
 
 
 def solve_blocks(
     weight_OI: Tensor, factor: Factor, kind: BlockType, *, where: str = ""
-) -> tuple[QuantizedLinear, float]:
-    """Codes and grid that minimize the linear's output error over the calibration tokens, and the share that was lost.
+) -> tuple[Tensor, BlockGrid, float]:
+    """Codes uint8 [O, I] and grid that minimize the linear's output error over the calibration tokens; the share lost.
 
     Args:
         weight_OI: [O, I] in the factor's dtype; I is a multiple of `kind.block`. Not modified.
@@ -70,4 +69,4 @@ def solve_blocks(
     codes_OI[:, order_I] = codes_IO.t()
     grid = BlockGrid(kind, halves_ON[0], halves_ON[1], wholes_ONS[0], wholes_ONS[1])
     require_finite(grid, weight_OI, where=where)
-    return QuantizedLinear(codes_OI, grid), float(lost / energy) if float(energy) else 0.0
+    return codes_OI, grid, float(lost / energy) if float(energy) else 0.0

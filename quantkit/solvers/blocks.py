@@ -4,13 +4,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import gguf
 import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
-from quantkit.costs import FLOAT_BYTES, Cost, StageWork
-from quantkit.grids.blocks import TYPES, BlockType, quantize
-from quantkit.grids.encoded import as_floats
+from quantkit.costs import Cost, Shape, StageWork
+from quantkit.grids.block_bytes import encode, pack
+from quantkit.grids.blocks import TYPES, BlockType
+from quantkit.grids.encoded import EncodedGrid, as_floats
 from quantkit.progress import timed
 from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
@@ -18,7 +20,7 @@ from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.gptq import FACTORISE, Factor, factorize, feedback_cost
 
 DENSE = ("F16", "BF16")
-WORKING_COPIES = 5  # float32 numbers for each weight of the linear that is being solved
+SEARCHED_BYTES = 64 * 1024**2  # rows that are searched together, several times over
 
 
 @dataclass(frozen=True)
@@ -65,27 +67,38 @@ class BlockSolver:
                     solved.append(QuantizedLinear(*ggml.encode(weight_OI, kind, mean_I, where=name)))
                 elif self.damping is None or not seen:
                     given_I = self._weights(weight_OI, mean_I)
-                    solved.append(QuantizedLinear(*quantize(weight_OI, TYPES[kind], given_I, where=name)))
+                    solved.append(QuantizedLinear(*encode(weight_OI, TYPES[kind], given_I, where=name)))
                 else:
                     with timed(spent, FACTORISE):
                         factor = self._factor(factors, statistics, TYPES[kind], name)
                     working_OI = weight_OI.to(factor.upper_II.dtype)
-                    linear, share = solve_blocks(working_OI, factor, TYPES[kind], where=name)
-                    solved.append(linear)
+                    codes_OI, grid, share = solve_blocks(working_OI, factor, TYPES[kind], where=name)
+                    solved.append(QuantizedLinear(pack(codes_OI, grid), EncodedGrid(kind)))
                     loss = share if loss is None else loss
-            first, *others = solved
             damping = max((factor.damping for factor in factors.values()), default=None)
             facts = LinearFacts(name, loss, damping, time.perf_counter() - started, spent.pop(FACTORISE, 0.0))
-            yield name, replace(first, others=tuple(others), importance=importance), facts
+            # no variable holds them on while the next is solved
+            yield name, replace(solved[0], others=tuple(solved[1:]), importance=importance), facts
 
     def cost(self, work: StageWork) -> Cost:
-        """With GPTQ one factor for each size of block, and feedback for each type of ours; else a search."""
+        """With GPTQ one factor for each size of block, and feedback for each type of ours; else a search.
+
+        Of a search the bytes in all types are there, once as they are found and once as they are written.
+        """
+        encoded = max((self._encoded_bytes(shape) for shape in work.shapes), default=0)
+        found = Cost(memory_bytes=SEARCHED_BYTES + 2 * encoded)
         if self.damping is None or not work.tokens:
-            return Cost(memory_bytes=WORKING_COPIES * work.largest * FLOAT_BYTES)
+            return found
         solved = [(shape, kind) for shape in work.shapes for kind in self.types(shape.name, shape.columns)]
         solved = [(shape, kind) for shape, kind in solved if kind in TYPES]
         sizes = {TYPES[kind].block for _, kind in solved}
-        return feedback_cost(replace(work, shapes=tuple(shape for shape, _ in solved)), factors=len(sizes))
+        gptq = feedback_cost(replace(work, shapes=tuple(shape for shape, _ in solved)), factors=len(sizes))
+        return Cost(gptq.operations, gptq.memory_bytes + found.memory_bytes)
+
+    def _encoded_bytes(self, shape: Shape) -> int:
+        types = self.types(shape.name, shape.columns)
+        sizes = [gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] for kind in types]
+        return sum(shape.size // block * block_bytes for block, block_bytes in sizes)
 
     def _factor(self, factors: dict[int, Factor], statistics: Statistics, kind: BlockType, name: str) -> Factor:
         """The Hessian's factor for blocks of this size, made once."""

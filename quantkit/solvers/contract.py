@@ -24,7 +24,8 @@ class Solver(Protocol):
         """Solved linears, one by one.
 
         Args:
-            weights: [O, I] by full module name, in the compute dtype; not modified.
+            weights: [O, I] by full module name, in the compute dtype, or narrower where the source is: to be widened as
+                they are worked on. Not modified.
             statistics: of the input they share.
         """
         ...

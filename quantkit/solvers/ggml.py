@@ -12,6 +12,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.index import is_finite
 from quantkit.engines.env import environment_of, find_engine, is_installed
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.grids.encoded import EncodedGrid
@@ -70,30 +71,30 @@ def encode(weight_OI: Tensor, kind: str, importance_I: Tensor | None, *, where: 
             fix="set it to true, or choose another type",
         )
     ggml.ggml_quantize_init(number)
-    values_OI = weight_OI.to(device="cpu", dtype=torch.float32).contiguous()
+    held_OI = weight_OI.cpu()
     given_I = None if importance_I is None else importance_I.to(device="cpu", dtype=torch.float32).contiguous()
-    for what, values in (("weights", values_OI), ("importance", given_I)):
-        if values is not None and not torch.isfinite(values).all():
+    for what, values in (("weights", held_OI), ("importance", given_I)):
+        if values is not None and not is_finite(values):
             raise RefusedError(
                 f"{int((~torch.isfinite(values)).sum())} value(s) of the {what} are not finite",
                 where=where,
                 fix="look at the checkpoint's weights and the calibration text",
             )
-    rows, columns = values_OI.shape
+    rows, columns = held_OI.shape
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     encoded_OY = torch.empty((rows, columns // block * block_bytes), dtype=torch.uint8)
     step = max(1, CHUNK_WEIGHTS // columns)
     pointer = None if given_I is None else given_I.data_ptr()
 
-    def chunk(first: int) -> int:
-        count = min(step, rows - first)
+    def chunk(held_RI: Tensor, encoded_RY: Tensor) -> int:
+        values_RI = held_RI.to(torch.float32).contiguous()
         written: int = ggml.ggml_quantize_chunk(
-            number, values_OI.data_ptr(), encoded_OY.data_ptr(), first * columns, count, columns, pointer
+            number, values_RI.data_ptr(), encoded_RY.data_ptr(), 0, *values_RI.shape, pointer
         )
         return written
 
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        written = sum(pool.map(chunk, range(0, rows, step)))
+        written = sum(pool.map(chunk, held_OI.split(step), encoded_OY.split(step)))
     if written != encoded_OY.numel():
         raise RunFailedError(
             f"{where}: ggml wrote {written} bytes of {kind} instead of {encoded_OY.numel()}",
@@ -102,7 +103,7 @@ def encode(weight_OI: Tensor, kind: str, importance_I: Tensor | None, *, where: 
         )
     if not ggml.ggml_validate_row_data(number, encoded_OY.data_ptr(), encoded_OY.numel()):
         raise RefusedError(
-            f"weights up to {float(values_OI.abs().max()):g} are too large for {kind}",
+            f"weights up to {float(torch.stack(held_OI.aminmax()).abs().max()):g} are too large for {kind}",
             where=where,
             fix="the type's scales are 16-bit floats; this model cannot be stored in it",
         )

@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from quantkit.formats.gguf.mixtures import MIXTURES, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, interleave
 from quantkit.formats.gguf.read import open_file, open_variants
 from quantkit.formats.gguf.tokenizer import DIGITS, OWN_PATTERN, PRE_TOKENIZERS, Splitting, pre_tokenizer, vocabulary
+from quantkit.grids.block_bytes import encode
 from quantkit.grids.blocks import BlockType
 from quantkit.judgement import validate
 from quantkit.pipeline import build, plan
@@ -169,7 +171,7 @@ def test_types_of_every_tensor_in_the_files_of_a_four_layer_model(shape, tmp_pat
 
 @pytest.mark.parametrize("solver", ["search", "gptq"])
 def test_a_tensor_is_read_once_and_encoded_once_in_each_type(solver, sources, text, tmp_path, monkeypatch):
-    reads, encoded, packed = [], [], []
+    reads, encoded = [], []
 
     def counted(function: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
         def call(*args: Any, **keys: Any) -> Any:
@@ -181,9 +183,8 @@ def test_a_tensor_is_read_once_and_encoded_once_in_each_type(solver, sources, te
     def encoding(*args: Any, where: str) -> None:
         encoded.append((where, next(each.name for each in args if isinstance(each, BlockType))))
 
-    for name in ("quantize", "solve_blocks"):
+    for name in ("encode", "solve_blocks"):
         monkeypatch.setattr(blocks, name, counted(getattr(blocks, name), encoding))
-    monkeypatch.setattr(write, "pack", counted(write.pack, packed.append))
     monkeypatch.setattr(Checkpoint, "read", counted(Checkpoint.read, lambda _, item: reads.append(item)))
     recipe = recipe_of(sources["mistral"], text, types=("Q4_K_S", "Q4_K_M", "Q5_K_M"), solver=solver)
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
@@ -197,7 +198,7 @@ def test_a_tensor_is_read_once_and_encoded_once_in_each_type(solver, sources, te
                 content.setdefault(held[-1], set()).add(tensor.data.tobytes())
     assert len(held) == 3 * (2 * 7 + 2)
     assert sorted(encoded) == sorted(set(held))
-    assert len(packed) == len(encoded) < len(held)
+    assert len(encoded) < len(held)
     assert {len(found) for found in content.values()} == {1}
     assert reads == list(open_checkpoint(sources["mistral"]).items)
 
@@ -477,6 +478,25 @@ def test_a_type_alone_follows_the_stream_as_quantized(sources, text, tmp_path):
     build(recipe, out=tmp_path / "b", device=CPU, validated=False)
     files = ["tiny.Q2_K.gguf", "tiny.imatrix.gguf"]
     assert hash_files(whole, files) == hash_files(tmp_path / "b", files)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_was_solved_of_a_layer_is_written_before_the_rest_is(weighted, sources, text, tmp_path, monkeypatch):
+    """Of its seven linears in three types, those of one are at work, and those of one more are being written."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive = []
+
+    def encoding(*arguments: Any, **keys: Any) -> Any:
+        alive.append(sum(each() is not None for each in held))
+        codes, grid = encode(*arguments, **keys)
+        held.append(weakref.ref(codes))
+        return codes, grid
+
+    monkeypatch.setattr(blocks, "encode", encoding)
+    recipe = recipe_of(sources["mistral"], text, types=("Q2_K", "Q3_K_S", "Q6_K"), imatrix=weighted)
+    build(recipe, out=tmp_path / "out", device=CPU, validated=False)
+    assert len(held) > 2 * 15
+    assert 1 < max(alive) < 2 * 3
 
 
 def test_several_types_want_the_float_stream(sources, text, tmp_path):

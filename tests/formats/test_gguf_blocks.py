@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from quantkit.errors import RefusedError
-from quantkit.formats.gguf.pack import LAYOUTS, pack
+from quantkit.grids.block_bytes import LAYOUTS, encode, pack
 from quantkit.grids.blocks import TYPES, BlockGrid, error_weights, quantize
-from quantkit.qtensor import QuantizedLinear
 
 
 def theirs(packed: torch.Tensor, kind: str) -> np.ndarray:
@@ -51,11 +50,10 @@ def test_random_codes_and_scales_are_what_gguf_py_reads(name):
         dmin, mins = torch.zeros_like(d), torch.zeros(rows, blocks, subs)
     grid = BlockGrid(kind, d, dmin, whole(low, high, rows, blocks, subs).short(), mins.short())
     codes = whole(0, kind.top, rows, blocks * kind.block).to(torch.uint8)
-    linear = QuantizedLinear(codes, grid)
-    packed = pack(linear)
+    packed = pack(codes, grid)
     assert packed.shape == (rows, blocks * kind.size_bytes)
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (kind.block, kind.size_bytes)
-    np.testing.assert_array_equal(theirs(packed, name), linear.dequantize().numpy())
+    np.testing.assert_array_equal(theirs(packed, name), grid.decode(codes).numpy())
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -63,11 +61,10 @@ def test_random_codes_and_scales_are_what_gguf_py_reads(name):
 def test_solved_weights_decode_exactly_and_the_error_falls_with_the_bits(name, weighted):
     kind, weight = TYPES[name], weights()
     codes, grid = quantize(weight, kind, importance() if weighted else None)
-    linear = QuantizedLinear(codes, grid)
-    decoded = theirs(pack(linear), name)
-    np.testing.assert_array_equal(decoded, linear.dequantize().numpy())
+    decoded = theirs(pack(codes, grid), name)
+    np.testing.assert_array_equal(decoded, grid.decode(codes).numpy())
     assert (decoded[0, :256] == 0).all()
-    error = float((linear.dequantize()[4:] - weight[4:]).norm() / weight[4:].norm())
+    error = float((grid.decode(codes)[4:] - weight[4:]).norm() / weight[4:].norm())
     assert error < {2: 0.36, 3: 0.19, 4: 0.11, 5: 0.055, 6: 0.03, 8: 0.008}[kind.bits]
 
 
@@ -95,15 +92,18 @@ def test_the_search_beats_rounding_in_its_own_weighting(name):
 @pytest.mark.parametrize("name", TYPES)
 def test_chunks_do_not_change_the_bytes(name, monkeypatch):
     weight = weights(rows=9)
-    whole = pack(QuantizedLinear(*quantize(weight, TYPES[name], importance())))
+    whole = pack(*quantize(weight, TYPES[name], importance()))
     monkeypatch.setattr("quantkit.grids.blocks.CHUNK_WEIGHTS", 1024)
-    assert torch.equal(whole, pack(QuantizedLinear(*quantize(weight, TYPES[name], importance()))))
+    assert torch.equal(whole, pack(*quantize(weight, TYPES[name], importance())))
+    encoded, grid = encode(weight, TYPES[name], importance())
+    assert torch.equal(whole, encoded)
+    np.testing.assert_array_equal(grid.decode(encoded).numpy(), theirs(whole, name))
 
 
 def test_the_worked_example_of_the_specification():
     """Values i mod 16 as Q4_K: one scale per sub-block at its top, no mins, codes that count up."""
     weight = (torch.arange(256) % 16).float().unsqueeze(0)
-    packed = pack(QuantizedLinear(*quantize(weight, TYPES["Q4_K"])))[0]
+    packed = pack(*quantize(weight, TYPES["Q4_K"]))[0]
     assert packed[:4].tolist() == [16, 36, 0, 0]
     assert packed[4:16].tolist() == [255] * 4 + [0] * 4 + [15] * 4
     assert packed[16:20].tolist() == [0, 17, 34, 51]

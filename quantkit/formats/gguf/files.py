@@ -101,6 +101,7 @@ class TypedFiles:
         self._folder = firsts[0].parent
         self._names = names
         self._types = [read_split(path).tensors for path in firsts]
+        self._written: set[str] = set()
 
     @property
     def files(self) -> frozenset[str]:
@@ -124,9 +125,14 @@ class TypedFiles:
                     assert values.nbytes == entry.size_bytes, f"{entry.name} has the size that was planned"
                     target.seek(entry.start)
                     target.write(values.data)
-                target.flush()
-                os.fsync(target.fileno())
+            self._written.add(file)
         return rest
+
+    def keep(self) -> None:
+        """Make durable what was written."""
+        while self._written:
+            with (self._folder / self._written.pop()).open("rb+") as target:
+                os.fsync(target.fileno())
 
     def read(self, item: str) -> dict[str, Tensor]:
         """An item's tensors of the first type by "<name>|<type>", as they were written."""

@@ -26,9 +26,9 @@ from quantkit.formats.gguf.metadata import ROPE_FACTORS, About, rope_factors, wr
 from quantkit.formats.gguf.mixtures import MIXTURES, block_of, columns_of, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, heads_of, interleave
 from quantkit.formats.gguf.ollama import MODELFILE, chat_pieces, modelfile, parameters, written_for
-from quantkit.formats.gguf.pack import pack, type_of
 from quantkit.formats.gguf.tokenizer import Vocabulary, vocabulary
 from quantkit.formats.shards import copy_file, extents
+from quantkit.grids.encoded import EncodedGrid
 from quantkit.qtensor import Item
 from quantkit.workdir import write_text
 
@@ -173,7 +173,8 @@ class GgufFormat:
             name = gguf_name(f"{module}.weight")
             heads = heads_of(name, self.model)
             for each in (linear, *linear.others):
-                tensors[f"{name}|{type_of(each)}"] = interleave(pack(each), heads)
+                assert isinstance(each.grid, EncodedGrid), "GGUF tensors are bytes of a type"
+                tensors[f"{name}|{each.grid.kind}"] = interleave(each.codes_OI, heads)
             if linear.bias_O is not None:
                 dense[f"{module}.bias"] = linear.bias_O
             if linear.importance is not None:

@@ -1,37 +1,44 @@
 """Block grids as bytes: ggml's layouts (docs/formats/gguf.md has each of them).
 
-Shape legend: O rows, I columns, N blocks, S sub-blocks, Y bytes of a block.
+Shape legend: O rows, R of them, I columns, N blocks, S sub-blocks, Y bytes of a row or a block.
 """
 
 import torch
 from torch import Tensor
 
-from quantkit.grids.blocks import BlockGrid
+from quantkit.grids.blocks import BlockGrid, BlockType, quantized_rows
 from quantkit.grids.encoded import EncodedGrid
-from quantkit.qtensor import QuantizedLinear
 
 
-def pack(linear: QuantizedLinear) -> Tensor:
-    """uint8 [O, bytes of a row], as the file holds the tensor."""
-    grid = linear.grid
-    if isinstance(grid, EncodedGrid):
-        return linear.codes_OI
-    assert isinstance(grid, BlockGrid), "GGUF codes are on a block grid"
+def encode(
+    weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None = None, *, where: str = ""
+) -> tuple[Tensor, EncodedGrid]:
+    """Bytes uint8 [O, Y] of what `quantkit.grids.blocks.quantize` finds; of some rows at a time there are codes.
+
+    Args:
+        weight_OI, kind, importance_I, where: as there.
+
+    Raises:
+        RefusedError: as there.
+    """
+    rows, columns = weight_OI.shape
+    row_bytes = columns // kind.block * kind.size_bytes
+    encoded_OY = torch.empty((rows, row_bytes), dtype=torch.uint8, device=weight_OI.device)
+    first = 0
+    for codes_RI, grid in quantized_rows(weight_OI, kind, importance_I, where=where):
+        encoded_OY[first : first + len(codes_RI)] = pack(codes_RI, grid)
+        first += len(codes_RI)
+    return encoded_OY, EncodedGrid(kind.name)
+
+
+def pack(codes_OI: Tensor, grid: BlockGrid) -> Tensor:
+    """uint8 [O, Y]: codes and what they mean, as a file holds them."""
     kind = grid.kind
-    rows, columns = linear.codes_OI.shape
-    codes_ONI = linear.codes_OI.reshape(rows, columns // kind.block, kind.block)
+    rows, columns = codes_OI.shape
+    codes_ONI = codes_OI.reshape(rows, columns // kind.block, kind.block)
     blocks_ONY = torch.cat(LAYOUTS[kind.name](codes_ONI, grid), dim=2)
     assert blocks_ONY.shape[2] == kind.size_bytes, f"{kind.name} blocks have {kind.size_bytes} bytes"
     return blocks_ONY.flatten(1)
-
-
-def type_of(linear: QuantizedLinear) -> str:
-    """ggml's name of the type that a linear was solved for."""
-    grid = linear.grid
-    if isinstance(grid, EncodedGrid):
-        return grid.kind
-    assert isinstance(grid, BlockGrid), "GGUF codes are on a block grid"
-    return grid.kind.name
 
 
 def _half_bytes(value_ON: Tensor) -> Tensor:
