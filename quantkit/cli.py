@@ -560,7 +560,12 @@ def _job(
         found = run(
             chosen, out=target, device=torch.device("cpu"), progress=display.progress, here=False, ranks=asked.ranks
         )
-    granted = cluster.resources(asked, threads=chosen.compute.threads, rank_bytes=found.rank_bytes)
+    granted = cluster.resources(
+        asked,
+        threads=chosen.compute.threads,
+        rank_bytes=found.rank_bytes,
+        waiting_bytes=found.waiting_bytes,
+    )
     given: tuple[str, ...] = ("--device", "cuda" if granted.gpus else "cpu")
     given += ("--ranks", str(granted.ranks)) if granted.ranks > 1 else ()
     given += tuple(part for change in changes or () for part in ("--set", change))

@@ -212,13 +212,14 @@ def ranks_of(asked: Resources, *, divisible: bool) -> int:
     return ranks
 
 
-def resources(asked: Resources, *, threads: int, rank_bytes: int) -> Resources:
+def resources(asked: Resources, *, threads: int, rank_bytes: int, waiting_bytes: int = 0) -> Resources:
     """What a build gets: what was asked, else what its partition gives with a GPU, else what its plan needs.
 
     Args:
         asked: 0 for `cpus` and `memory_gb` means not asked.
         threads: of the recipe, each rank's.
         rank_bytes: of the plan, each rank's.
+        waiting_bytes: of them, what can wait in the host's memory.
 
     Raises:
         RefusedError: it does not agree with the rules of the partition.
@@ -239,10 +240,11 @@ def resources(asked: Resources, *, threads: int, rank_bytes: int) -> Resources:
             where="--time",
             fix="ask for less: a build that reaches its limit is queued again and goes on",
         )
-    if rank_bytes > rules.gpu_memory_gb * 1e9:
+    least_bytes = rank_bytes - waiting_bytes
+    if least_bytes > rules.gpu_memory_gb * 1e9:
         each = f"each of {asked.ranks} GPUs" if asked.ranks > 1 else "the GPU"
         raise RefusedError(
-            f"the build needs about {rank_bytes / 1e9:.0f} GB on {each}; those of {asked.partition} have "
+            f"the build needs about {least_bytes / 1e9:.0f} GB on {each}; those of {asked.partition} have "
             f"{rules.gpu_memory_gb}",
             where="--partition",
             fix="use more GPUs (--gpus), fewer or shorter windows (--set calibration.window_tokens=...), or a "

@@ -51,7 +51,8 @@ class Plan:
         memory_bytes: peak on the device that solves: of all processes on a CPU, which they share; of one on its GPU.
         rank_bytes: of it, the one process that needs most.
         memory_free_bytes: available there.
-        waiting_bytes: of the memory, activations that may wait in the host's; 0 on a CPU.
+        waiting_bytes: of a rank's memory, activations that can wait in the host's where the device has its own.
+        reserve_bytes: of such a device, what is to be free for what is at work; 0 on a CPU.
         host_free_bytes: available there.
         tokens: of calibration.
         operations: least floating-point operations of each stage, see `operations`.
@@ -72,6 +73,7 @@ class Plan:
     rank_bytes: int
     memory_free_bytes: int
     waiting_bytes: int
+    reserve_bytes: int
     host_free_bytes: int
     tokens: int
     operations: dict[str, float]
@@ -79,11 +81,6 @@ class Plan:
     seconds: float
     variants: dict[str, int]
     footprint: "Footprint"
-
-    @property
-    def reserve_bytes(self) -> int:
-        """Of the device's memory, what is to be free for what is at work; 0 where nothing can wait elsewhere."""
-        return self.memory_bytes - self.waiting_bytes if self.waiting_bytes else 0
 
     @property
     def spills(self) -> bool:
@@ -95,8 +92,8 @@ class Plan:
         """Whether memory suffices, the host's for what can wait there."""
         if self.memory_bytes <= self.memory_free_bytes:
             return True
-        least_bytes = self.memory_bytes - self.waiting_bytes
-        return least_bytes <= self.memory_free_bytes and self.waiting_bytes * self.ranks <= self.host_free_bytes
+        on_host = self.ranks * self.waiting_bytes
+        return 0 < self.reserve_bytes <= self.memory_free_bytes and on_host <= self.host_free_bytes
 
     def facts(self) -> dict[str, Any]:
         """As a table for JSON."""
@@ -221,7 +218,7 @@ def make_plan(
     )
     rank_bytes = together_bytes([taken])
     waiting_bytes = 0
-    if has_own_memory(device) and engine is None:
+    if engine is None:
         least = _footprint(recipe, checkpoint, method, work, item_bytes=item_bytes, ranks=ranks, most_batches=AT_WORK)
         waiting_bytes = rank_bytes - together_bytes([least])
     # what is not given the checkpoint starts from a copy of it in 16 bits
@@ -239,6 +236,7 @@ def make_plan(
         rank_bytes=rank_bytes,
         memory_free_bytes=free_bytes(device),
         waiting_bytes=waiting_bytes,
+        reserve_bytes=rank_bytes - waiting_bytes if waiting_bytes and has_own_memory(device) else 0,
         host_free_bytes=free_bytes(torch.device("cpu")),
         tokens=tokens,
         operations=counted,
@@ -289,8 +287,8 @@ def require_here(
         more = "more GPUs (--ranks), " if device.type == "cuda" and recipe.upstream is None and plan.tokens else ""
         least = (
             f"; with {size_text(plan.waiting_bytes)} of activations in the host's memory, of which "
-            f"{size_text(plan.host_free_bytes)} are free, still {size_text(plan.memory_bytes - plan.waiting_bytes)}"
-            if plan.waiting_bytes
+            f"{size_text(plan.host_free_bytes)} are free, still {size_text(plan.reserve_bytes)}"
+            if plan.reserve_bytes
             else ""
         )
         raise RefusedError(
@@ -321,8 +319,7 @@ def plan_lines(plan: Plan) -> list[str]:
 def _memory_text(plan: Plan) -> str:
     """What is held against the free memory; of several ranks on one CPU also what each takes."""
     if plan.spills:
-        on_device = size_text(plan.memory_bytes - plan.waiting_bytes)
-        return f"{on_device}, {size_text(plan.waiting_bytes)} of activations wait in the host's"
+        return f"{size_text(plan.reserve_bytes)}, {size_text(plan.waiting_bytes)} of activations wait in the host's"
     if plan.memory_bytes > plan.rank_bytes:
         return f"{size_text(plan.memory_bytes)} of {plan.ranks} ranks, {size_text(plan.rank_bytes)} each"
     return f"{size_text(plan.memory_bytes)}{' of each rank' if plan.ranks > 1 else ''}"

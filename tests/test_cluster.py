@@ -417,6 +417,8 @@ def test_what_follows_takes_no_gpu():
 def test_a_build_too_large_for_the_gpus_is_refused_before_it_queues(partition, suffix, holds):
     asked = replace(ATHENA, partition=f"plgrid-gpu-{partition}", account=f"grant-gpu-{suffix}")
     assert resources(asked, threads=2, rank_bytes=holds * 10**9).gpus == 1
+    # activations can wait in the host's memory
+    assert resources(asked, threads=2, rank_bytes=(holds + 5) * 10**9, waiting_bytes=5 * 10**9).gpus == 1
     with pytest.raises(RefusedError, match=f"have {holds}") as caught:
         resources(asked, threads=2, rank_bytes=holds * 10**9 + 10**8)
     assert caught.value.where == "--partition"
