@@ -1,7 +1,6 @@
 # mypy: ignore-errors
 """auto-gptq, inside its environment; see start.py."""
 
-import json
 import os
 import shutil
 import sys
@@ -9,6 +8,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from start import causal_logits, read_json
 
 KNOWN_ROPES = ("default", "linear", "dynamic")
 
@@ -33,13 +33,7 @@ def load(request):
         inject_fused_mlp=False,
     )
 
-    def logits(ids):
-        with torch.inference_mode():
-            tokens = torch.as_tensor(ids, dtype=torch.long, device=request["device"])[None]
-            found = model(input_ids=tokens, use_cache=False)
-        return found.logits[0].float().cpu().numpy()
-
-    return logits, facts()
+    return causal_logits(model, request["device"]), facts()
 
 
 def refuse_what_it_misreads(folder):
@@ -58,12 +52,6 @@ def refuse_what_it_misreads(folder):
         sys.exit("auto-gptq takes linears that were left in 16 bits (dynamic) for packed ones")
     if kind not in KNOWN_ROPES:
         sys.exit(f"transformers 4.40 does not know the position encoding {kind!r} of this model")
-
-
-def read_json(folder, name):
-    """The content of a JSON file."""
-    with open(os.path.join(folder, name), encoding="utf-8") as file:
-        return json.load(file)
 
 
 def build(request):

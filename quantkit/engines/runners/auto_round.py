@@ -1,13 +1,13 @@
 # mypy: ignore-errors
 """auto-round, inside its environment; see start.py."""
 
-import json
 import os
 import sys
 from importlib.metadata import version
 
 import numpy as np
 import torch
+from start import causal_logits, read_json
 
 
 def load(request):
@@ -32,12 +32,7 @@ def load(request):
         local_files_only=True,
     ).eval()
 
-    def logits(ids):
-        with torch.inference_mode():
-            found = model(torch.as_tensor(ids, dtype=torch.long, device=request["device"])[None], use_cache=False)
-        return found.logits[0].float().cpu().numpy()
-
-    return logits, facts()
+    return causal_logits(model, request["device"]), facts()
 
 
 def refuse_what_it_misreads(settings):
@@ -48,12 +43,6 @@ def refuse_what_it_misreads(settings):
         sys.exit("auto-round looks at no g_idx, which desc_act needs")
     if not settings.get("sym", True):
         sys.exit("auto-round reads symmetric GPTQ only")
-
-
-def read_json(folder, name):
-    """The content of a JSON file."""
-    with open(os.path.join(folder, name), encoding="utf-8") as file:
-        return json.load(file)
 
 
 def build(request):

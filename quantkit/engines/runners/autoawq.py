@@ -1,13 +1,13 @@
 # mypy: ignore-errors
 """autoawq, inside its environment; see start.py."""
 
-import json
 import os
 import sys
 from importlib.metadata import version
 
 import numpy as np
 import torch
+from start import causal_logits, read_json
 
 
 def load(request):
@@ -26,18 +26,12 @@ def load(request):
         device_map={"": request["device"]},
     ).model.eval()
 
-    def logits(ids):
-        with torch.inference_mode():
-            found = model(torch.as_tensor(ids, dtype=torch.long, device=request["device"])[None], use_cache=False)
-        return found.logits[0].float().cpu().numpy()
-
-    return logits, facts()
+    return causal_logits(model, request["device"]), facts()
 
 
 def refuse_what_it_misreads(folder):
     """It compares with names inside a layer, so it takes for packed what is in 16 bits in some layers only."""
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        dense = json.load(file)["quantization_config"].get("modules_to_not_convert") or []
+    dense = read_json(folder, "config.json")["quantization_config"].get("modules_to_not_convert") or []
     if found := [name for name in dense if ".layers." in name]:
         sys.exit(f"autoawq takes linears that are in 16 bits in some layers only for packed ones: {', '.join(found)}")
 

@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from start import read_json
 
 CONVERTER = "exllamav2.conversion.convert_exl2"
 MEASURED_WINDOWS = 16  # the converter's own default
@@ -89,8 +90,7 @@ def with_rope_theta(checkpoint, folder):
     for name in os.listdir(checkpoint):
         if name != "config.json" and not name.endswith(".index.json"):
             os.symlink(os.path.join(checkpoint, name), os.path.join(folder, name))
-    with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
-        config = json.load(file)
+    config = read_json(checkpoint, "config.json")
     config.setdefault("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", 10000.0))
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(config, file, indent=4)

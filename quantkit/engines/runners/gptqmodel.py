@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from start import causal_logits, read_json
 
 
 def load(request):
@@ -18,11 +19,7 @@ def load(request):
     torch.set_num_threads(request["threads"])
     folder = request["artifact"]
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        with open(os.path.join(folder, "quantize_config.json"), encoding="utf-8") as file:
-            settings = json.load(file)
-    settings = dict(settings)
+    settings = dict(getattr(config, "quantization_config", None) or read_json(folder, "quantize_config.json"))
     method = settings.pop("quant_method", "gptq")
     # these are the kernels that need no compiler; the automatic choice compiles with g++ or nvcc at first use
     settings["backend"] = {"gptq": "torch", "awq": "torch_awq"}[method]
@@ -36,12 +33,7 @@ def load(request):
         local_files_only=True,
     ).eval()
 
-    def logits(ids):
-        with torch.inference_mode():
-            found = model(torch.as_tensor(ids, dtype=torch.long, device=request["device"])[None], use_cache=False)
-        return found.logits[0].float().cpu().numpy()
-
-    return logits, facts()
+    return causal_logits(model, request["device"]), facts()
 
 
 def build(request):
@@ -95,13 +87,11 @@ def awq_settings(settings):
 
 def keep_rope_theta(checkpoint, out):
     """It saves config.json with the keys of transformers 5 only, where readers of the 4.x line miss rope_theta."""
-    path = os.path.join(out, "config.json")
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
+    config = read_json(out, "config.json")
     theta = (config.get("rope_parameters") or {}).get("rope_theta")
     if theta is not None and "rope_theta" not in config:
         config["rope_theta"] = theta
-        with open(path, "w", encoding="utf-8") as file:
+        with open(os.path.join(out, "config.json"), "w", encoding="utf-8") as file:
             json.dump(config, file, indent=2, ensure_ascii=False)
 
 

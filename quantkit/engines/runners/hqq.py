@@ -6,6 +6,7 @@ import os
 from importlib.metadata import version
 
 import torch
+from start import causal_logits
 
 
 def load(request):
@@ -36,12 +37,7 @@ def load(request):
 
     model = SafeHQQ.from_quantized(request["artifact"], compute_dtype=torch.float16, device=request["device"])
 
-    def logits(ids):
-        with torch.inference_mode():
-            found = model(torch.as_tensor(ids, dtype=torch.long, device=request["device"])[None], use_cache=False)
-        return found.logits[0].float().cpu().numpy()
-
-    return logits, facts()
+    return causal_logits(model, request["device"]), facts()
 
 
 def build(request):

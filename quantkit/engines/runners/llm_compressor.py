@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 import numpy as np
 import torch
+from start import causal_logits
 
 
 def load(request):
@@ -21,12 +22,7 @@ def load(request):
         local_files_only=True,
     ).eval()
 
-    def logits(ids):
-        with torch.inference_mode():
-            found = model(torch.as_tensor(ids, dtype=torch.long, device=request["device"])[None], use_cache=False)
-        return found.logits[0].float().cpu().numpy()
-
-    return logits, facts()
+    return causal_logits(model, request["device"]), facts()
 
 
 def build(request):

@@ -4,7 +4,8 @@
     python -I start.py <engine script> <verb> <request.json>
 
 An engine's script has `load(request) -> (logits, facts)`, where `logits(ids)` returns float32 [T, V] for int [T], and
-`build(request) -> facts`. The last line on stdout is one JSON document. Before it, `evaluate` speaks with its parent:
+`build(request) -> facts`; it may import what stands at the end of this file, as `from start import causal_logits`. The
+last line on stdout is one JSON document. Before it, `evaluate` speaks with its parent:
 
     runner   open <V>         the model is loaded, the buffer [T, V] float32 exists
     parent   next
@@ -52,6 +53,8 @@ def end_with_parent():
 
 def engine_of(script):
     """The engine's script as a module; its name must not be that of the package it drives."""
+    # by this name scripts import from here: their folder is on no path, for they are named like the packages they drive
+    sys.modules["start"] = sys.modules["__main__"]
     spec = importlib.util.spec_from_file_location("quantkit_engine", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -77,6 +80,25 @@ def evaluate(engine, request, answers):
         buffer.flush()
         print("ready", index, length, file=answers)
     return facts
+
+
+def causal_logits(model, device):
+    """`logits` of one of transformers' causal language models on a device."""
+    import torch
+
+    def logits(ids):
+        with torch.inference_mode():
+            tokens = torch.as_tensor(ids, dtype=torch.long, device=device)[None]
+            found = model(input_ids=tokens, use_cache=False)
+        return found.logits[0].float().cpu().numpy()
+
+    return logits
+
+
+def read_json(folder, name):
+    """The content of a JSON file."""
+    with open(os.path.join(folder, name), encoding="utf-8") as file:
+        return json.load(file)
 
 
 if __name__ == "__main__":
