@@ -21,7 +21,7 @@ from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
-from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost
+from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost, updated
 
 LARGEST = torch.finfo(torch.float16).max
 
@@ -106,7 +106,7 @@ def solve_groups(weight_IO: Tensor, factor: Factor, groups: Groups, *, candidate
             before = slice(block.start, inside.start)
             feedback_IO = feedback_BO[inside.start - block.start : inside.stop - block.start]
             feedback_IO.addmm_(upper_II[before, inside].t(), error_IO[before])
-            free_IO = weight_IO[inside] + _cancelled(feedback_IO, upper_II[inside, inside])
+            free_IO = updated(weight_IO[inside], feedback_IO, upper_II[inside, inside])
             code_GO[group], scale_max_G[group] = fit(free_IO, factor.importance_I[inside], bits, candidates)
             scale_O = column_scales(code_GO[group : group + 1], scale_max_G[group : group + 1])[0].to(weight_IO.dtype)
             middle_O = torch.full_like(scale_O, 2 ** (bits - 1))
@@ -134,15 +134,6 @@ def blocks(groups: Groups) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
         if begin + size - start >= PANEL or group + 1 == len(groups):
             yield slice(start, begin + size), found
             start, found = begin + size, []
-
-
-def _cancelled(feedback_IO: Tensor, upper_II: Tensor) -> Tensor:
-    """What a group's weights are changed by before its first channel, see `quantkit.solvers.gptq.updated`.
-
-    Rows stay side by side in memory: solved from the left they are copied there and back, and that takes three times
-    as long.
-    """
-    return torch.linalg.solve_triangular(upper_II, feedback_IO.t(), upper=True, left=False).t()
 
 
 def output_energy(weight_OI: Tensor, factor: Factor) -> float:
