@@ -232,7 +232,7 @@ def make_plan(
         disk_bytes=prepared_bytes + artifact_bytes * (1 if isinstance(method.format, InPlace) else 2),
         disk_free_bytes=shutil.disk_usage(_existing(out)).free,
         ranks=ranks,
-        memory_bytes=rank_bytes * (ranks if device.type == "cpu" else 1),
+        memory_bytes=rank_bytes * (1 if has_own_memory(device) else ranks),
         rank_bytes=rank_bytes,
         memory_free_bytes=free_bytes(device),
         waiting_bytes=waiting_bytes,
@@ -590,7 +590,7 @@ def _seconds(counted: dict[str, float], recipe: Recipe, device: torch.device) ->
 
 def _crowding(recipe: Recipe, device: torch.device, ranks: int) -> float:
     """How many times longer ranks take that share the cores of a CPU than ranks that have their threads' own."""
-    if device.type != "cpu":
+    if has_own_memory(device):
         return 1.0
     return max(1.0, ranks / max(1, (os.cpu_count() or 1) // recipe.compute.threads))
 

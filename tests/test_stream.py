@@ -163,6 +163,17 @@ def test_activations_that_wait_elsewhere_leave_the_device_and_change_nothing(way
     assert max(there.held) >= 12
 
 
+def test_what_waits_for_two_waits_in_one_place(monkeypatch):
+    monkeypatch.setattr("quantkit.checkpoint.spill.free_bytes", lambda device: 0)
+    spill, one, other = Spill(1), torch.ones(3), torch.ones(3)
+    first, second, third = (spill.keep(tensor) for tensor in (one, one, other))
+    assert first.held is second.held is not one
+    assert third.held is not first.held
+    waiting = weakref.ref(first.held)
+    del one, first, second
+    assert waiting() is None
+
+
 def test_items_hold_every_tensor_once(tmp_path):
     folder = make_tiny(tmp_path / "m", "qwen2")
     checkpoint = open_checkpoint(folder)

@@ -4,11 +4,12 @@ Where they wait changes no byte: what goes through the model together, and in wh
 recipe says.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import psutil
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 def free_bytes(device: torch.device) -> int:
@@ -46,15 +47,19 @@ class Spill:
     """
 
     reserve_bytes: int = 0
+    # of tensors that are still on the device: one that waits for two has one copy
+    _copies: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False, compare=False)
 
     def keep(self, tensor: Tensor) -> Kept:
         """Have it wait; the caller lets go of its own."""
         device = tensor.device
         if not self.reserve_bytes or free_bytes(device) >= self.reserve_bytes:
             return Kept(tensor, device)
-        # page-locked, so that the GPU fetches it by itself; the device's copy is reused by what is launched after this
-        host = torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
-        return Kept(host.copy_(tensor, non_blocking=True), device)
+        if tensor not in self._copies:
+            # page-locked, so that the GPU fetches it by itself; its own copy is reused by what is launched after this
+            host = torch.empty_like(tensor, device="cpu", pin_memory=device.type == "cuda")
+            self._copies[tensor] = host.copy_(tensor, non_blocking=True)
+        return Kept(self._copies[tensor], device)
 
 
 STAY = Spill()
