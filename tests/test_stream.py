@@ -174,6 +174,13 @@ def test_what_waits_for_two_waits_in_one_place(monkeypatch):
     assert waiting() is None
 
 
+def test_sampled_windows_are_evenly_spaced_over_all_batches():
+    batches = [torch.arange(5.0).view(5, 1, 1), torch.arange(5.0, 8.0).view(3, 1, 1)]
+    calibration = Calibration(tokens(8), 5)
+    assert calibration.sampled(iter(batches), 4).flatten().tolist() == [0, 2, 4, 6]
+    assert calibration.sampled(iter(batches), 20).flatten().tolist() == list(range(8))
+
+
 def test_items_hold_every_tensor_once(tmp_path):
     folder = make_tiny(tmp_path / "m", "qwen2")
     checkpoint = open_checkpoint(folder)
