@@ -1,6 +1,7 @@
 """What exllamav2's runner and its bench do around the package: on a machine without CUDA that much can be seen."""
 
 import json
+import sys
 import zipfile
 from importlib.util import module_from_spec, spec_from_file_location
 
@@ -17,10 +18,12 @@ from quantkit.qtensor import QuantizedLinear
 
 @pytest.fixture(scope="module")
 def runner():
-    spec = spec_from_file_location("exllamav2_runner", RUNNERS / "exllamav2.py")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    spec = spec_from_file_location("start", RUNNERS / "start.py")
+    start = module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "start", start)
+        spec.loader.exec_module(start)
+        yield start.engine_of(RUNNERS / "exllamav2.py")
 
 
 COMMON = [

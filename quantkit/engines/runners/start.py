@@ -54,7 +54,7 @@ def end_with_parent():
 def engine_of(script):
     """The engine's script as a module; its name must not be that of the package it drives."""
     # by this name scripts import from here: their folder is on no path, for they are named like the packages they drive
-    sys.modules["start"] = sys.modules["__main__"]
+    sys.modules["start"] = sys.modules[__name__]
     spec = importlib.util.spec_from_file_location("quantkit_engine", script)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
