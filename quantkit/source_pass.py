@@ -279,7 +279,7 @@ class _Visit:
                 with timed(seconds, "statistics"):
                     statistics.add(*inputs)
                 del inputs
-            statistics.gather()
+            statistics.complete()
             self._sums[stage] = (self._takers["sums"], statistics)
         for _ in reached:
             pass

@@ -540,7 +540,7 @@ class Activations:
         for batch in self.calibration.in_order(inputs):
             with timed(seconds, "statistics"):
                 statistics.add(*batch)
-        statistics.gather()
+        statistics.complete()
         return statistics
 
     def _float(self) -> FloatStream:

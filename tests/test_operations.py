@@ -29,10 +29,10 @@ COUNTED = {
     "exl2": dict(zip(STAGES, (19720.04, 4781.51, 2805.29, 1040.97, 1164.71, 2606.81), strict=True)),
     "gguf": dict(zip(STAGES, (1107.3, 2399.14, 1402.99, 109.58, 1044.38, 71.02), strict=True)),
     # two streams, as MLX has them, which has the ends besides
-    "gptq": dict(zip(STAGES, (2214.59, 5838.47, 11218.37, 138.41, 4202.69, 464.98), strict=True)),
+    "gptq": dict(zip(STAGES, (2214.59, 5838.47, 1402.3, 1010.83, 4202.69, 464.98), strict=True)),
     "gptq plain": dict(zip(STAGES, (1107.3, 2382.36, 1402.3, 138.41, 3170.89, 464.98), strict=True)),
     "hqq": dict(zip(STAGES, (0, 0, 0, 0, 17.3, 25.95), strict=True)),
-    "mlx": dict(zip(STAGES, (2215.38, 5872.03, 11223.96, 72.35, 3730.05, 225.02), strict=True)),
+    "mlx": dict(zip(STAGES, (2215.38, 5872.03, 1402.99, 948.96, 3730.05, 225.02), strict=True)),
 }
 QUANTIZE = {"gptq plain": {"asymmetric": 0.0}, "gguf": {"solver": "gptq", "types": ["Q4_K_M"]}}
 FROM_QUANTIZED = ("gptq", "mlx")  # their default compares two streams
@@ -46,8 +46,8 @@ SOLVERS = {
     "mlx": "quantkit.solvers.gptq.GptqSolver",
 }
 # counted over planned: attention is not counted on a CPU; blocks on a symmetric sum's diagonal are whole; W R is taken
-# for the recorded loss
-SHARES = {"forward": (0.9, 1.0), "statistics": (1.0, 1.4), "factorise": (0.99, 1.01), "solve": (1.0, 2.1)}
+# for the recorded loss, and a group is brought to where its grid is fitted by a substitution
+SHARES = {"forward": (0.9, 1.0), "statistics": (1.0, 1.4), "factorise": (0.99, 1.01), "solve": (1.0, 2.25)}
 
 
 def multiplied(_, left: torch.Size, right: torch.Size, **others: object) -> int:
@@ -69,12 +69,11 @@ UNCOUNTED = {
     torch.ops.aten.addmm_: multiplied,
     torch.ops.aten.linalg_cholesky_ex: factorised,
     torch.ops.aten.linalg_solve_triangular: substituted,
-    torch.ops.aten.cholesky_solve: lambda right, lower, *_, **named: 2 * substituted(lower, right),
 }
 
 # stages that run inside others, by what they consist of
 INSIDE = {
-    "factorise": (torch.ops.aten.linalg_cholesky_ex, torch.ops.aten.cholesky_solve),
+    "factorise": (torch.ops.aten.linalg_cholesky_ex,),
     "substitute": (torch.ops.aten.linalg_solve_triangular,),
 }
 
@@ -171,6 +170,7 @@ def test_no_stage_takes_more_operations_than_before(name, source, tmp_path, monk
     if name != "hqq":
         # scaling channels is walking; a survey does a bit of everything
         expected = planned | {"forward": planned["forward"] + planned.get("prepare", 0.0) + planned.get("survey", 0.0)}
-        shares = {stage: found[stage] / expected[stage] for stage in SHARES}
+        taken = found | {"solve": found["solve"] + found["substitute"]}
+        shares = {stage: taken[stage] / expected[stage] for stage in SHARES}
         limits = SHARES if "survey" not in planned else {"forward": (0.8, 1.0)}
         assert all(low <= shares[stage] <= high for stage, (low, high) in limits.items()), f"{shares} of {planned}"

@@ -16,7 +16,7 @@ from quantkit.errors import RefusedError
 from quantkit.grids.affine import AffineRule
 from quantkit.methods import awq
 from quantkit.quantize import AwqSection
-from quantkit.solvers.gptq import GptqSolver, drift, factorize, in_file_order, solve_gptq
+from quantkit.solvers.gptq import GptqSolver, factorize, in_file_order, solve_gptq
 from quantkit.stream import Calibration, Solvers, stream
 from tests.tiny import VARIANTS, make_tiny
 
@@ -91,8 +91,10 @@ def obvious_gptq(folder, ids, solver: GptqSolver, *, from_float: bool) -> dict[s
                 weight = exact.get_submodule(name).weight.detach()
                 if solver.asymmetric:
                     exact_x = captured_inputs(exact, names[0], ids)
-                    moved = drift((exact_x - x).T @ x, x.T @ x, damping=factor.damping)
-                    weight = weight + solver.asymmetric * weight @ moved
+                    damped = x.T @ x
+                    damped.diagonal().add_(factor.damping * damped.diagonal().mean())
+                    moved = torch.linalg.solve(damped, x.T @ (exact_x - x))
+                    weight = weight + solver.asymmetric * weight @ moved.T
                 solution = in_file_order(solve_gptq(weight, factor, solver.rule, group_size=solver.group_size))
                 decoded[name] = solution.grid.decode(solution.codes_OI)
             for name in names:

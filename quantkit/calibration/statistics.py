@@ -27,7 +27,7 @@ class Statistics:
         needs: which sums to keep: "hessian" (sum of x x^T, float32 [I, I]), "deviation" (sum of (x' - x) x^T with
             x' the same token's input in the unquantized stream, float32 [I, I]; asked for together with "hessian"),
             "squares" (sum of x^2, float32 [I]). Float64 inputs are summed in float64.
-        ranks: who keep them together, each its own parts of the sums over all tokens, until `gather`.
+        ranks: who keep them together, each its own parts of the sums over all tokens, until `complete`.
     """
 
     def __init__(self, needs: frozenset[str], ranks: Ranks = ALONE) -> None:
@@ -64,9 +64,9 @@ class Statistics:
             total_I = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0)
             self._sums[SQUARES] = self._sums[SQUARES] + total_I if SQUARES in self._sums else total_I
 
-    def gather(self) -> None:
-        """Let every rank have what the others have summed; all come here once everything was added."""
-        if self.ranks.size == 1 or not self._sums:
+    def complete(self) -> None:
+        """Make of what was added the sums that are asked for; all ranks come here once, after the last batch."""
+        if not self._sums:
             return
         width = next(iter(self._sums.values())).shape[0]
         for part, owner in _owners(self.needs, width, self.ranks.size).items():
@@ -74,25 +74,26 @@ class Statistics:
                 self._sums[HESSIAN][part : part + BLOCK, : part + BLOCK] if isinstance(part, int) else self._sums[part]
             )
             self.ranks.share(own, owner)
+        if HESSIAN in self._sums:
+            total_II = self._sums[HESSIAN]
+            for start in range(0, width, BLOCK):
+                stop = start + BLOCK
+                total_II[start:stop, stop:] = total_II[stop:, start:stop].t()
+        if DEVIATION in self._sums:
+            # what was summed is x' x^T: in bfloat16 its products are exact, where x' - x is rounded
+            self._sums[DEVIATION] -= self._sums[HESSIAN]
 
     def mean_square(self) -> Tensor:
         """The mean of x^2, [I]."""
         return self._sums[SQUARES] / self.num_tokens
 
     def hessian(self) -> Tensor:
-        """The sum of x x^T, [I, I]."""
-        total_II = self._sums[HESSIAN]
-        for start in range(0, total_II.shape[0], BLOCK):
-            stop = start + BLOCK
-            total_II[start:stop, stop:] = total_II[stop:, start:stop].t()
-        return total_II
+        """The sum of x x^T, [I, I]; once complete."""
+        return self._sums[HESSIAN]
 
     def deviation(self) -> Tensor:
-        """The sum of (x' - x) x^T, [I, I].
-
-        What was summed is x' x^T: in bfloat16 its products are exact, where x' - x is rounded.
-        """
-        return self._sums[DEVIATION] - self.hessian()
+        """The sum of (x' - x) x^T, [I, I]; once complete."""
+        return self._sums[DEVIATION]
 
     def _total(self, name: str, like_NI: Tensor) -> Tensor:
         if name not in self._sums:

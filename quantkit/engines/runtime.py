@@ -27,7 +27,7 @@ from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 THREADS = 2
 RUNNERS = Path(__file__).with_name("runners")
 CHECK_TOKENS = 32
-CHECK_SETTINGS = {"bits": 4, "group_size": 32, "damping": 0.01}
+CHECK_SETTINGS = {"bits": 4, "group_size": 32}
 
 
 class Window(Protocol):
@@ -214,8 +214,8 @@ def check(engine: Engine, checkpoint: Path, *, device: str = "cpu") -> dict[str,
     tokens = np.random.default_rng(0).integers(3, vocabulary, (8, CHECK_TOKENS))
     with tempfile.TemporaryDirectory(prefix="quantkit-check-") as folder:
         artifact = Path(folder) / "artifact"
-        made, known = next(iter(engine.settings.items()))
-        settings = {key: possible[0] for key, possible in known.items() if possible} | CHECK_SETTINGS
+        made = engine.builds[0]
+        settings = engine.own_values(made) | CHECK_SETTINGS
         facts = build(engine, made, checkpoint, tokens, settings, artifact, device=device)
         started = time.monotonic()
         files = sorted(path.relative_to(artifact).as_posix() for path in artifact.rglob("*.safetensors"))

@@ -15,7 +15,7 @@ walks over input channels and wants each one contiguous.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -224,8 +224,10 @@ def in_file_order(solution: GptqSolution) -> GptqSolution:
     return replace(solution, grid=renumbered)
 
 
-def drift(deviation_II: Tensor, hessian_II: Tensor, *, damping: float) -> Tensor:
-    """D (H + damping)^-1 [I, I]: how far the quantized stream has pulled a linear's inputs from the float stream's.
+def towards_float(
+    weights: Iterable[Tensor], deviation_II: Tensor, factor: Factor, share: float
+) -> Iterator[Tensor]:
+    """W + share * W D H^-1 [O, I] for each W: moved as the quantized stream has moved its inputs.
 
     With X the quantized stream's inputs and X' the float stream's, ||W X' - Q X||^2 differs from
     ||W* X - Q X||^2 by a constant, W* = W X' X^T H^-1 = W + W D H^-1. So solving for W* with the ordinary solver
@@ -233,15 +235,30 @@ def drift(deviation_II: Tensor, hessian_II: Tensor, *, damping: float) -> Tensor
     by column; this is its closed form.
 
     Args:
-        deviation_II: the sum over tokens of (x' - x) x^T.
-        hessian_II: the sum over tokens of x x^T; not modified.
-        damping: fraction of mean(diag H) added to the diagonal; the one that made H positive definite.
+        weights: [O, I] of linears with the same input, in the factor's dtype.
+        deviation_II: D, the sum over tokens of (x' - x) x^T.
+        factor: of the damped H, the sum over tokens of x x^T.
+        share: of the whole way; unitless.
     """
-    damped_II = hessian_II.clone()
-    damped_II.diagonal().add_(damping * (hessian_II.diagonal().mean()))
-    lower_II = torch.linalg.cholesky(damped_II)
-    del damped_II  # the solution takes as much again
-    return torch.cholesky_solve(deviation_II.t(), lower_II).t()
+    drift_II = None
+    for weight_OI in weights:
+        # equations for all input channels serve every linear; those for the output channels of one may be fewer
+        if len(weight_OI) < len(deviation_II):
+            yield weight_OI.add(over_hessian(weight_OI @ deviation_II, factor), alpha=share)
+            continue
+        if drift_II is None:
+            drift_II = over_hessian(deviation_II, factor)
+        yield torch.addmm(weight_OI, weight_OI, drift_II, alpha=share)
+
+
+def over_hessian(rows_RI: Tensor, factor: Factor) -> Tensor:
+    """B H^-1 [R, I] for rows B, with the damped H; channels in the checkpoint's order."""
+    upper_II = factor.upper_II
+    solved_RI = rows_RI[:, factor.order_I]
+    # from the right, where rows are solved as they lie in memory
+    torch.linalg.solve_triangular(upper_II.t(), solved_RI, upper=False, left=False, out=solved_RI)
+    torch.linalg.solve_triangular(upper_II, solved_RI, upper=True, left=False, out=solved_RI)
+    return torch.empty_like(solved_RI).index_copy_(1, factor.order_I, solved_RI)
 
 
 @dataclass(frozen=True)
@@ -251,7 +268,7 @@ class GptqSolver:
     Attributes:
         rule: how each group's scale and zero are chosen.
         group_size, order, damping: see `factorize`.
-        asymmetric: share of the correction towards the float model's outputs (see `drift`); 0 is plain GPTQ.
+        asymmetric: share of the correction towards the float model's outputs (see `towards_float`); 0 is plain GPTQ.
         sweeps: times that all scales and codes are chosen again afterwards; see `quantkit.solvers.refine`.
     """
 
@@ -283,13 +300,10 @@ class GptqSolver:
                 damping=self.damping,
                 where=next(iter(weights)),
             )
-            drift_II = None
-            if self.asymmetric:
-                drift_II = drift(statistics.deviation(), hessian_II, damping=factor.damping)
-        for name, weight in weights.items():
-            weight_OI = weight.to(factor.upper_II.dtype)
-            if drift_II is not None:
-                weight_OI = torch.addmm(weight_OI, weight_OI, drift_II, alpha=self.asymmetric)
+        wanted: Iterable[Tensor] = (weight.to(factor.upper_II.dtype) for weight in weights.values())
+        if self.asymmetric:
+            wanted = towards_float(wanted, statistics.deviation(), factor, self.asymmetric)
+        for name, weight_OI in zip(weights, wanted, strict=True):
             solution = solve_gptq(weight_OI, factor, self.rule, group_size=self.group_size)
             if self.order == "group-aware":
                 solution = in_file_order(solution)
@@ -322,13 +336,14 @@ class GptqSolver:
             plain = plain + Cost({"solve": self.sweeps * sweep}, plain.memory_bytes)
         if not self.asymmetric or not work.shapes:
             return plain
+        side = work.columns
+        few_rows = [shape.rows for shape in work.shapes if shape.rows < side]
+        shared = side if len(few_rows) < len(work.shapes) else 0
+        products = sum(shape.rows for shape in work.shapes)
         return plain + Cost(
-            {
-                "factorise": work.columns**3 / 3 + 2.0 * work.columns**3,
-                "solve": sum(2.0 * shape.size * work.columns for shape in work.shapes),
-            },
-            # the factor; deviation, damped sum, its factor, the right side's copy, the solution
-            6 * work.columns**2 * FLOAT_BYTES + WORKING_COPIES * work.largest * FLOAT_BYTES,
+            {"solve": 2.0 * side**2 * (shared + sum(few_rows) + products)},
+            # what all linears share, once it is made: the factor, the right side, the solution
+            3 * shared * side * FLOAT_BYTES,
         )
 
 

@@ -70,6 +70,7 @@ def test_statistics_are_sums_over_all_tokens(dtype, width):
     statistics = Statistics(frozenset({HESSIAN, DEVIATION}))
     for batch, other in zip(batches, exact, strict=True):
         statistics.add(batch, other)
+    statistics.complete()
     x = torch.cat(batches).flatten(0, 1).float()
     difference = torch.cat(
         [(other.float() - batch.float()).flatten(0, 1) for batch, other in zip(batches, exact, strict=True)]

@@ -80,9 +80,10 @@ CASES = [
 # of what rounding loses: with 2 bits neither package's GPTQ gains much on random weights
 LARGEST_LOSS = {2: 1.0, 3: 0.9, 4: 0.9}
 BUILT = [
-    *(("mistral", 4, order) for order in ("natural", "group-aware", "activation")),
-    ("qwen2-untied", 3, "natural"),
-    ("float16", 2, "natural"),
+    *(("mistral", 4, order, 0.0) for order in ("natural", "group-aware", "activation")),
+    ("mistral", 3, "activation", 0.25),
+    ("qwen2-untied", 3, "natural", 0.0),
+    ("float16", 2, "natural", 0.0),
 ]
 # what auto-gptq, tied to transformers 4.40, and auto-round have no way to read, and say so
 UNKNOWN = {
@@ -245,20 +246,22 @@ def test_auto_round_refuses_zeros_of_layout_version_2(kept_engine, artifacts, tm
         list(runtime.evaluate(kept_engine("auto-round"), folder, windows_of(np.full((3, 48), 5))))
 
 
-@pytest.mark.parametrize(("kind", "bits", "order"), BUILT)
-def test_it_builds_what_our_reader_decodes(engine, kind, bits, order, sources, tmp_path):
-    if order not in engine.settings["gptq"]["order"]:
-        pytest.skip(f"{engine.name} refuses {order}, see test_env")
+@pytest.mark.parametrize(("kind", "bits", "order", "asymmetric"), BUILT)
+def test_it_builds_what_our_reader_decodes(engine, kind, bits, order, asymmetric, sources, tmp_path):
+    settings = SETTINGS | {"bits": bits, "order": order, "asymmetric": asymmetric}
+    if refused := engine.refusals("gptq", settings):
+        pytest.skip(f"refused: {', '.join(refused.values())}")
     source = model_of(sources[kind])
     tokens = spoken(source, number=24, length=64)
     made, out = tmp_path / "made", tmp_path / "built"
-    settings = SETTINGS | {"bits": bits, "order": order}
     facts = runtime.build(engine, "gptq", sources[kind], tokens[8:], settings, made)
     out.mkdir()
     adopt(made, open_checkpoint(sources[kind]), out)
     assert facts["version"] == installed_facts(engine)["version"]
     assert json.loads((out / "config.json").read_text())["rope_theta"] == 500.0
     assert not [path.name for path in out.glob("*.json") if str(tmp_path) in path.read_text()]
+    said = json.loads((out / "config.json").read_text())["quantization_config"].get("meta", {}).get("gptaq")
+    assert (said or {}).get("alpha", 0.0) == asymmetric
 
     artifact = open_artifact(out)
     assert 0.5 < artifact.bits_per_weight - bits < 1
@@ -271,7 +274,7 @@ def test_it_builds_what_our_reader_decodes(engine, kind, bits, order, sources, t
     worse = nats(expected, windows) - exact
     rounding = nats(logits_of(model_of(sources[kind], rounded(source, bits)), windows), windows) - exact
     difference = largest_difference(list(runtime.evaluate(engine, out, windows)), expected)
-    print(f"{engine.name} {kind} {bits} {order}: {facts['seconds']} s, {worse:+.4f} nats (rounding {rounding:+.4f})")
+    print(f"{engine.name} {kind} {bits} {order} {asymmetric}: {facts['seconds']} s, {worse:+.4f} nats (rounding {rounding:+.4f})")
     print(f"  on {exact:.3f}; largest difference {difference:.5f} of the scale")
     assert worse < LARGEST_LOSS[bits] * rounding
     assert bits < 4 or worse < 0.15

@@ -5,7 +5,7 @@ import torch
 
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineRule
-from quantkit.solvers.gptq import drift, factorize, in_file_order, solve_gptq, visiting_order
+from quantkit.solvers.gptq import factorize, in_file_order, solve_gptq, towards_float, visiting_order
 from tests.oracles import correlated_layer, oracle_gptq
 
 DAMPING = 0.01
@@ -132,14 +132,29 @@ def test_non_finite_activations_name_the_layer():
     assert caught.value.where == "model.layers.0.mlp.down_proj"
 
 
-def test_weights_moved_by_the_drift_are_the_least_squares_answer():
+@pytest.mark.parametrize("order", ["natural", "activation"])
+def test_weights_moved_towards_the_float_stream_are_the_least_squares_answer(order):
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    # fewer rows than channels, as many, more, and fewer again: two ways to the same answer
+    weights = [torch.randn(rows, 20, generator=generator, dtype=torch.float64) for rows in (6, 20, 33, 1)]
     exact = torch.randn(200, 20, generator=generator, dtype=torch.float64)
     drifted = exact + 0.3 * torch.randn(200, 20, generator=generator, dtype=torch.float64)
-    found = drift((exact - drifted).T @ drifted, drifted.T @ drifted, damping=0.0)
-    best = torch.linalg.lstsq(drifted, exact @ weight.T).solution.T
-    torch.testing.assert_close(weight + weight @ found, best)
+    factor = factorize(drifted.T @ drifted, order=order, group_size=4, damping=0.0)
+    moved = towards_float(weights, (exact - drifted).T @ drifted, factor, 1.0)
+    for weight, found in zip(weights, moved, strict=True):
+        torch.testing.assert_close(found, torch.linalg.lstsq(drifted, exact @ weight.T).solution.T)
+
+
+@pytest.mark.parametrize("rows", [6, 33])
+def test_the_share_of_the_way_is_kept_and_damping_counts(rows):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(rows, 20, generator=generator, dtype=torch.float64)
+    deviation = torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    _, hessian = correlated_layer(rows=4, columns=20, seed=2)
+    factor = factorize(hessian, order="group-aware", group_size=4, damping=0.1)
+    (found,) = towards_float([weight], deviation, factor, 0.25)
+    damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(20, dtype=torch.float64)
+    torch.testing.assert_close(found, weight + 0.25 * weight @ deviation @ torch.linalg.inv(damped))
 
 
 @pytest.mark.parametrize("bits", [3, 4])

@@ -1,7 +1,6 @@
 # mypy: ignore-errors
 """gptqmodel, inside its environment; see start.py."""
 
-import json
 import os
 import shutil
 import sys
@@ -61,7 +60,6 @@ def build(request):
     log = os.path.join(request["out"], "quant_log.csv")
     if os.path.exists(log):
         os.remove(log)
-    keep_rope_theta(request["checkpoint"], request["out"])
     return facts()
 
 
@@ -75,6 +73,7 @@ def gptq_settings(settings):
         # its default is on whenever desc_act is off, so it must be said either way
         "act_group_aware": settings["order"] == "group-aware",
         "damp_percent": settings["damping"],
+        "gptaq": {"alpha": settings["asymmetric"]} if settings["asymmetric"] else None,
         # its fast packing is compiled with g++ at first use
         "pack_impl": "cpu" if shutil.which("g++") else "original",
     }
@@ -83,16 +82,6 @@ def gptq_settings(settings):
 def awq_settings(settings):
     """[quantize] of an AWQ recipe in its words."""
     return {"quant_method": "awq", "format": "gemm", "bits": 4, "group_size": settings["group_size"], "sym": False}
-
-
-def keep_rope_theta(checkpoint, out):
-    """It saves config.json with the keys of transformers 5 only, where readers of the 4.x line miss rope_theta."""
-    config = read_json(out, "config.json")
-    theta = (config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is not None and "rope_theta" not in config:
-        config["rope_theta"] = theta
-        with open(os.path.join(out, "config.json"), "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=2, ensure_ascii=False)
 
 
 def facts():
