@@ -224,9 +224,7 @@ def in_file_order(solution: GptqSolution) -> GptqSolution:
     return replace(solution, grid=renumbered)
 
 
-def towards_float(
-    weights: Iterable[Tensor], deviation_II: Tensor, factor: Factor, share: float
-) -> Iterator[Tensor]:
+def towards_float(weights: Iterable[Tensor], deviation_II: Tensor, factor: Factor, share: float) -> Iterator[Tensor]:
     """W + share * W D H^-1 [O, I] for each W: moved as the quantized stream has moved its inputs.
 
     With X the quantized stream's inputs and X' the float stream's, ||W X' - Q X||^2 differs from
