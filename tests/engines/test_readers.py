@@ -274,10 +274,8 @@ def test_it_builds_what_our_reader_decodes(engine, kind, bits, order, asymmetric
     worse = nats(expected, windows) - exact
     rounding = nats(logits_of(model_of(sources[kind], rounded(source, bits)), windows), windows) - exact
     difference = largest_difference(list(runtime.evaluate(engine, out, windows)), expected)
-    print(
-        f"{engine.name} {kind} {bits} {order} {asymmetric}: {facts['seconds']} s, {worse:+.4f} nats (rounding {rounding:+.4f})"
-    )
-    print(f"  on {exact:.3f}; largest difference {difference:.5f} of the scale")
+    print(f"{engine.name} {kind} {bits} {order} {asymmetric}: {facts['seconds']} s, {worse:+.4f} nats on {exact:.3f}")
+    print(f"  rounding {rounding:+.4f}; largest difference {difference:.5f} of the scale")
     assert worse < LARGEST_LOSS[bits] * rounding
     assert bits < 4 or worse < 0.15
     assert difference <= LARGEST_DIFFERENCE
