@@ -12,9 +12,9 @@ A way is NAME:KEY=VALUE,... as in bench.quality; `threads` is its own number of 
 the number of quantkit's processes, of so many threads each: `cpu_s` is of all of them, `peak_gb` of the largest. Each
 is run from start to exit: `quantkit build` without validation, or the engine's runner in its own environment, which
 does nothing but what the package's users write; the engine llama-quantize is bench.llama_quantize. All get the same
-tokens. A first run of each, in which packages compile, is not counted; then they take turns. A ratio is this way's over
-the first way's of the same round. `written_over_files` is what the processes have written to disk over what is left in
-the output folder; 0 where the folder is not on a disk.
+tokens. A first run of each, in which packages compile, is not counted (with `--compiled` they have, and it is);
+then they take turns. A ratio is this way's over the first way's of the same round. `written_over_files` is what the
+processes have written to disk over what is left in the output folder; 0 where the folder is not on a disk.
 """
 
 import argparse
@@ -133,6 +133,7 @@ def main() -> None:
     parser.add_argument("--window-tokens", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compiled", action="store_true", help="count the first runs too: nothing is left to compile")
     parser.add_argument("--set", action="append", default=[], help="keys common to all ways, as KEY=VALUE,...")
     parser.add_argument("--way", action="append", required=True)
     options = parser.parse_args()
@@ -146,7 +147,7 @@ def main() -> None:
             options.model.mkdir()
             make_model(options.model, layers=layers, hidden=hidden, feed_forward=feed_forward)
         runs = {entry.way.name: prepared(entry, options, Path(scratch)) for entry in entries}
-        for run in runs.values():
+        for run in runs.values() if not options.compiled else ():
             run_once(run)
         for _ in range(options.rounds):
             for name, run in runs.items():
