@@ -34,6 +34,7 @@ class Statistics:
         self.needs = needs
         self.ranks = ranks
         self.num_tokens = 0
+        self._is_complete = False
         self._sums: dict[str, Tensor] = {}
 
     def add(self, inputs: Tensor, exact_inputs: Tensor | None = None) -> None:
@@ -66,6 +67,8 @@ class Statistics:
 
     def complete(self) -> None:
         """Make of what was added the sums that are asked for; all ranks come here once, after the last batch."""
+        assert not self._is_complete, "it is done once"
+        self._is_complete = True
         if not self._sums:
             return
         width = next(iter(self._sums.values())).shape[0]
@@ -89,10 +92,12 @@ class Statistics:
 
     def hessian(self) -> Tensor:
         """The sum of x x^T, [I, I]; once complete."""
+        assert self._is_complete, "a part of the sum is still missing"
         return self._sums[HESSIAN]
 
     def deviation(self) -> Tensor:
         """The sum of (x' - x) x^T, [I, I]; once complete."""
+        assert self._is_complete, "a part of the sum is still missing"
         return self._sums[DEVIATION]
 
     def _total(self, name: str, like_NI: Tensor) -> Tensor:

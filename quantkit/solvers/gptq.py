@@ -34,6 +34,7 @@ from quantkit.solvers.refine import refine, refine_operations
 DAMPING_STEP = 2.0
 DAMPING_TRIES = 6
 PANEL = 128
+SPAN = 512  # channels whose feedback from all before them is one product: wide ones are faster
 FACTORISE = "factorise"  # the stage of the record
 WORKING_COPIES = 5  # float32 numbers for each weight of the linear that is being solved
 
@@ -151,6 +152,7 @@ def solve_gptq(
     *,
     group_size: int,
     panel: int = PANEL,
+    span: int = SPAN,
 ) -> GptqSolution:
     """Codes and grid that minimize the linear's output error over the calibration tokens.
 
@@ -159,46 +161,58 @@ def solve_gptq(
         factor: the Hessian's factor, in visiting order.
         rule: how each group's scale and zero are chosen.
         group_size: channels per grid, in visiting order; -1 for one grid per row.
-        panel: channels per lazy update; changes speed and rounding noise, never the mathematics.
+        panel, span: channels per lazy update, inside a group and of whole groups; they change speed and rounding noise,
+            never the mathematics.
     """
     upper_II, order_I = factor.upper_II, factor.order_I
     weight_IO = weight_OI.t()[order_I]
     num_channels, rows = weight_IO.shape
     size = num_channels if group_size == -1 else group_size
-    starts = range(0, num_channels, size)
+    span = max(span // size, 1) * size
 
     error_IO = torch.empty_like(weight_IO)
     codes_IO = torch.empty((num_channels, rows), dtype=torch.uint8, device=weight_IO.device)
-    scale_OG = weight_IO.new_empty((rows, len(starts)))
-    zero_OG = weight_IO.new_empty((rows, len(starts)))
-    lost, energy = weight_IO.new_zeros(()), weight_IO.new_zeros(())
+    scale_GO = weight_IO.new_empty((-(-num_channels // size), rows))
+    zero_GO = torch.empty_like(scale_GO)
+    lost = weight_IO.new_zeros(())
 
-    for group, start in enumerate(starts):
-        stop = min(start + size, num_channels)
-        inside = slice(start, stop)
-        # the part of every column's feedback that comes from earlier groups
-        feedback_IO = upper_II[:start, inside].t() @ error_IO[:start]
-        scale_O, zero_O = rule.fit(
-            updated(weight_IO[inside], feedback_IO, upper_II[inside, inside]), factor.importance_I[inside]
-        )
-        scale_OG[:, group], zero_OG[:, group] = scale_O, zero_O
-        levels = Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1)
-        for first in range(start, stop, panel):
-            here = slice(first, min(first + panel, stop))
-            feedback_PO = feedback_IO[here.start - start : here.stop - start]
-            feedback_PO += upper_II[start:first, here].t() @ error_IO[start:first]
-            lost += solve_panel(
-                weight_IO[here], feedback_PO, upper_II[here, here], levels, codes_IO[here], error_IO[here]
-            ).sum()
-            # columns of W R; R is zero below its diagonal
-            energy += (upper_II[: here.stop, here].t() @ weight_IO[: here.stop]).square_().sum()
+    for first in range(0, num_channels, span):
+        ahead = slice(first, min(first + span, num_channels))
+        # the part of every column's feedback that comes from earlier spans; groups and panels of this one add theirs
+        feedback_SO = upper_II[:first, ahead].t() @ error_IO[:first]
+        for start in range(first, ahead.stop, size):
+            inside = slice(start, min(start + size, ahead.stop))
+            feedback_IO = feedback_SO[start - first : inside.stop - first]
+            feedback_IO += upper_II[first:start, inside].t() @ error_IO[first:start]
+            free_IO = updated(weight_IO[inside], feedback_IO, upper_II[inside, inside])
+            scale_O, zero_O = rule.fit(free_IO, factor.importance_I[inside])
+            scale_GO[start // size], zero_GO[start // size] = scale_O, zero_O
+            levels = Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1)
+            for at in range(start, inside.stop, panel):
+                here = slice(at, min(at + panel, inside.stop))
+                feedback_PO = feedback_IO[at - start : here.stop - start]
+                feedback_PO += upper_II[start:at, here].t() @ error_IO[start:at]
+                lost += solve_panel(
+                    weight_IO[here], feedback_PO, upper_II[here, here], levels, codes_IO[here], error_IO[here]
+                ).sum()
 
     group_I = torch.empty_like(order_I, dtype=torch.int32)
     group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
     codes_OI = torch.empty((rows, num_channels), dtype=torch.uint8, device=weight_IO.device)
     codes_OI[:, order_I] = codes_IO.t()
-    grid = rule.grid(scale_OG, zero_OG, group_I)
-    return GptqSolution(codes_OI, grid, float(lost / energy) if float(energy) else 0.0, float(energy), factor.damping)
+    grid = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), group_I)
+    energy = output_energy(weight_IO, upper_II)
+    return GptqSolution(codes_OI, grid, float(lost) / energy if energy else 0.0, energy, factor.damping)
+
+
+def output_energy(weight_IO: Tensor, upper_II: Tensor) -> float:
+    """tr(W H W^T) with H = R R^T; channels in visiting order."""
+    found = weight_IO.new_zeros(())
+    for first in range(0, len(weight_IO), SPAN):
+        ahead = slice(first, first + SPAN)
+        # columns of W R; R is zero below its diagonal
+        found += (upper_II[: ahead.stop, ahead].t() @ weight_IO[: ahead.stop]).square_().sum()
+    return float(found)
 
 
 def in_file_order(solution: GptqSolution) -> GptqSolution:

@@ -19,6 +19,7 @@ from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 
 PANEL = 128
+SPAN = 512  # channels that the errors of all others are multiplied for at once: wide products are faster
 PRODUCTS = 4  # of a group's own [S, S] with [S, O], beside the one of its rows of H with all errors, in a sweep
 
 
@@ -57,31 +58,45 @@ def refine(
         damping: fraction of mean(diag H) added to the diagonal.
         sweeps: times that every scale and every code is chosen again.
     """
-    added = damping * hessian_II.diagonal().mean()
+    added = damping * float(hessian_II.diagonal().mean())
     scale_GO, zero_GO = (part.t().to(weight_OI.dtype).contiguous() for part in (grid.scale_OG, grid.zero_OG))
-    weight_IO, codes_IO = weight_OI.t().contiguous(), codes_OI.t().contiguous()
-    error_IO = weight_IO - grid.decode(codes_OI).t().to(weight_IO.dtype)
+    # channels group by group, which they are already unless they were visited by their activations
+    order_I = torch.argsort(grid.group_I, stable=True)
+    if not torch.equal(order_I, torch.arange(len(order_I), device=order_I.device)):
+        hessian_II = hessian_II[order_I.unsqueeze(1), order_I]
+    weight_IO, codes_IO = weight_OI.t()[order_I], codes_OI.t()[order_I]
+    error_IO = weight_IO - grid.decode(codes_OI).t()[order_I].to(weight_IO.dtype)
     change = weight_IO.new_zeros(())
-    groups = [torch.nonzero(grid.group_I == group).squeeze(1) for group in range(len(scale_GO))]
-    for _ in range(sweeps):
-        for group, channels_S in enumerate(groups):
-            hessian_SI = hessian_II[channels_S]
-            inside_SS = hessian_SI[:, channels_S]
+    edges = [0, *torch.bincount(grid.group_I).cumsum(0).tolist()]
+    num_groups, together = len(scale_GO), max(SPAN // edges[1], 1)
+    for first in [*range(0, num_groups, together)] * sweeps:
+        last = min(first + together, num_groups)
+        span = slice(edges[first], edges[last])
+        # half the loss's slope, with all errors as they are now; damping stands on the diagonal alone
+        slope_BO = torch.addmm(error_IO[span], hessian_II[span], error_IO, beta=added)
+        moved_BO = torch.zeros_like(slope_BO)
+        for group in range(first, last):
+            inside = slice(edges[group], edges[group + 1])
+            here = slice(inside.start - span.start, inside.stop - span.start)
+            slope_BO[here] += hessian_II[inside, span.start : inside.start] @ moved_BO[: here.start]
+            inside_SS = hessian_II[inside, inside].clone()
             inside_SS.diagonal().add_(added)
-            weight_SO, codes_SO, error_SO = weight_IO[channels_S], codes_IO[channels_S], error_IO[channels_S]
-            # what the errors of all other groups call for; damping stands on the diagonal alone
-            own_SO = inside_SS @ error_SO
-            pull_SO = hessian_SI @ error_IO - own_SO + added * error_SO
-            slope_SO = pull_SO + own_SO
-            change -= (error_SO * (slope_SO + pull_SO)).sum()
-            scale_O, zero_O = rule.refit(codes_SO, scale_GO[group], zero_GO[group], inside_SS, slope_SO)
-            scale_GO[group], zero_GO[group] = scale_O, zero_O
-            error_SO = weight_SO - (codes_SO - zero_O) * scale_O
-            _choose_again(weight_SO, pull_SO, inside_SS, scale_O, zero_O, 2**rule.bits - 1, codes_SO, error_SO)
-            change += (error_SO * (inside_SS @ error_SO + 2 * pull_SO)).sum()
-            codes_IO[channels_S], error_IO[channels_S] = codes_SO, error_SO
+            (scale_GO[group], zero_GO[group]), error_SO, less = _again(
+                weight_IO[inside],
+                codes_IO[inside],
+                error_IO[inside],
+                slope_BO[here],
+                inside_SS,
+                (scale_GO[group], zero_GO[group]),
+                rule,
+            )
+            change += less
+            moved_BO[here] = error_SO - error_IO[inside]
+            error_IO[inside] = error_SO
+    refined_OI = torch.empty_like(codes_OI)
+    refined_OI[:, order_I] = codes_IO.t()
     refined = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), grid.group_I)
-    return Refined(codes_IO.t().contiguous(), refined, float(change))
+    return Refined(refined_OI, refined, float(change))
 
 
 def refine_operations(rows: int, columns: int, group_size: int) -> float:
@@ -90,21 +105,47 @@ def refine_operations(rows: int, columns: int, group_size: int) -> float:
     Args:
         group_size: channels per group, -1 for one group.
     """
-    return 2.0 * rows * columns * (columns + PRODUCTS * (columns if group_size == -1 else group_size))
+    size = columns if group_size == -1 else group_size
+    earlier = max(min(SPAN // size * size, columns) - size, 0) / 2  # of the same span, on average
+    return 2.0 * rows * columns * (columns + PRODUCTS * size + earlier)
 
 
-def _choose_again(
+def _again(
     weight_SO: Tensor,
-    pull_SO: Tensor,
-    inside_SS: Tensor,
-    scale_O: Tensor,
-    zero_O: Tensor,
-    top: int,
     codes_SO: Tensor,
     error_SO: Tensor,
+    slope_SO: Tensor,
+    inside_SS: Tensor,
+    grid: tuple[Tensor, Tensor],
+    rule: Rule,
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """A group's scale and zero once more and then its codes, which are replaced; with its errors, and by how much the
+    loss is less.
+
+    Args:
+        error_SO: with the codes and the grid as they were.
+        slope_SO: half of the loss's slope there.
+        inside_SS: the group's own part of the damped Hessian.
+        grid: scale [O] and zero [O] as they were.
+    """
+    own_SO = inside_SS @ error_SO
+    pull_SO = slope_SO - own_SO  # what the errors of all other groups call for
+    before = 2 * _dot(error_SO, slope_SO) - _dot(error_SO, own_SO)
+    scale_O, zero_O = rule.refit(codes_SO, *grid, inside_SS, slope_SO)
+    error_SO = torch.addcmul(weight_SO, codes_SO - zero_O, scale_O, value=-1)
+    _choose_codes(weight_SO, pull_SO, inside_SS, Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1), codes_SO, error_SO)
+    after = _dot(error_SO, inside_SS @ error_SO) + 2 * _dot(error_SO, pull_SO)
+    return (scale_O, zero_O), error_SO, after - before
+
+
+def _dot(left_SO: Tensor, right_SO: Tensor) -> Tensor:
+    return torch.dot(left_SO.flatten(), right_SO.flatten())
+
+
+def _choose_codes(
+    weight_SO: Tensor, pull_SO: Tensor, inside_SS: Tensor, levels: Levels, codes_SO: Tensor, error_SO: Tensor
 ) -> None:
     """Every code of a group once more, one channel after another; `codes_SO` and `error_SO` are replaced."""
-    levels = Levels.of_zeros(scale_O, zero_O, top)
     for first in range(0, len(weight_SO), PANEL):
         here = slice(first, first + PANEL)
         inside_PP = inside_SS[here, here].contiguous()

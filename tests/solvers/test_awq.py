@@ -209,6 +209,7 @@ def layer_error(checkpoint, decoder, section: AwqSection) -> float:
     for stage, inputs in layer.walk(seen, rope):
         statistics = Statistics(method.solvers.layers.needs)
         statistics.add(inputs)
+        statistics.complete()
         weights = {name: layer.linears[name].weight for name in stage.linears}
         for name, quantized, _ in method.solvers.layers.solve(weights, statistics):
             layer.linears[name].weight.data = quantized.dequantize().to(inputs.dtype)

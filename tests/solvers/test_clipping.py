@@ -47,6 +47,7 @@ def test_it_keeps_what_the_search_over_outputs_keeps(steps):
     weight, inputs = problem()
     statistics = Statistics(frozenset({HESSIAN}))
     statistics.add(inputs)
+    statistics.complete()
     solver = ClippedRounding(AffineRule(4, symmetric=False, candidates=steps), SIZE)
     ((name, quantized, facts),) = solver.solve({"p": weight}, statistics)
     expected = searched(weight, inputs, steps)

@@ -107,6 +107,7 @@ def test_variants_share_a_factor_and_equal_mixtures_a_solution():
     generator = torch.Generator().manual_seed(0)
     statistics = Statistics(frozenset({HESSIAN}))
     statistics.add(torch.randn(200, 64, generator=generator))
+    statistics.complete()
     weight = torch.randn(32, 64, generator=generator) * 0.02
     three, four = Mixture.of("3:1/32"), Mixture.of("4:1/32")
     solver = Exl2Solver(lambda name: (three, four, three), DAMPING, 4)

@@ -64,6 +64,7 @@ def measured(tmp_path_factory):
     statistics = {stage.name: Statistics(TRIAL.needs) for stage in checkpoint.family.stages}
     for stage, inputs in layer.walk(hidden, decoder.rope(16)):
         statistics[stage.name].add(inputs)
+        statistics[stage.name].complete()
     found = TRIAL.measure(layer, statistics, hidden.clone(), decoder.rope(16))
     plain = {name.removeprefix("model.layers.0."): tensor.double() for name, tensor in tensors.items()}
     return found, plain, hidden.double(), statistics, checkpoint.family

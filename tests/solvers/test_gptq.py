@@ -14,7 +14,7 @@ DAMPING = 0.01
 def solve(weight, hessian, *, bits=4, group_size=32, order="natural", panel=128, symmetric=True, candidates=0):
     factor = factorize(hessian, order=order, group_size=group_size, damping=DAMPING)
     rule = AffineRule(bits, symmetric=symmetric, candidates=candidates)
-    return solve_gptq(weight, factor, rule, group_size=group_size, panel=panel), factor
+    return solve_gptq(weight, factor, rule, group_size=group_size, panel=panel, span=panel), factor
 
 
 @pytest.mark.parametrize("order", ["natural", "group-aware", "activation"])

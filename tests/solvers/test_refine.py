@@ -29,11 +29,12 @@ def lost(weight, hessian, codes, grid):
     return float((error @ damped @ error.T).trace())
 
 
-@pytest.mark.parametrize("panel", [128, 5])
+@pytest.mark.parametrize(("panel", "span"), [(128, 512), (5, 1), (128, 33)])
 @pytest.mark.parametrize("order", ["group-aware", "activation"])
 @pytest.mark.parametrize("name", RULES)
-def test_it_equals_trying_everything(name, order, panel, monkeypatch):
+def test_it_equals_trying_everything(name, order, panel, span, monkeypatch):
     monkeypatch.setattr(module, "PANEL", panel)
+    monkeypatch.setattr(module, "SPAN", span)
     weight, hessian = correlated_layer(rows=6, columns=40, tokens=90, seed=4)
     rule = RULES[name]
     found = solved(weight, hessian, rule, order=order)  # the last group is a short one
