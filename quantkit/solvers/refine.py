@@ -81,7 +81,7 @@ def refine(
             slope_BO[here] += hessian_II[inside, span.start : inside.start] @ moved_BO[: here.start]
             inside_SS = hessian_II[inside, inside].clone()
             inside_SS.diagonal().add_(added)
-            (scale_GO[group], zero_GO[group]), error_SO, less = _again(
+            (scale_GO[group], zero_GO[group]), error_SO, changed = _again(
                 weight_IO[inside],
                 codes_IO[inside],
                 error_IO[inside],
@@ -90,7 +90,7 @@ def refine(
                 (scale_GO[group], zero_GO[group]),
                 rule,
             )
-            change += less
+            change += changed
             moved_BO[here] = error_SO - error_IO[inside]
             error_IO[inside] = error_SO
     refined_OI = torch.empty_like(codes_OI)
@@ -119,8 +119,8 @@ def _again(
     grid: tuple[Tensor, Tensor],
     rule: Rule,
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """A group's scale and zero once more and then its codes, which are replaced; with its errors, and by how much the
-    loss is less.
+    """A group's scale and zero once more and then its codes, which are replaced; with its errors and the change of the
+    loss.
 
     Args:
         error_SO: with the codes and the grid as they were.
