@@ -181,11 +181,15 @@ class Decoder:
         import transformers
         from huggingface_hub.errors import StrictDataclassError
 
+        from quantkit.checkpoint.widened import WIDENED_ATTENTION, needs_widening, widen
+
+        widened = needs_widening(self.device, self.dtype)
+        attention = WIDENED_ATTENTION if widened else "sdpa"
         try:
             config = transformers.AutoConfig.for_model(**self._described)
             with torch.device("meta"):
-                return transformers.AutoModelForCausalLM.from_config(
-                    config, attn_implementation="sdpa", dtype=self.dtype
+                model = transformers.AutoModelForCausalLM.from_config(
+                    config, attn_implementation=attention, dtype=self.dtype
                 ).eval()
         except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
@@ -194,6 +198,9 @@ class Decoder:
                 where="config.json",
                 fix="take config.json from the model's own repository",
             ) from None
+        if widened:
+            widen(model)
+        return model
 
     @cached_property
     def _rotary(self) -> nn.Module:

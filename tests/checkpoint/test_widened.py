@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from quantkit.checkpoint.index import open_checkpoint
+from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.widened import WidenedLinear, needs_widening
+from tests.tiny import VARIANTS, make_tiny
+
+CPU = torch.device("cpu")
+
+
+def through_layers(checkpoint, dtype) -> torch.Tensor:
+    """Hidden states of 3 windows of 40 tokens behind the last layer."""
+    decoder = Decoder(checkpoint.config, checkpoint.family, device=CPU, dtype=dtype)
+    ids = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(5))
+    hidden = decoder.embed(checkpoint.read("embedding"), ids)
+    for index in range(checkpoint.num_layers):
+        hidden = decoder.layer(index, checkpoint.read(f"layers.{index}")).forward(hidden, decoder.rope(ids.shape[1]))
+    return hidden
+
+
+@pytest.mark.parametrize("model_type", VARIANTS)
+def test_widened_products_are_as_near_to_float32_as_bfloat16s_own(model_type, tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(make_tiny(tmp_path / "m", model_type, dtype=torch.bfloat16, **VARIANTS[model_type]))
+    exact = through_layers(checkpoint, torch.float32)
+    errors = []
+    for widens in (False, True):
+        monkeypatch.setattr("quantkit.checkpoint.widened.needs_widening", lambda *_, widens=widens: widens)
+        found = through_layers(checkpoint, torch.bfloat16)
+        assert found.dtype == torch.bfloat16
+        errors.append((found.float() - exact).square().mean().sqrt())
+    own, widened = errors
+    assert 0 < widened <= 1.05 * own
+    assert widened < 0.02 * exact.square().mean().sqrt()
+
+
+def test_every_linear_of_a_layer_is_widened_where_the_processor_needs_it(tiny_mistral, monkeypatch):
+    checkpoint = open_checkpoint(tiny_mistral)
+    kinds = {}
+    for widens in (False, True):
+        monkeypatch.setattr("quantkit.checkpoint.widened.needs_widening", lambda *_, widens=widens: widens)
+        decoder = Decoder(checkpoint.config, checkpoint.family, device=CPU, dtype=torch.bfloat16)
+        layer = decoder.layer(0, checkpoint.read("layers.0"))
+        kinds[widens] = {isinstance(linear, WidenedLinear) for linear in layer.linears.values()}
+    assert kinds == {False: {False}, True: {True}}
+
+
+def test_only_bfloat16_on_a_cpu_may_need_it(monkeypatch):
+    assert not needs_widening(CPU, torch.float32)
+    assert not needs_widening(torch.device("meta"), torch.bfloat16)
+    for has in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
+        assert needs_widening(CPU, torch.bfloat16) is not has
