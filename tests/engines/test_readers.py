@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
@@ -139,6 +140,15 @@ def fields(words: np.ndarray, bits: int) -> np.ndarray:
     return (single.astype(np.int64) << np.arange(bits)).sum(-1).T
 
 
+def dtypes_in(folder: Path) -> set[str]:
+    """Of all that is stored, in safetensors' words."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    return found
+
+
 def decoded(folder: Path, bits: int) -> dict[str, torch.Tensor]:
     """Every weight of an artifact in float32, by nothing of quantkit."""
     stored = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
@@ -262,6 +272,8 @@ def test_it_builds_what_our_reader_decodes(engine, kind, bits, order, asymmetric
     assert not [path.name for path in out.glob("*.json") if str(tmp_path) in path.read_text()]
     said = json.loads((out / "config.json").read_text())["quantization_config"].get("meta", {}).get("gptaq")
     assert (said or {}).get("alpha", 0.0) == asymmetric
+    # whatever it computed in
+    assert dtypes_in(out) <= {"I32", "F16", "BF16"}
 
     artifact = open_artifact(out)
     assert 0.5 < artifact.bits_per_weight - bits < 1
