@@ -46,8 +46,8 @@ SOLVERS = {
     "mlx": "quantkit.solvers.gptq.GptqSolver",
 }
 # counted over planned: attention is not counted on a CPU; blocks on a symmetric sum's diagonal are whole; W R is taken
-# for the recorded loss, in wide products, and a group is brought to where its grid is fitted by a substitution
-SHARES = {"forward": (0.9, 1.0), "statistics": (1.0, 1.4), "factorise": (0.99, 1.01), "solve": (1.0, 2.25)}
+# for the recorded loss
+SHARES = {"forward": (0.9, 1.0), "statistics": (1.0, 1.4), "factorise": (0.99, 1.01), "solve": (1.0, 2.1)}
 
 
 def multiplied(_, left: torch.Size, right: torch.Size, **others: object) -> int:
@@ -170,7 +170,9 @@ def test_no_stage_takes_more_operations_than_before(name, source, tmp_path, monk
     if name != "hqq":
         # scaling channels is walking; a survey does a bit of everything
         expected = planned | {"forward": planned["forward"] + planned.get("prepare", 0.0) + planned.get("survey", 0.0)}
-        taken = found | {"solve": found["solve"] + found["substitute"]}
+        # where two streams are compared, most of what is substituted is the correction, planned as a part of solving
+        corrected = found["substitute"] if name in FROM_QUANTIZED else 0.0
+        taken = found | {"solve": found["solve"] + corrected}
         shares = {stage: taken[stage] / expected[stage] for stage in SHARES}
         limits = SHARES if "survey" not in planned else {"forward": (0.8, 1.0)}
         assert all(low <= shares[stage] <= high for stage, (low, high) in limits.items()), f"{shares} of {planned}"
