@@ -260,6 +260,8 @@ def test_auto_round_refuses_zeros_of_layout_version_2(kept_engine, artifacts, tm
 def test_it_builds_what_our_reader_decodes(engine, kind, bits, order, asymmetric, sources, tmp_path):
     settings = SETTINGS | {"bits": bits, "order": order, "asymmetric": asymmetric}
     if refused := engine.refusals("gptq", settings):
+        assert engine.name != "gptqmodel", refused
+        assert (order, asymmetric) != ("natural", 0.0), refused
         pytest.skip(f"refused: {', '.join(refused.values())}")
     source = model_of(sources[kind])
     tokens = spoken(source, number=24, length=64)
@@ -272,8 +274,8 @@ def test_it_builds_what_our_reader_decodes(engine, kind, bits, order, asymmetric
     assert not [path.name for path in out.glob("*.json") if str(tmp_path) in path.read_text()]
     said = json.loads((out / "config.json").read_text())["quantization_config"].get("meta", {}).get("gptaq")
     assert (said or {}).get("alpha", 0.0) == asymmetric
-    # whatever it computed in
-    assert dtypes_in(out) <= {"I32", "F16", "BF16"}
+    # whatever it computed in; auto-round stores that, float32 on a CPU without bfloat16 (docs/engines.md)
+    assert dtypes_in(out) <= {"I32", "F16", "BF16"} | ({"F32"} if engine.name == "auto-round" else set())
 
     artifact = open_artifact(out)
     assert 0.5 < artifact.bits_per_weight - bits < 1
