@@ -1,7 +1,7 @@
 """bfloat16 on processors without instructions for it: products of widened numbers, rounded once at their end.
 
-There torch multiplies bfloat16 many times slower than float32. Widening loses nothing and the sum is float32 in either
-case, so what comes out is the same to the order of summation.
+There torch multiplies bfloat16 many times slower than float32. Widening loses nothing; a linear sums in float32 in
+either case, so what it gives is the same to the order of summation.
 
 Shape legend: F in features.
 """

@@ -3,7 +3,7 @@ import torch
 
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
-from quantkit.checkpoint.widened import WidenedLinear, needs_widening
+from quantkit.checkpoint.widened import needs_widening
 from tests.tiny import VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
@@ -34,15 +34,25 @@ def test_widened_products_are_as_near_to_float32_as_bfloat16s_own(model_type, tm
     assert widened < 0.02 * exact.square().mean().sqrt()
 
 
-def test_every_linear_of_a_layer_is_widened_where_the_processor_needs_it(tiny_mistral, monkeypatch):
+@pytest.mark.parametrize(("widens", "multiplied"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_everything_that_a_layer_multiplies_is_widened_where_the_processor_needs_it(
+    widens, multiplied, tiny_mistral, monkeypatch
+):
+    seen = []
+    for name in ("linear", "scaled_dot_product_attention"):
+        plain = getattr(torch.nn.functional, name)
+
+        def product(*tensors, name=name, plain=plain, **others):
+            seen.append((name, {tensor.dtype for tensor in tensors if tensor is not None}))
+            return plain(*tensors, **others)
+
+        monkeypatch.setattr(torch.nn.functional, name, product)
+    monkeypatch.setattr("quantkit.checkpoint.widened.needs_widening", lambda *_: widens)
     checkpoint = open_checkpoint(tiny_mistral)
-    kinds = {}
-    for widens in (False, True):
-        monkeypatch.setattr("quantkit.checkpoint.widened.needs_widening", lambda *_, widens=widens: widens)
-        decoder = Decoder(checkpoint.config, checkpoint.family, device=CPU, dtype=torch.bfloat16)
-        layer = decoder.layer(0, checkpoint.read("layers.0"))
-        kinds[widens] = {isinstance(linear, WidenedLinear) for linear in layer.linears.values()}
-    assert kinds == {False: {False}, True: {True}}
+    through_layers(checkpoint, torch.bfloat16)
+    assert [name for name, _ in seen].count("linear") == 7 * checkpoint.num_layers
+    assert len(seen) == 8 * checkpoint.num_layers
+    assert all(dtypes == {multiplied} for _, dtypes in seen)
 
 
 def test_only_bfloat16_on_a_cpu_may_need_it(monkeypatch):
