@@ -50,7 +50,7 @@ def build(request):
         # its default rounds to nearest where too few tokens reach a module; that would no longer be the method
         fallback=None,
     )
-    dtype = build_dtype(request["device"])
+    dtype = build_dtype(request["format"], request["device"])
     model = GPTQModel.load(request["checkpoint"], config, backend=backend, dtype=dtype)
     tokens = np.load(request["tokens"])
     # plain lists: every other form of calibration data goes through a tokenizer
@@ -66,10 +66,13 @@ def build(request):
     return facts()
 
 
-def build_dtype(device):
-    """What the model is run in: its own choice, but for processors that bfloat16 takes many times as long on."""
+def build_dtype(form, device):
+    """What the model is run in: its own choice, but for processors that bfloat16 takes many times as long on.
+
+    There GPTQ runs in float32. AWQ does not: what packs it refuses a linear that is not of 16 bits.
+    """
     slow = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if slow else "auto"
+    return torch.float32 if slow and form == "gptq" else "auto"
 
 
 def as_bfloat16(model):
