@@ -350,7 +350,8 @@ def _solve_item(
         return item
     with timed(item.seconds, "load"):
         layer = decoder.layer(index, working)
-    activations.solve_layer(layer, hidden, item, solvers.layers.needs, solve_stage)
+    solved_here = frozenset(linear for linear in checkpoint.family.linears if layer.linear_name(linear) in linears)
+    activations.solve_layer(layer, hidden, item, solved_here, solvers.layers.needs, solve_stage)
     return item
 
 
@@ -494,7 +495,7 @@ class Activations:
                 else:
                     yield normed, self.decoder.normed(source, exact[position].tensor())
 
-        return self._summed(inputs(), needs, {})
+        return self._summed(inputs(), Statistics(needs, self.calibration.ranks), {})
 
     def solve_shared(self, item: Item, solve_stage: SolveStage) -> None:
         """Solve a layer stage by stage from the unquantized stream's own sums."""
@@ -508,6 +509,7 @@ class Activations:
         layer: DecoderLayer,
         hidden: list[Kept],
         item: Item,
+        solved: frozenset[str],
         needs: frozenset[str],
         solve_stage: SolveStage,
     ) -> None:
@@ -517,13 +519,17 @@ class Activations:
             layer: holding the source's linears; replaced by decoded ones as they are solved.
             hidden: what `hidden` gave; emptied.
             item: gathers the solved linears and the seconds spent.
+            solved: the linears that are, by their names in the family's table.
             needs: statistics the solver asks for.
             solve_stage: solves the linears of one stage into `item`.
         """
         walks = start(layer, hidden, self.rope, self.decoder.spill)
         for stage in layer.family.stages:
             exact = self._float().inputs(stage, item.seconds) if self._wanted.inputs else None
-            statistics = self._summed(_stops(walks, exact, item.seconds), needs, item.seconds)
+            weights = [layer.weight(linear) for linear in stage.linears if linear in solved]
+            # nothing is summed for a stage whose linears all stay dense
+            sums = Statistics(needs if weights else frozenset(), self.calibration.ranks, weights)
+            statistics = self._summed(_stops(walks, exact, item.seconds), sums, item.seconds)
             del exact
             solve_stage(stage, layer.weight, statistics)
             if not self.from_float:
@@ -533,10 +539,9 @@ class Activations:
                 self._batches = finish(walks, self.decoder.spill)
 
     def _summed(
-        self, inputs: Iterator[tuple[Tensor, ...]], needs: frozenset[str], seconds: dict[str, float]
+        self, inputs: Iterator[tuple[Tensor, ...]], statistics: Statistics, seconds: dict[str, float]
     ) -> Statistics:
         """Sums over all batches, given what is read of one's own, and what the unquantized stream has there."""
-        statistics = Statistics(needs, self.calibration.ranks)
         for batch in self.calibration.in_order(inputs):
             with timed(seconds, "statistics"):
                 statistics.add(*batch)

@@ -215,6 +215,42 @@ def test_finished_items_are_only_walked_through(tiny_mistral):
         assert torch.equal(linear.grid.scale_OG, whole[2].linears[name].grid.scale_OG)
 
 
+@dataclass(frozen=True)
+class Overheard(GptqSolver):
+    """Keeps what it was given for each stage, by the names of its linears."""
+
+    given: dict = field(default_factory=dict)
+
+    def solve(self, weights, statistics):
+        self.given[tuple(weights)] = (statistics, {name: weight.clone() for name, weight in weights.items()})
+        return super().solve(weights, statistics)
+
+
+def test_a_narrow_linear_is_solved_from_its_product_with_the_deviation(tmp_path, monkeypatch):
+    checkpoint = open_checkpoint(make_tiny(tmp_path / "m", "mistral", intermediate_size=160))
+    calibration = Calibration(tokens(), 4)
+    narrow, wide = (Overheard(AffineRule(4), 32, "group-aware", 0.01, 0.5) for _ in range(2))
+    of_narrow = run_stream(checkpoint, narrow, calibration)
+    monkeypatch.setattr("quantkit.calibration.statistics.narrow", lambda shapes: False)
+    of_wide = run_stream(checkpoint, wide, calibration)
+    down = ("model.layers.0.mlp.down_proj",)
+    (found, _), (expected, weights) = narrow.given[down], wide.given[down]
+    assert (found.deviation().shape, expected.deviation().shape) == ((64, 160), (160, 160))
+    assert expected.deviation().norm() > 1e-3 * expected.hessian().norm()
+    torch.testing.assert_close(found.deviation(), weights[down[0]] @ expected.deviation(), rtol=1e-4, atol=1e-4)
+    same = [of[1].linears[down[0]].dequantize() for of in (of_narrow, of_wide)]
+    assert (same[0] == same[1]).float().mean() > 0.99
+
+
+def test_nothing_is_summed_for_a_stage_that_stays_dense(tiny_mistral):
+    solver = Overheard(AffineRule(4), 32, "group-aware", 0.01)
+    run_stream(open_checkpoint(tiny_mistral), solver, Calibration(tokens(), 2), skip=("mlp.down_proj", "k_proj"))
+    needs = {names: statistics.needs for names, (statistics, _) in solver.given.items()}
+    assert needs.pop(()) == frozenset()
+    assert ("model.layers.1.self_attn.q_proj", "model.layers.1.self_attn.v_proj") in needs
+    assert set(needs.values()) == {frozenset({"hessian"})}
+
+
 def test_weights_too_large_for_the_format_are_refused(tmp_path):
     folder = make_tiny(tmp_path / "m", "mistral", sharded=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

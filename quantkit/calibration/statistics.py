@@ -1,9 +1,9 @@
 """What a solver wants to know about the inputs of a linear, summed over calibration tokens.
 
-Shape legend: N tokens, I in features.
+Shape legend: N tokens, O out features, I in features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -28,11 +28,14 @@ class Statistics:
             x' the same token's input in the unquantized stream, float32 [I, I]; asked for together with "hessian"),
             "squares" (sum of x^2, float32 [I]). Float64 inputs are summed in float64.
         ranks: who keep them together, each its own parts of the sums over all tokens, until `complete`.
+        weights: [O, I] of the linears that are solved from them; where `narrow`, what is kept of the deviation is
+            its product with the only one.
     """
 
-    def __init__(self, needs: frozenset[str], ranks: Ranks = ALONE) -> None:
+    def __init__(self, needs: frozenset[str], ranks: Ranks = ALONE, weights: Sequence[Tensor] = ()) -> None:
         self.needs = needs
         self.ranks = ranks
+        self._weight_OI = weights[0] if narrow([(len(weight), weight.shape[1]) for weight in weights]) else None
         self.num_tokens = 0
         self._is_complete = False
         self._sums: dict[str, Tensor] = {}
@@ -47,10 +50,10 @@ class Statistics:
         x_NI = _multipliable(inputs.flatten(0, -2))
         self.num_tokens += x_NI.shape[0]
         width = x_NI.shape[1]
-        part_owners = _owners(self.needs, width, self.ranks.size)
+        part_owners = self._owners(width)
         with _exact_bfloat16_products(inputs.dtype):
             if HESSIAN in self.needs:
-                total_II = self._total(HESSIAN, x_NI)
+                total_II = self._total(HESSIAN, x_NI, width)
                 for start in range(0, width, BLOCK):
                     if part_owners[start] != self.ranks.rank:
                         continue
@@ -58,9 +61,11 @@ class Statistics:
                     _add_product(total_II[start:stop, :stop], x_NI[:, start:stop], x_NI[:, :stop])
             if DEVIATION in self.needs:
                 assert exact_inputs is not None, "the unquantized stream was not run"
-                total_II = self._total(DEVIATION, x_NI)
+                rows = width if self._weight_OI is None else len(self._weight_OI)
+                total_RI = self._total(DEVIATION, x_NI, rows)
                 if part_owners[DEVIATION] == self.ranks.rank:
-                    _add_product(total_II, _multipliable(exact_inputs.flatten(0, -2)), x_NI)
+                    exact_NI = _multipliable(exact_inputs.flatten(0, -2))
+                    _add_product(total_RI, exact_NI if self._weight_OI is None else self._made_of(exact_NI, x_NI), x_NI)
         if SQUARES in self.needs:
             total_I = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0)
             self._sums[SQUARES] = self._sums[SQUARES] + total_I if SQUARES in self._sums else total_I
@@ -71,8 +76,8 @@ class Statistics:
         self._is_complete = True
         if not self._sums:
             return
-        width = next(iter(self._sums.values())).shape[0]
-        for part, owner in _owners(self.needs, width, self.ranks.size).items():
+        width = next(iter(self._sums.values())).shape[-1]
+        for part, owner in self._owners(width).items():
             own = (
                 self._sums[HESSIAN][part : part + BLOCK, : part + BLOCK] if isinstance(part, int) else self._sums[part]
             )
@@ -82,7 +87,7 @@ class Statistics:
             for start in range(0, width, BLOCK):
                 stop = start + BLOCK
                 total_II[start:stop, stop:] = total_II[stop:, start:stop].t()
-        if DEVIATION in self._sums:
+        if DEVIATION in self._sums and self._weight_OI is None:
             # what was summed is x' x^T: in bfloat16 its products are exact, where x' - x is rounded
             self._sums[DEVIATION] -= self._sums[HESSIAN]
 
@@ -96,20 +101,38 @@ class Statistics:
         return self._sums[HESSIAN]
 
     def deviation(self) -> Tensor:
-        """The sum of (x' - x) x^T, [I, I]; once complete."""
+        """The sum of (x' - x) x^T, [I, I], or where `narrow` that of W (x' - x) x^T, [O, I]; once complete."""
         assert self._is_complete, "a part of the sum is still missing"
         return self._sums[DEVIATION]
 
-    def _total(self, name: str, like_NI: Tensor) -> Tensor:
+    def _made_of(self, exact_NI: Tensor, x_NI: Tensor) -> Tensor:
+        """W (x' - x), [N, O], in the dtype of the products; in bfloat16 both steps round, by a share of what moved."""
+        assert self._weight_OI is not None
+        moved_NI = exact_NI.to(torch.promote_types(x_NI.dtype, torch.float32)) - x_NI
+        return moved_NI.to(x_NI.dtype) @ self._weight_OI.to(x_NI.dtype).t()
+
+    def _total(self, name: str, like_NI: Tensor, rows: int) -> Tensor:
         if name not in self._sums:
-            width = like_NI.shape[1]
             dtype = torch.promote_types(like_NI.dtype, torch.float32)
-            self._sums[name] = torch.zeros((width, width), dtype=dtype, device=like_NI.device)
+            self._sums[name] = torch.zeros((rows, like_NI.shape[1]), dtype=dtype, device=like_NI.device)
         return self._sums[name]
+
+    def _owners(self, width: int) -> dict[int | str, int]:
+        rows = None if self._weight_OI is None else len(self._weight_OI)
+        return _owners(self.needs, width, rows, self.ranks.size)
+
+
+def narrow(shapes: Sequence[tuple[int, int]]) -> bool:
+    """Whether linears of these shapes are a single one, [O, I], with less than half as many outputs as inputs.
+
+    Then the product of its weight with the deviation, all that a solver wants of that, is summed itself as
+    W (x' - x) x^T: 4 O I operations a token instead of 2 I^2, and O I numbers instead of I^2.
+    """
+    return len(shapes) == 1 and 2 * shapes[0][0] < shapes[0][1]
 
 
 @cache
-def _owners(needs: frozenset[str], width: int, ranks: int) -> dict[int | str, int]:
+def _owners(needs: frozenset[str], width: int, narrow_rows: int | None, ranks: int) -> dict[int | str, int]:
     """Who sums what: blocks of rows of the symmetric sum, by their first row, and the other as a whole.
 
     Squares are no work, and everybody's.
@@ -118,17 +141,23 @@ def _owners(needs: frozenset[str], width: int, ranks: int) -> dict[int | str, in
     if HESSIAN in needs:
         costs |= {start: BLOCK * min(start + BLOCK, width) for start in range(0, width, BLOCK)}
     if DEVIATION in needs:
-        costs[DEVIATION] = width * width
+        costs[DEVIATION] = width * (width if narrow_rows is None else 2 * narrow_rows)
     return dict(zip(costs, owners(list(costs.values()), ranks), strict=True))
 
 
 def cost(needs: frozenset[str], work: StageWork) -> Cost:
     """What collecting statistics of one input takes; of a symmetric sum half counts."""
-    matrices = (HESSIAN in needs) + (DEVIATION in needs)
-    if not (work.tokens and work.shapes and matrices):
+    if not (work.tokens and work.shapes):
         return Cost()
-    products = (HESSIAN in needs) + 2.0 * (DEVIATION in needs)
-    return Cost({"statistics": products * work.tokens * work.columns**2}, matrices * work.columns**2 * FLOAT_BYTES)
+    square = work.columns**2
+    products, numbers = 0.0, 0
+    if HESSIAN in needs:
+        products, numbers = products + square, numbers + square
+    if DEVIATION in needs and narrow([(shape.rows, shape.columns) for shape in work.shapes]):
+        products, numbers = products + 4.0 * work.largest, numbers + work.largest
+    elif DEVIATION in needs:
+        products, numbers = products + 2.0 * square, numbers + square
+    return Cost({"statistics": products * work.tokens} if numbers else {}, numbers * FLOAT_BYTES)
 
 
 def _multipliable(x_NI: Tensor) -> Tensor:

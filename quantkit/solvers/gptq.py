@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics
+from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics, narrow
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineGrid, Rule
@@ -238,7 +238,7 @@ def in_file_order(solution: GptqSolution) -> GptqSolution:
     return replace(solution, grid=renumbered)
 
 
-def towards_float(weights: Iterable[Tensor], deviation_II: Tensor, factor: Factor, share: float) -> Iterator[Tensor]:
+def towards_float(weights: Iterable[Tensor], deviation_RI: Tensor, factor: Factor, share: float) -> Iterator[Tensor]:
     """W + share * W D H^-1 [O, I] for each W: moved as the quantized stream has moved its inputs.
 
     With X the quantized stream's inputs and X' the float stream's, ||W X' - Q X||^2 differs from
@@ -248,18 +248,20 @@ def towards_float(weights: Iterable[Tensor], deviation_II: Tensor, factor: Facto
 
     Args:
         weights: [O, I] of linears with the same input, in the factor's dtype.
-        deviation_II: D, the sum over tokens of (x' - x) x^T.
+        deviation_RI: D, the sum over tokens of (x' - x) x^T, [I, I]; or W D [O, I] of a single one with fewer outputs.
         factor: of the damped H, the sum over tokens of x x^T.
         share: of the whole way; unitless.
     """
     drift_II = None
     for weight_OI in weights:
         # equations for all input channels serve every linear; those for the output channels of one may be fewer
-        if len(weight_OI) < len(deviation_II):
-            yield weight_OI.add(over_hessian(weight_OI @ deviation_II, factor), alpha=share)
+        rows, channels = weight_OI.shape
+        if rows < channels:
+            moved_OI = weight_OI @ deviation_RI if len(deviation_RI) == channels else deviation_RI
+            yield weight_OI.add(over_hessian(moved_OI, factor), alpha=share)
             continue
         if drift_II is None:
-            drift_II = over_hessian(deviation_II, factor)
+            drift_II = over_hessian(deviation_RI, factor)
         yield torch.addmm(weight_OI, weight_OI, drift_II, alpha=share)
 
 
@@ -351,7 +353,8 @@ class GptqSolver:
         side = work.columns
         few_rows = [shape.rows for shape in work.shapes if shape.rows < side]
         shared = side if len(few_rows) < len(work.shapes) else 0
-        products = sum(shape.rows for shape in work.shapes)
+        multiplied = not narrow([(shape.rows, shape.columns) for shape in work.shapes])
+        products = sum(shape.rows for shape in work.shapes) if multiplied else 0
         return plain + Cost(
             {"solve": 2.0 * side**2 * (shared + sum(few_rows) + products)},
             # what all linears share, once it is made: the factor, the right side, the solution

@@ -78,3 +78,30 @@ def test_statistics_are_sums_over_all_tokens(dtype, width):
     assert statistics.num_tokens == 42
     torch.testing.assert_close(statistics.hessian(), x.T @ x, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(statistics.deviation(), difference.T @ x, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_of_one_narrow_linear_the_product_with_the_deviation_is_summed(dtype, error):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 12, generator=generator).to(dtype)
+    batch = torch.randn(40, 7, 12, generator=generator).to(dtype)
+    exact = (batch + 0.1 * torch.randn(batch.shape, generator=generator)).to(dtype)
+    statistics = Statistics(frozenset({HESSIAN, DEVIATION}), weights=[weight])
+    statistics.add(batch[:30], exact[:30])
+    statistics.add(batch[30:], exact[30:])
+    statistics.complete()
+    x = batch.flatten(0, 1).double()
+    expected = weight.double() @ (exact.flatten(0, 1).double() - x).T @ x
+    found = statistics.deviation()
+    assert found.shape == (5, 12)
+    assert (found - expected).norm() < error * expected.norm()
+    torch.testing.assert_close(statistics.hessian().double(), x.T @ x, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [(6,), (5, 2)], ids=["half as many outputs", "two linears"])
+def test_of_others_the_deviation_itself_is_summed(rows):
+    weights = [torch.ones(each, 12) for each in rows]
+    statistics = Statistics(frozenset({HESSIAN, DEVIATION}), weights=weights)
+    statistics.add(torch.ones(3, 12), 3 * torch.ones(3, 12))
+    statistics.complete()
+    torch.testing.assert_close(statistics.deviation(), torch.full((12, 12), 6.0))

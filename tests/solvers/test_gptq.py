@@ -157,6 +157,17 @@ def test_the_share_of_the_way_is_kept_and_damping_counts(rows):
     torch.testing.assert_close(found, weight + 0.25 * weight @ deviation @ torch.linalg.inv(damped))
 
 
+def test_a_product_with_the_deviation_moves_weights_as_the_deviation_does():
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(6, 20, generator=generator, dtype=torch.float64)
+    deviation = torch.randn(20, 20, generator=generator, dtype=torch.float64)
+    _, hessian = correlated_layer(rows=4, columns=20, seed=2)
+    factor = factorize(hessian, order="group-aware", group_size=4, damping=0.1)
+    (expected,) = towards_float([weight], deviation, factor, 0.25)
+    (found,) = towards_float([weight], weight @ deviation, factor, 0.25)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_beats_rounding_on_correlated_inputs(bits):
     weight, hessian = correlated_layer(rows=16, columns=128, seed=9)
