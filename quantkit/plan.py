@@ -503,10 +503,13 @@ def _footprint(
     if most_batches is not None:
         own = min(own, most_batches * recipe.compute.windows_per_batch * recipe.calibration.window_tokens)
     hidden, handed = (held * int(checkpoint.config["hidden_size"]) * width for held in (own, travelling))
+    *_, last = work.layers[0].stages
+    batch = min(own, recipe.compute.windows_per_batch * recipe.calibration.window_tokens)
+    # what an unquantized stream of its own reads at the last stage, where its walks end, is there for a batch at a time
+    unquantized = {name: (streams - 1) * (batch if name == last else own) for name in work.layers[0].stages}
     peaks = [
-        (streams * own + travelling) * stage.columns * width + _solving(solvers.layers, stage).memory_bytes
-        for each in work.layers[:1]
-        for stage in each.stages.values()
+        (own + unquantized[name] + travelling) * stage.columns * width + _solving(solvers.layers, stage).memory_bytes
+        for name, stage in work.layers[0].stages.items()
     ]
     if solvers.preparation is not None:
         peaks.append(handed + solvers.preparation.cost(work.layers[0]).memory_bytes)

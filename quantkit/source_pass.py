@@ -185,8 +185,11 @@ class FloatStream:
         """The current layer with the source's weights, not to be altered."""
         return self._layer({}).layer
 
-    def inputs(self, stage: Stage, seconds: dict[str, float]) -> list[Kept]:
+    def inputs(self, stage: Stage, seconds: dict[str, float]) -> Iterator[Tensor]:
         """What a stage of the current layer reads, [B, T, I] per batch; once for each who said they would take them.
+
+        To be gone through to the end before anything else is asked for. Made one by one, and kept by nobody, where
+        none but the caller wants to know of the stage.
 
         Args:
             stage: after those that were taken.
@@ -247,12 +250,15 @@ class _Visit:
         self._sums: dict[Stage, tuple[int, Statistics]] = {}
         self._outputs: list[Kept] = []
 
-    def inputs(self, stage: Stage, seconds: dict[str, float]) -> list[Kept]:
+    def inputs(self, stage: Stage, seconds: dict[str, float]) -> Iterator[Tensor]:
+        if self._takers == {"inputs": 1, "sums": 0}:
+            self._reached.add(stage)
+            return (inputs for (inputs,) in self._reaching(stage, seconds))
         self._reach(stage, seconds)
         left, found = self._inputs.pop(stage)
         if left > 1:
             self._inputs[stage] = (left - 1, found)
-        return found
+        return (each.tensor() for each in found)
 
     def statistics(self, stage: Stage, seconds: dict[str, float]) -> Statistics:
         self._reach(stage, seconds)
@@ -272,7 +278,7 @@ class _Visit:
             return
         self._reached.add(stage)
         kept: list[Kept] = []
-        reached = self._reaching(stage, seconds, kept)
+        reached = self._reaching(stage, seconds, kept if self._takers["inputs"] else None)
         if self._takers["sums"]:
             statistics = Statistics(self._needs, self._calibration.ranks)
             for inputs in self._calibration.in_order(reached):
@@ -286,15 +292,17 @@ class _Visit:
         if self._takers["inputs"]:
             self._inputs[stage] = (self._takers["inputs"], kept)
 
-    def _reaching(self, stage: Stage, seconds: dict[str, float], kept: list[Kept]) -> Iterator[tuple[Tensor]]:
-        """What the stage reads, batch by batch; a batch goes on once the next is asked for."""
+    def _reaching(
+        self, stage: Stage, seconds: dict[str, float], kept: list[Kept] | None = None
+    ) -> Iterator[tuple[Tensor]]:
+        """What the stage reads, batch by batch, kept if there is a list; a batch goes on once the next is asked for."""
         last = stage == self.layer.family.stages[-1]
         walks, self._walks = self._walks, []
         while walks:
             walk = walks.pop(0)
             with timed(seconds, "forward"):
                 _, inputs = next(walk)
-            if self._takers["inputs"]:
+            if kept is not None:
                 kept.append(self._spill.keep(inputs))
             yield (inputs,)
             del inputs

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import repeat
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -545,6 +546,8 @@ class Activations:
         for batch in self.calibration.in_order(inputs):
             with timed(seconds, "statistics"):
                 statistics.add(*batch)
+            # in pieces between what stays, the next batch would find no room in it
+            release_freed_memory()
         statistics.complete()
         return statistics
 
@@ -554,13 +557,15 @@ class Activations:
 
 
 def _stops(
-    walks: Sequence[Walk], exact: Sequence[Kept] | None, seconds: dict[str, float]
+    walks: Sequence[Walk], exact: Iterator[Tensor] | None, seconds: dict[str, float]
 ) -> Iterator[tuple[Tensor, ...]]:
     """What walks read at their next stop, with what the unquantized stream has there."""
-    for position, walk in enumerate(walks):
+    # first, so that it is gone through to its end
+    others = ((each,) for each in exact) if exact is not None else repeat((), len(walks))
+    for other, walk in zip(others, walks, strict=True):
         with timed(seconds, "forward"):
             _, inputs = next(walk)
-        yield (inputs, exact[position].tensor()) if exact is not None else (inputs,)
+        yield inputs, *other
 
 
 def _replace_weights(layer: DecoderLayer, stage: Stage, item: Item) -> None:

@@ -1,5 +1,6 @@
 """The streamed pass against the whole model with hooks: the slow, obvious way to collect a layer's inputs."""
 
+import gc
 import weakref
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from quantkit.grids.affine import AffineRule
 from quantkit.methods import awq
 from quantkit.quantize import AwqSection
 from quantkit.solvers.gptq import GptqSolver, factorize, in_file_order, solve_gptq
+from quantkit.source_pass import FloatStream, Taken
 from quantkit.stream import Calibration, Solvers, stream
 from tests.tiny import VARIANTS, make_tiny
 
@@ -213,6 +215,28 @@ def test_finished_items_are_only_walked_through(tiny_mistral):
     for name, linear in rest[0].linears.items():
         assert torch.equal(linear.codes_OI, whole[2].linears[name].codes_OI)
         assert torch.equal(linear.grid.scale_OG, whole[2].linears[name].grid.scale_OG)
+
+
+@pytest.mark.parametrize(("others", "held"), [([], 1), ([Taken(inputs=True)], 6), ([Taken(frozenset({"squares"}))], 6)])
+def test_inputs_of_the_unquantized_stream_are_kept_for_others_alone(others, held, tiny_mistral):
+    checkpoint = open_checkpoint(tiny_mistral)
+    exact = FloatStream(decoder_of(checkpoint), Calibration(tokens(), 1))
+    for who, wanted in enumerate([Taken(inputs=True), *others]):
+        exact.join(who, wanted)
+    for name in ("embedding", "layers.0"):
+        exact.at(name, checkpoint.read(name), {})
+    stages = checkpoint.family.stages
+    for stage in stages[:-1]:
+        assert len(list(exact.inputs(stage, {}))) == 6
+    alive, seen = 0, weakref.WeakSet()
+    for inputs in exact.inputs(stages[-1], {}):
+        seen.add(inputs)
+        del inputs
+        gc.collect()
+        alive = max(alive, len(seen))
+    assert alive == held
+    exact.at("layers.1", checkpoint.read("layers.1"), {})
+    assert len(exact.hidden()) == 6
 
 
 @dataclass(frozen=True)
