@@ -60,11 +60,13 @@ class StageWork:
         shapes: of the linears; of one that is left dense there is none.
         columns: of the input.
         tokens: that statistics are collected over; 0 where there is no input, as for an embedding.
+        narrow: of the deviation only the linear's product with it is kept; see `quantkit.calibration.statistics`.
     """
 
     shapes: tuple[Shape, ...]
     columns: int
     tokens: int
+    narrow: bool = False
 
     @property
     def largest(self) -> int:

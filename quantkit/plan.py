@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from quantkit.calibration.statistics import DEVIATION
+from quantkit.calibration.statistics import DEVIATION, narrow
 from quantkit.calibration.statistics import cost as statistics_cost
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD
 from quantkit.checkpoint.index import Checkpoint
@@ -404,7 +404,8 @@ def work_of(recipe: Recipe, checkpoint: Checkpoint, solved: list[tuple[str, int,
         for stage in checkpoint.family.stages:
             names = [prefix + linear for linear in stage.linears]
             taken = tuple(shapes[name] for name in names if name in shapes)
-            stages[stage.name] = StageWork(taken, every[names[0]].columns, tokens)
+            is_narrow = narrow([(shape.rows, shape.columns) for shape in taken])
+            stages[stage.name] = StageWork(taken, every[names[0]].columns, tokens, is_narrow)
         forward = sum(every[prefix + linear].size for linear in checkpoint.family.linears)
         attention = stages[checkpoint.family.stages[1].name].columns
         layers.append(
@@ -508,7 +509,9 @@ def _footprint(
     # what an unquantized stream of its own reads at the last stage, where its walks end, is there for a batch at a time
     unquantized = {name: (streams - 1) * (batch if name == last else own) for name in work.layers[0].stages}
     peaks = [
-        (own + unquantized[name] + travelling) * stage.columns * width + _solving(solvers.layers, stage).memory_bytes
+        (own + unquantized[name] + travelling) * stage.columns * width
+        # on its way through the MLP a batch is there three times, once more than it stays
+        + max(_solving(solvers.layers, stage).memory_bytes, 2 * batch * stage.columns * width)
         for name, stage in work.layers[0].stages.items()
     ]
     if solvers.preparation is not None:

@@ -65,7 +65,9 @@ class Ranks:
             for owner in range(min(self.size, total - first)):
                 yield self._handed(mine, owner)
             del mine
-        assert next(own, None) is None, "there is more than was counted"
+        # what is made lazily comes to its end here
+        more = next(own, None)
+        assert more is None, "there is more than was counted"
 
     def share(self, tensor: Tensor, owner: int) -> None:
         """Overwrite a tensor, of the same shape everywhere, with that of one process."""

@@ -185,8 +185,8 @@ class FloatStream:
         """The current layer with the source's weights, not to be altered."""
         return self._layer({}).layer
 
-    def inputs(self, stage: Stage, seconds: dict[str, float]) -> Iterator[Tensor]:
-        """What a stage of the current layer reads, [B, T, I] per batch; once for each who said they would take them.
+    def inputs(self, stage: Stage, seconds: dict[str, float]) -> Iterator[tuple[Tensor]]:
+        """What a stage of the current layer reads, ([B, T, I],) per batch; once for each who said they would take them.
 
         To be gone through to the end before anything else is asked for. Made one by one, and kept by nobody, where
         none but the caller wants to know of the stage.
@@ -250,15 +250,15 @@ class _Visit:
         self._sums: dict[Stage, tuple[int, Statistics]] = {}
         self._outputs: list[Kept] = []
 
-    def inputs(self, stage: Stage, seconds: dict[str, float]) -> Iterator[Tensor]:
+    def inputs(self, stage: Stage, seconds: dict[str, float]) -> Iterator[tuple[Tensor]]:
         if self._takers == {"inputs": 1, "sums": 0}:
             self._reached.add(stage)
-            return (inputs for (inputs,) in self._reaching(stage, seconds))
+            return self._reaching(stage, seconds)
         self._reach(stage, seconds)
         left, found = self._inputs.pop(stage)
         if left > 1:
             self._inputs[stage] = (left - 1, found)
-        return (each.tensor() for each in found)
+        return ((each.tensor(),) for each in found)
 
     def statistics(self, stage: Stage, seconds: dict[str, float]) -> Statistics:
         self._reach(stage, seconds)
@@ -297,11 +297,9 @@ class _Visit:
     ) -> Iterator[tuple[Tensor]]:
         """What the stage reads, batch by batch, kept if there is a list; a batch goes on once the next is asked for."""
         last = stage == self.layer.family.stages[-1]
-        walks, self._walks = self._walks, []
-        while walks:
-            walk = walks.pop(0)
+        for position in range(len(self._walks)):
             with timed(seconds, "forward"):
-                _, inputs = next(walk)
+                _, inputs = next(self._walks[0 if last else position])
             if kept is not None:
                 kept.append(self._spill.keep(inputs))
             yield (inputs,)
@@ -309,10 +307,7 @@ class _Visit:
             if last:
                 # nothing but the output is left of a batch, unless somebody takes what the stage read
                 with timed(seconds, "advance"):
-                    self._outputs += finish([walk], self._spill)
-            else:
-                self._walks.append(walk)
-            del walk
+                    self._outputs += finish([self._walks.pop(0)], self._spill)
 
 
 def embedded(decoder: Decoder, tensors: dict[str, Tensor], calibration: Calibration) -> list[Kept]:

@@ -546,6 +546,7 @@ class Activations:
         for batch in self.calibration.in_order(inputs):
             with timed(seconds, "statistics"):
                 statistics.add(*batch)
+            del batch
             # in pieces between what stays, the next batch would find no room in it
             release_freed_memory()
         statistics.complete()
@@ -557,15 +558,18 @@ class Activations:
 
 
 def _stops(
-    walks: Sequence[Walk], exact: Iterator[Tensor] | None, seconds: dict[str, float]
+    walks: Sequence[Walk], exact: Iterator[tuple[Tensor]] | None, seconds: dict[str, float]
 ) -> Iterator[tuple[Tensor, ...]]:
-    """What walks read at their next stop, with what the unquantized stream has there."""
-    # first, so that it is gone through to its end
-    others = ((each,) for each in exact) if exact is not None else repeat((), len(walks))
-    for other, walk in zip(others, walks, strict=True):
+    """What walks read at their next stop, with what the unquantized stream has there, and none of it while asked on."""
+    next_walk = iter(walks)
+    # its own end it must come to; what zip gave, zip would hold
+    for other in exact if exact is not None else repeat((), len(walks)):
         with timed(seconds, "forward"):
-            _, inputs = next(walk)
-        yield inputs, *other
+            _, inputs = next(next(next_walk))
+        both = (inputs, *other)
+        del inputs, other
+        yield both
+        del both
 
 
 def _replace_weights(layer: DecoderLayer, stage: Stage, item: Item) -> None:

@@ -204,8 +204,10 @@ def test_ranks_for_which_memory_does_not_suffice_are_refused(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_what_a_rank_takes_is_what_was_planned(ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("ranks", "asymmetric", "batch"), [(1, 0, 8), (1, 0, 32), (2, 0, 8), (1, 0.5, 8), (1, 0.5, 32)]
+)
+def test_what_a_rank_takes_is_what_was_planned(ranks, asymmetric, batch, tmp_path):
     """Activations of large batches, which the C library gives back at once; one rank's plan would be 1.2 of two's."""
     model, text = tmp_path / "model", ROOT / "calibration" / "calibration.jsonl"
     model.mkdir()
@@ -213,13 +215,13 @@ def test_what_a_rank_takes_is_what_was_planned(ranks, tmp_path):
     content = {
         "format": "gptq",
         "model": {"id": str(model)},
-        "quantize": {"asymmetric": 0},
+        "quantize": {"asymmetric": asymmetric},
         "calibration": {"texts": {str(text): 64}, "window_tokens": 1024},
-        "compute": {"threads": 1},
+        "compute": {"threads": 1, "windows_per_batch": batch},
     }
     (tmp_path / "recipe.toml").write_text(tomlkit.dumps(content))
     command = ["build", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     given = [sys.executable, "-m", "quantkit", *command, "--no-validate", "--ranks", str(ranks)]
     peak_gb = measured(given, os.environ | {"PYTHONPATH": str(ROOT)})["peak_gb"]
     needed = plan(Recipe.of(content), out=tmp_path / "other", device=CPU, progress=Progress(), ranks=ranks).rank_bytes
-    assert 0.88 * needed < peak_gb * 1e9 < needed
+    assert 0.8 * needed < peak_gb * 1e9 < needed

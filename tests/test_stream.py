@@ -230,7 +230,7 @@ def test_inputs_of_the_unquantized_stream_are_kept_for_others_alone(others, held
         assert len(list(exact.inputs(stage, {}))) == 6
     alive, seen = 0, weakref.WeakSet()
     for inputs in exact.inputs(stages[-1], {}):
-        seen.add(inputs)
+        seen.add(inputs[0])
         del inputs
         gc.collect()
         alive = max(alive, len(seen))

@@ -153,7 +153,7 @@ def cost(needs: frozenset[str], work: StageWork) -> Cost:
     products, numbers = 0.0, 0
     if HESSIAN in needs:
         products, numbers = products + square, numbers + square
-    if DEVIATION in needs and narrow([(shape.rows, shape.columns) for shape in work.shapes]):
+    if DEVIATION in needs and work.narrow:
         products, numbers = products + 4.0 * work.largest, numbers + work.largest
     elif DEVIATION in needs:
         products, numbers = products + 2.0 * square, numbers + square

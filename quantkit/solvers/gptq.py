@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics, narrow
+from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineGrid, Rule
@@ -353,8 +353,7 @@ class GptqSolver:
         side = work.columns
         few_rows = [shape.rows for shape in work.shapes if shape.rows < side]
         shared = side if len(few_rows) < len(work.shapes) else 0
-        multiplied = not narrow([(shape.rows, shape.columns) for shape in work.shapes])
-        products = sum(shape.rows for shape in work.shapes) if multiplied else 0
+        products = 0 if work.narrow else sum(shape.rows for shape in work.shapes)
         return plain + Cost(
             {"solve": 2.0 * side**2 * (shared + sum(few_rows) + products)},
             # what all linears share, once it is made: the factor, the right side, the solution
