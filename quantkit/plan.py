@@ -31,7 +31,7 @@ DISK_MARGIN_BYTES = 64 * 1024**2
 PROBE_SIDE = 1024
 IN_FLOAT32 = ("factorise", "solve", "survey")
 AT_WORK = 2  # batches whose activations are on the device when all others wait elsewhere
-FIXED_BYTES = 700 * 1024**2  # interpreter, libraries and allocator slack
+FIXED_BYTES = 660 * 1024**2  # interpreter, libraries and allocator slack
 # the share of the probed matmul rate that the whole pass reaches; the column loop and small products keep it down
 EFFICIENCY = 0.35
 
@@ -509,9 +509,12 @@ def _footprint(
     # what an unquantized stream of its own reads at the last stage, where its walks end, is there for a batch at a time
     unquantized = {name: (streams - 1) * (batch if name == last else own) for name in work.layers[0].stages}
     peaks = [
-        (own + unquantized[name] + travelling) * stage.columns * width
-        # on its way through the MLP a batch is there three times, once more than it stays
-        + max(_solving(solvers.layers, stage).memory_bytes, 2 * batch * stage.columns * width)
+        (own + unquantized[name]) * stage.columns * width
+        # on its way through the MLP a batch is there three times, of which once it stays; what was handed comes after
+        + max(
+            _solving(solvers.layers, stage).memory_bytes + travelling * stage.columns * width,
+            2 * batch * stage.columns * width,
+        )
         for name, stage in work.layers[0].stages.items()
     ]
     if solvers.preparation is not None:

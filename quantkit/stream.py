@@ -35,7 +35,6 @@ from quantkit.qtensor import Item, LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
 from quantkit.source_pass import Calibration, FloatStream, SourcePass, Taken, embedded, finish, start
 
-LARGE_BATCH_BYTES = 8_000_000  # giving less back to the system takes longer than it is worth
 HEAD_WEIGHT = f"{END_MODULES[HEAD]}.weight"
 WeightOf = Callable[[str], Tensor]
 """A layer's weight [O, I] by the name of its linear in the family's table."""
@@ -547,11 +546,9 @@ class Activations:
         for batch in self.calibration.in_order(inputs):
             with timed(seconds, "statistics"):
                 statistics.add(*batch)
-            is_large = batch[0].nbytes >= LARGE_BATCH_BYTES
             del batch
-            if is_large:
-                # in pieces between what stays, the next batch would find no room in it
-                release_freed_memory()
+            # in pieces between what stays, the next batch would find no room in it
+            release_freed_memory()
         statistics.complete()
         return statistics
 

@@ -224,4 +224,4 @@ def test_what_a_rank_takes_is_what_was_planned(ranks, asymmetric, batch, tmp_pat
     given = [sys.executable, "-m", "quantkit", *command, "--no-validate", "--ranks", str(ranks)]
     peak_gb = measured(given, os.environ | {"PYTHONPATH": str(ROOT)})["peak_gb"]
     needed = plan(Recipe.of(content), out=tmp_path / "other", device=CPU, progress=Progress(), ranks=ranks).rank_bytes
-    assert 0.8 * needed < peak_gb * 1e9 < needed
+    assert 0.88 * needed < peak_gb * 1e9 < needed

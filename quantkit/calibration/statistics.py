@@ -61,8 +61,7 @@ class Statistics:
                     _add_product(total_II[start:stop, :stop], x_NI[:, start:stop], x_NI[:, :stop])
             if DEVIATION in self.needs:
                 assert exact_inputs is not None, "the unquantized stream was not run"
-                rows = width if self._weight_OI is None else len(self._weight_OI)
-                total_RI = self._total(DEVIATION, x_NI, rows)
+                total_RI = self._total(DEVIATION, x_NI, width if self._weight_OI is None else len(self._weight_OI))
                 if part_owners[DEVIATION] == self.ranks.rank:
                     exact_NI = _multipliable(exact_inputs.flatten(0, -2))
                     _add_product(total_RI, exact_NI if self._weight_OI is None else self._made_of(exact_NI, x_NI), x_NI)
