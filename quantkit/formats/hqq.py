@@ -35,7 +35,7 @@ COMPUTE = {"torch.float16": torch.float16, "torch.bfloat16": torch.bfloat16, "to
 PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8"}
 # what a stored word holds: codes, and bits of each
 WORDS = {"8bit_u8": (1, 8), "4bit_u8": (2, 4), "3bit_32": (CODES_PER_WORD, 3), "2bit_u8": (4, 2)}
-VIEWS = {"8bit_u8": "torch.uint8", "4bit_u8": "torch.uint8", "3bit_32": "torch.int32", "2bit_u8": "torch.uint8"}
+STORED_AS = {"8bit_u8": torch.uint8, "4bit_u8": torch.uint8, "3bit_32": torch.int32, "2bit_u8": torch.uint8}
 TEXTS = ("packing", "unpack_view_dtype", "compute_dtype")
 NUMBERS = ("nbits", "group_size", "axis")
 FLAGS = (
@@ -116,35 +116,24 @@ def pack(codes_RC: Tensor, packing: str) -> Tensor:
         codes_RC: uint8; R in multiples of 2 for 4bit_u8, of 4 for 2bit_u8.
         packing: as hqq names it.
     """
-    if packing == "8bit_u8":
-        return codes_RC.contiguous()
-    if packing == "3bit_32":
-        step = -(-codes_RC.shape[0] // CODES_PER_WORD)
-        padded = codes_RC.new_zeros((step * CODES_PER_WORD, codes_RC.shape[1]))
-        padded[: codes_RC.shape[0]] = codes_RC
-        blocks = padded.view(CODES_PER_WORD, step, -1).to(torch.int32)
-        return _joined(blocks, [27 - 3 * place for place in range(CODES_PER_WORD)])
-    shifts = {"4bit_u8": [4, 0], "2bit_u8": [6, 4, 2, 0]}[packing]
-    return _joined(codes_RC.view(len(shifts), -1, codes_RC.shape[1]), shifts)
+    codes_in_word, bits = WORDS[packing]
+    step = -(-len(codes_RC) // codes_in_word)
+    if missing := step * codes_in_word - len(codes_RC):
+        codes_RC = torch.cat([codes_RC, codes_RC.new_zeros((missing, codes_RC.shape[1]))])
+    blocks_PRC = codes_RC.view(codes_in_word, step, -1)
+    words_RC = blocks_PRC.new_zeros(blocks_PRC.shape[1:], dtype=STORED_AS[packing])
+    for place, block_RC in enumerate(blocks_PRC):
+        words_RC |= block_RC.to(words_RC.dtype) << bits * (codes_in_word - 1 - place)
+    return words_RC
 
 
 def unpack(packed: Tensor, packing: str, rows: int) -> Tensor:
     """uint8 codes [rows, C]: what `pack` packed."""
-    if packing == "8bit_u8":
+    codes_in_word, bits = WORDS[packing]
+    if codes_in_word == 1:
         return packed
-    shifts, mask = {
-        "4bit_u8": ([4, 0], 15),
-        "2bit_u8": ([6, 4, 2, 0], 3),
-        "3bit_32": ([27 - 3 * place for place in range(CODES_PER_WORD)], 7),
-    }[packing]
-    return torch.cat([((packed >> shift) & mask).to(torch.uint8) for shift in shifts])[:rows]
-
-
-def _joined(blocks: Tensor, shifts: list[int]) -> Tensor:
-    packed = torch.zeros_like(blocks[0])
-    for block, shift in zip(blocks, shifts, strict=True):
-        packed |= block << shift
-    return packed
+    shifts = range(bits * (codes_in_word - 1), -1, -bits)
+    return torch.cat([((packed >> shift) & (2**bits - 1)).to(torch.uint8) for shift in shifts])[:rows]
 
 
 def encode_linear(name: str, linear: QuantizedLinear, group_size: int) -> dict[str, Tensor]:
@@ -159,7 +148,7 @@ def encode_linear(name: str, linear: QuantizedLinear, group_size: int) -> dict[s
         # a group as long as a row leaves codes as the solver laid them
         axis, codes_RC = 1, codes_OI.reshape(-1, group_size).contiguous()
         scale, zero = grid.scale_OG.reshape(-1, 1), grid.zero_OG.reshape(-1, 1)
-    texts = (packing, VIEWS[packing], str(STORED))
+    texts = (packing, str(STORED_AS[packing]), str(STORED))
     found = {
         "W_q": pack(codes_RC, packing),
         "scale": scale.to(STORED).contiguous(),
@@ -216,12 +205,12 @@ def _known_packing(name: str, part: dict[str, Tensor]) -> str:
     packing = bytes(part["packing"].flatten().tolist()).decode("ascii", errors="replace")
     flags = {key for key in ("view_as_float", "quant_scale", "quant_zero") if key in part and bool(part[key].any())}
     flags -= {f"quant_{which}" for which in GRIDS if f"{which}_q" in part}
-    if packing not in VIEWS or flags:
-        found = f"the packing {packing!r}" if packing not in VIEWS else " and ".join(sorted(flags))
+    if packing not in WORDS or flags:
+        found = f"the packing {packing!r}" if packing not in WORDS else " and ".join(sorted(flags))
         raise RefusedError(
             f"{name} uses {found}, which quantkit does not read",
             where=name,
-            fix=f"known packings: {', '.join(VIEWS)}",
+            fix=f"known packings: {', '.join(WORDS)}",
         )
     return packing
 

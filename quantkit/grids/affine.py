@@ -7,13 +7,14 @@ a solver saw is what a reader decodes.
 Shape legend: O out features, I in features of one group, G groups.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from quantkit.kernels import dequantize, rounding_errors
+from quantkit.kernels import code_moments, dequantize, rounding_errors
 from quantkit.kernels.reference import per_channel
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros still needs a scale
@@ -53,6 +54,12 @@ class AffineGrid:
     def decode(self, codes_OI: Tensor) -> Tensor:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
         return dequantize(codes_OI, self.scale_OG, self.zero_OG, self.group_I)
+
+    def split(self, of: int, rows: int) -> Iterator["AffineGrid"]:
+        """The grids of so many rows after so many, `of` in all."""
+        assert of == len(self.scale_OG), f"the grid has {len(self.scale_OG)} rows"
+        for scale_RG, zero_RG in zip(self.scale_OG.split(rows), self.zero_OG.split(rows), strict=True):
+            yield replace(self, scale_OG=scale_RG, zero_OG=zero_RG)
 
     def to(self, device: torch.device | str) -> "AffineGrid":
         return AffineGrid(self.bits, self.scale_OG.to(device), self.zero_OG.to(device), self.group_I.to(device))
@@ -106,6 +113,12 @@ class StridedGrid:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
         codes_KGI = codes_OI.float().view(-1, *self.scale_GI.shape)
         return ((codes_KGI - self.zero_GI) * self.scale_GI).view(codes_OI.shape)
+
+    def split(self, of: int, rows: int) -> Iterator["StridedGrid"]:
+        """The grids of so many rows after so many, `of` in all."""
+        groups_O = torch.arange(of, device=self.scale_GI.device) % len(self.scale_GI)
+        for groups_R in groups_O.split(rows):
+            yield StridedGrid(self.bits, self.scale_GI[groups_R], self.zero_GI[groups_R])
 
 
 class Rule(Protocol):
@@ -253,14 +266,16 @@ class FloatZeroRule:
         middle_O, span_O = (low_O + high_O) / 2, high_O - low_O
         fraction_C1 = fractions(self.candidates, self.shrink, like=low_O)
         tried = self.as_stored(span_O * fraction_C1 / self.highest_code, middle_O - span_O * fraction_C1 / 2)
-        error_CO = rounding_errors(weight_IO, importance_I, *tried, self.highest_code)
-        best, best_error_O = best_of(tried, error_CO)
+        best = tried[0][0], tried[1][0]
+        if self.candidates:
+            best, _ = best_of(tried, rounding_errors(weight_IO, importance_I, *tried, self.highest_code))
+        moments_5O = code_moments(weight_IO, importance_I, *best, self.highest_code)
         for _ in range(self.refits):
-            refitted = self._refitted(weight_IO, importance_I, *best)
-            candidate = (refitted[0].unsqueeze(0), refitted[1].unsqueeze(0))
-            error_O = rounding_errors(weight_IO, importance_I, *candidate, self.highest_code)[0]
-            best = where(error_O < best_error_O, refitted, best)
-            best_error_O = torch.minimum(error_O, best_error_O)
+            refitted = self._refitted(moments_5O, *best)
+            refitted_5O = code_moments(weight_IO, importance_I, *refitted, self.highest_code)
+            better_O = refitted_5O[0] < moments_5O[0]
+            best = where(better_O, refitted, best)
+            moments_5O = torch.where(better_O, refitted_5O, moments_5O)
         return best
 
     def encode(self, weight_IO: Tensor, scale_O: Tensor, zero_O: Tensor) -> Tensor:
@@ -298,20 +313,13 @@ class FloatZeroRule:
         rounded_O = wide_O.clamp(min=SMALLEST_SCALE).to(self.stored).to(scale_O.dtype)
         return rounded_O, (-low_O / rounded_O).to(self.stored).to(scale_O.dtype)
 
-    def _refitted(
-        self, weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The grid that fits the weights best if their codes stay as they are."""
-        code_IO = self.encode(weight_IO, scale_O, zero_O)
-        share_1I = (importance_I / importance_I.sum()).unsqueeze(0)
-        code_O, mean_O = (share_1I @ code_IO).squeeze(0), (share_1I @ weight_IO).squeeze(0)
-        code_IO -= code_O
-        spread_O = (share_1I @ code_IO.square()).squeeze(0)
-        together_O = (share_1I @ (code_IO * weight_IO)).squeeze(0)
+    def _refitted(self, moments_5O: Tensor, scale_O: Tensor, zero_O: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid that fits the weights best if their codes stay as they are; see `quantkit.kernels.code_moments`."""
+        _, code_O, miss_O, spread_O, together_O = moments_5O
         # a row whose codes are all the same has nothing to fit a slope on
-        slope_O = torch.where(spread_O > 0, together_O / spread_O, scale_O)
+        slope_O = scale_O * (1 + torch.where(spread_O > 0, together_O / spread_O, 0.0))
         slope_O = torch.where(slope_O > 0, slope_O, scale_O)
-        return self.as_stored(slope_O, mean_O - slope_O * code_O)
+        return self.as_stored(slope_O, scale_O * (code_O + miss_O - zero_O) - slope_O * code_O)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,20 @@ def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: 
     return _fitting(weight_IO).best_scales(weight_IO, importance_I, scale_CO, top)
 
 
+def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:
+    """What the regression of one group's weights on their nearest codes is made of, [5, O].
+
+    The miss of a weight is weight / scale + zero - code. By row: the weighted squared error, as of `rounding_errors`;
+    and weighted means: of the codes, of the misses, of the codes' squared distance from their mean (0 exactly where
+    all codes are the same), and of their distance times the misses.
+
+    Args:
+        weight_IO, importance_I, top: see `rounding_errors`.
+        scale_O, zero_O: [O] code q stands for scale * (q - zero).
+    """
+    return _fitting(weight_IO).code_moments(weight_IO, importance_I, scale_O, zero_O, top)
+
+
 def pack(codes_NX: Tensor, bits: int) -> Tensor:
     """int32 [N * bits / 32, X]: codes as one little-endian bitstream along the first dimension, the first lowest.
 

@@ -19,6 +19,7 @@ from quantkit.kernels import reference
 from quantkit.kernels.levels import Levels
 
 BLOCK = 128  # rows at a time: a panel of 128 channels then takes 64 kB
+CACHED = 1 << 18  # weights decoded together: 1 MB of float32
 
 
 def solve_panel(
@@ -48,8 +49,27 @@ def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: 
     return index_O
 
 
+def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:
+    """See `quantkit.kernels.code_moments`."""
+    moments_5O = weight_IO.new_empty((5, weight_IO.shape[1]))
+    over_rows(_moment_rows, (weight_IO, importance_I, scale_O, scale_O.reciprocal(), zero_O), (moments_5O,), top)
+    return moments_5O
+
+
 # whole-tensor torch is as fast as memory allows
-pack, unpack, dequantize = reference.pack, reference.unpack, reference.dequantize
+pack, unpack = reference.pack, reference.unpack
+
+
+def dequantize(
+    codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """See `quantkit.kernels.dequantize`; so many rows at a time as stay in the cache."""
+    weight_OI = torch.empty(codes_OI.shape, dtype=dtype)
+    rows = max(CACHED // codes_OI.shape[1], 1)
+    parts = (whole.split(rows) for whole in (weight_OI, codes_OI, scale_OG, zero_OG))
+    for weight_RI, codes_RI, scale_RG, zero_RG in zip(*parts, strict=True):
+        weight_RI.copy_(reference.dequantize(codes_RI, scale_RG, zero_RG, group_I))
+    return weight_OI
 
 
 def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
@@ -218,6 +238,47 @@ def _round_block(near, importance, scale, inverse, zero, top, total):  # type: i
             total[o] += share * (miss * miss)
     for o in range(near.shape[1]):
         total[o] *= scale[o] * scale[o]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _moment_rows(  # type: ignore[no-untyped-def]
+    weight, importance, scale, inverse, zero, moments, top, first, last
+):
+    bottom = weight.dtype.type(0)  # as above
+    times, zeros, base = np.zeros(BLOCK, weight.dtype), np.zeros(BLOCK, weight.dtype), np.zeros(BLOCK, weight.dtype)
+    lost, far, miss = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
+    spread, together = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
+    near = np.zeros((weight.shape[0], BLOCK), weight.dtype)
+    whole = bottom
+    for i in range(len(importance)):
+        whole += importance[i]
+    share = weight.dtype.type(1) / whole
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        width = stop - start
+        near[:, :width] = weight[:, start:stop]
+        times[:width], zeros[:width] = inverse[start:stop], zero[start:stop]
+        for o in range(BLOCK):
+            base[o] = min(max(np.rint(near[0, o] * times[o] + zeros[o]), bottom), top)
+            lost[o] = far[o] = miss[o] = spread[o] = together[o] = bottom
+        for i in range(near.shape[0]):
+            weigh = importance[i]
+            for o in range(BLOCK):
+                ratio = near[i, o] * times[o] + zeros[o]
+                code = min(max(np.rint(ratio), bottom), top)
+                off, apart = ratio - code, code - base[o]
+                lost[o] += weigh * (off * off)
+                far[o] += weigh * apart
+                miss[o] += weigh * off
+                spread[o] += weigh * (apart * apart)
+                together[o] += weigh * (apart * off)
+        for o in range(width):
+            size, off, apart = scale[start + o], miss[o] * share, far[o] * share
+            moments[0, start + o] = lost[o] * (size * size)
+            moments[1, start + o] = base[o] + apart
+            moments[2, start + o] = off
+            moments[3, start + o] = max(spread[o] * share - apart * apart, bottom)
+            moments[4, start + o] = together[o] * share - apart * off
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")

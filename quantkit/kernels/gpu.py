@@ -78,6 +78,28 @@ def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: 
     return best_of_errors(rounding_errors, weight_IO, importance_I, scale_CO, top)
 
 
+def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:
+    """See `quantkit.kernels.code_moments`."""
+    channels, rows = weight_IO.shape
+    moments_5O = weight_IO.new_empty((5, rows))
+    _moment_rows[(triton.cdiv(rows, COLUMNS),)](
+        weight_IO,
+        importance_I.contiguous(),
+        scale_O.contiguous(),
+        zero_O.contiguous(),
+        moments_5O,
+        channels,
+        rows,
+        *weight_IO.stride(),
+        TOP=top,
+        MAGIC=MAGIC[weight_IO.dtype],
+        CHANNELS=8,
+        ROWS=COLUMNS,
+        **PLAIN,
+    )
+    return moments_5O
+
+
 def pack(codes_NX: Tensor, bits: int) -> Tensor:
     """See `quantkit.kernels.pack`."""
     num_codes, width = codes_NX.shape
@@ -281,6 +303,42 @@ def _round_rows(  # type: ignore[no-untyped-def]
         miss = ratio - _nearest(ratio, 0, TOP, MAGIC)
         total += tl.sum(share[:, None] * (miss * miss), axis=0)
     tl.store(error + tried, total * (size * size), mask=inside)
+
+
+@triton.jit
+def _moment_rows(  # type: ignore[no-untyped-def]
+    weight, importance, scale, zero, moments, channels, rows, channel_stride, row_stride,
+    TOP: tl.constexpr, MAGIC: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = at < rows
+    size = tl.load(scale + at, mask=inside, other=1.0)
+    shift = tl.load(zero + at, mask=inside, other=0.0)
+    times = 1.0 / size
+    base = _nearest(tl.load(weight + at * row_stride, mask=inside, other=0.0) * times + shift, 0, TOP, MAGIC)
+    lost = tl.zeros([ROWS], dtype=size.dtype)
+    far, miss, spread, together, whole = lost, lost, lost, lost, lost
+    for first in range(0, channels, CHANNELS):
+        channel = first + tl.arange(0, CHANNELS)
+        here = channel < channels
+        tile = channel.to(tl.int64)[:, None] * channel_stride + at[None, :] * row_stride
+        values = tl.load(weight + tile, mask=here[:, None] & inside[None, :], other=0.0)
+        weigh = tl.load(importance + channel, mask=here, other=0.0)
+        ratio = values * times[None, :] + shift[None, :]
+        code = _nearest(ratio, 0, TOP, MAGIC)
+        off, apart = ratio - code, code - base[None, :]
+        lost += tl.sum(weigh[:, None] * (off * off), axis=0)
+        far += tl.sum(weigh[:, None] * apart, axis=0)
+        miss += tl.sum(weigh[:, None] * off, axis=0)
+        spread += tl.sum(weigh[:, None] * (apart * apart), axis=0)
+        together += tl.sum(weigh[:, None] * (apart * off), axis=0)
+        whole += tl.sum(weigh, axis=0)
+    far, miss = far / whole, miss / whole
+    tl.store(moments + at, lost * (size * size), mask=inside)
+    tl.store(moments + rows + at, base + far, mask=inside)
+    tl.store(moments + 2 * rows + at, miss, mask=inside)
+    tl.store(moments + 3 * rows + at, tl.maximum(spread / whole - far * far, 0.0), mask=inside)
+    tl.store(moments + 4 * rows + at, together / whole - far * miss, mask=inside)
 
 
 @triton.jit

@@ -51,16 +51,32 @@ def best_of_errors(
     return errors(weight_IO, importance_I, usable_CO, torch.full_like(scale_CO, (top + 1) // 2), top).argmin(0)
 
 
+def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:
+    """See `quantkit.kernels.code_moments`."""
+    ratio_IO = weight_IO / scale_O + zero_O
+    code_IO = ratio_IO.round().clamp_(0, top)
+    miss_IO = ratio_IO.sub_(code_IO)
+    lost_O = importance_I @ miss_IO.square() * scale_O.square()
+    share_I = importance_I / importance_I.sum()
+    # from a code that is there: equal ones are then 0 apart, whatever the shares sum to
+    apart_IO = code_IO - code_IO[0]
+    code_O = share_I @ apart_IO
+    apart_IO -= code_O
+    together_O = share_I @ (apart_IO * miss_IO)
+    return torch.stack([lost_O, code_IO[0] + code_O, share_I @ miss_IO, share_I @ apart_IO.square(), together_O])
+
+
 def pack(codes_NX: Tensor, bits: int) -> Tensor:
     """See `quantkit.kernels.pack`."""
     width = codes_NX.shape[1]
-    runs = codes_NX.to(torch.int32).view(-1, CODES_PER_RUN, width)
+    runs = codes_NX.unflatten(0, (-1, CODES_PER_RUN))
     words = torch.zeros((runs.shape[0], bits, width), dtype=torch.int32, device=codes_NX.device)
     for i in range(CODES_PER_RUN):
         word, shift = divmod(i * bits, 32)
-        words[:, word] |= runs[:, i] << shift
+        code = runs[:, i].to(torch.int32)
+        words[:, word] |= code << shift
         if shift + bits > 32:
-            words[:, word + 1] |= runs[:, i] >> (32 - shift)
+            words[:, word + 1] |= code >> (32 - shift)
     return words.view(-1, width)
 
 

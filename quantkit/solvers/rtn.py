@@ -64,7 +64,8 @@ class RoundToNearest:
         """Fill in the codes of some rows; scale and bias [R, G] as stored."""
         highest = 2**self.bits - 1
         weight_RGK = weight_RI.to(self.stored).float().unflatten(1, (-1, self.group_size))
-        low_RG, high_RG = weight_RGK.aminmax(dim=2)
+        # torch goes through either in vectors, but not through both at once
+        low_RG, high_RG = weight_RGK.amin(dim=2), weight_RGK.amax(dim=2)
         scale_RG = ((high_RG - low_RG) / highest).clamp(min=SMALLEST_SCALE)
         from_low_RG = low_RG.abs() > high_RG.abs()
         scale_RG = torch.where(from_low_RG, scale_RG, -scale_RG)

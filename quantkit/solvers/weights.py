@@ -1,6 +1,6 @@
 """Solvers that need no calibration, and those that choose between others.
 
-Shape legend: K weights of one group, N groups, O out features, I in features.
+Shape legend: K weights of one group, N groups, M of them, O out features, I in features.
 """
 
 import time
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from quantkit.calibration.statistics import Statistics
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork, total
-from quantkit.grids.affine import FloatZeroRule, StridedGrid
+from quantkit.grids.affine import AffineGrid, FloatZeroRule, StridedGrid
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
 
 WORKING_COPIES = 2  # float32 numbers for each weight of the linear that is being solved
 CHUNK_WEIGHTS = 1 << 18  # 1 MB of float32
-CHUNK_GROUPS = 1 << 15  # groups solved together: bounds memory, and keeps the working set in cache
+CHUNK_GROUPS = 1 << 14  # groups solved together: bounds memory, and keeps the working set in cache
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class WeightSolver:
         """Solved linears, one by one, with the loss of their weights; see `quantkit.solvers.contract.Solver`."""
         for name, weight in weights.items():
             started = time.perf_counter()
-            quantized = self.quantize(weight.float())
+            quantized = self.quantize(weight)
             lost = relative_error(weight, quantized)
             yield name, quantized, LinearFacts(name, lost, None, time.perf_counter() - started)
 
@@ -59,26 +59,29 @@ class WeightSolver:
         """Codes and grid of one linear.
 
         Args:
-            weight_OI: float32 [O, I]; I (axis 1) or O (axis 0) in multiples of the group size.
+            weight_OI: [O, I]; I (axis 1) or O (axis 0) in multiples of the group size; taken in float32.
         """
-        size = self.group_size
+        size, across = self.group_size, self.axis == 0
         rows, columns = weight_OI.shape
-        groups_KN = weight_OI.view(-1, size).t() if self.axis == 1 else weight_OI.view(size, -1)
-        parts = [self._solve_groups(part.contiguous()) for part in groups_KN.split(CHUNK_GROUPS, dim=1)]
-        codes_KN = torch.cat([codes for codes, _, _ in parts], dim=1)
-        scale_N, zero_N = (torch.cat([part[place] for part in parts]) for place in (1, 2))
-        if self.axis == 0:
+        codes_OI = torch.empty_like(weight_OI, dtype=torch.uint8, memory_format=torch.contiguous_format)
+        scale_N, zero_N = torch.empty((2, weight_OI.numel() // size), device=weight_OI.device)
+        groups = [
+            whole_OI.view(size, -1).t() if across else whole_OI.view(-1, size) for whole_OI in (weight_OI, codes_OI)
+        ]
+        parts = (values.split(CHUNK_GROUPS) for values in (*groups, scale_N, zero_N))
+        for weight_MK, codes_MK, scale_M, zero_M in zip(*parts, strict=True):
+            weight_KM = weight_MK.t().float().contiguous()
+            fitted = self.fit(weight_KM)
+            # torch transposes many times faster what keeps its dtype
+            codes_MK.copy_(self.rule.encode(weight_KM, *fitted).to(torch.uint8).t())
+            scale_M.copy_(fitted[0])
+            zero_M.copy_(fitted[1])
+        if across:
             shape = (rows // size, columns)
-            strided = StridedGrid(self.rule.bits, scale_N.view(shape), zero_N.view(shape))
-            return QuantizedLinear(codes_KN.view(rows, columns), strided)
+            return QuantizedLinear(codes_OI, StridedGrid(self.rule.bits, scale_N.view(shape), zero_N.view(shape)))
         group_I = torch.arange(columns, device=weight_OI.device, dtype=torch.int32) // size
         shape = (rows, columns // size)
-        grid = self.rule.grid(scale_N.view(shape), zero_N.view(shape), group_I)
-        return QuantizedLinear(codes_KN.t().reshape(rows, columns), grid)
-
-    def _solve_groups(self, weight_KN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale_N, zero_N = self.fit(weight_KN)
-        return self.rule.encode(weight_KN, scale_N, zero_N).to(torch.uint8), scale_N, zero_N
+        return QuantizedLinear(codes_OI, self.rule.grid(scale_N.view(shape), zero_N.view(shape), group_I))
 
 
 def relative_error(weight_OI: Tensor, quantized: QuantizedLinear) -> float:
@@ -86,12 +89,15 @@ def relative_error(weight_OI: Tensor, quantized: QuantizedLinear) -> float:
 
     Args:
         weight_OI: [O, I]; not modified.
-        quantized: what they became.
+        quantized: what they became, on an affine grid; decoded some rows at a time.
     """
-    rows = rows_of(weight_OI)
+    grid, rows = quantized.grid, rows_of(weight_OI)
+    assert isinstance(grid, AffineGrid | StridedGrid), "only affine grids are chosen on the weights alone"
+    grids: Iterator[AffineGrid | StridedGrid] = grid.split(len(weight_OI), rows)
     lost, whole = [], []
-    for part_RI, decoded_RI in zip(weight_OI.split(rows), quantized.dequantize().split(rows), strict=True):
-        exact, off = part_RI.float().flatten(), (part_RI - decoded_RI).flatten()
+    for part_RI, codes_RI, grid_R in zip(weight_OI.split(rows), quantized.codes_OI.split(rows), grids, strict=True):
+        exact = part_RI.float().flatten()
+        off = grid_R.decode(codes_RI).flatten().sub_(exact)
         lost.append(off.dot(off))
         whole.append(exact.dot(exact))
     return float(torch.stack(lost).sum() / torch.stack(whole).sum().clamp(min=1e-30))

@@ -57,6 +57,11 @@ CASES = {
         pointers("weight importance scale zero error", "fp32") | whole("channels rows channel_stride row_stride"),
         {"TOP": 15, "MAGIC": gpu.MAGIC[torch.float32], "CHANNELS": 8, "ROWS": gpu.COLUMNS},
     ),
+    "moments": (
+        gpu._moment_rows,
+        pointers("weight importance scale zero moments", "fp32") | whole("channels rows channel_stride row_stride"),
+        {"TOP": 15, "MAGIC": gpu.MAGIC[torch.float32], "CHANNELS": 8, "ROWS": gpu.COLUMNS},
+    ),
     "pack": (
         gpu._pack_words,
         pointers("codes", "u8") | pointers("words", "i32") | whole("width code_stride width_stride"),

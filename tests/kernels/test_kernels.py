@@ -152,6 +152,29 @@ def test_rounding_errors_are_those_of_plain_torch(dtype, rows, module, device):
 @each_implementation
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", CLOSE)
+def test_moments_are_those_of_the_nearest_codes(dtype, rows, module, device):
+    """Of a regression written out: weights and codes, weighted, in float64."""
+    kernels = import_module(f"quantkit.kernels.{module}")
+    weight, importance = random(41, rows, dtype=dtype), random(41, dtype=dtype, seed=1).abs()
+    weight[:, -1] = 0.9
+    scale, zero = random(rows, dtype=dtype, seed=2).abs() + 0.1, random(rows, dtype=dtype, seed=3) + 3
+    there = on(device, weight, importance, scale, zero)
+    found = kernels.code_moments(*there, 7)
+    ratio = (weight / scale + zero).double()
+    code = ratio.round().clamp(0, 7)
+    share = (importance / importance.sum()).double()
+    mean, miss, apart = share @ code, share @ (ratio - code), code - share @ code
+    lost = importance.double() @ (scale * (ratio - code)).square()
+    expected = torch.stack([lost, mean, miss, share @ apart.square(), share @ (apart * (ratio - code))])
+    torch.testing.assert_close(found.cpu(), expected.to(dtype), **CLOSE[dtype])
+    assert float(found[3, -1]) == 0, "codes that are all the same"
+    torch.testing.assert_close(found.cpu(), reference.code_moments(weight, importance, scale, zero, 7), **CLOSE[dtype])
+    assert torch.equal(found, kernels.code_moments(there[0].t().contiguous().t(), *there[1:], 7))
+
+
+@each_implementation
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", CLOSE)
 def test_the_best_scale_is_the_first_of_least_rounding_error(dtype, rows, module, device):
     kernels = import_module(f"quantkit.kernels.{module}")
     weight, importance = random(41, rows, dtype=dtype), random(41, dtype=dtype, seed=1).abs()

@@ -182,3 +182,17 @@ def test_a_linear_is_solved_group_by_group(axis):
         seen = found.reshape(-1, 32).T if axis == 1 else found.reshape(32, -1)
         torch.testing.assert_close(seen[:, column : column + 1], expected)
     assert facts.loss == pytest.approx(float((weight - found).square().sum() / weight.square().sum()))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_large_linear_is_solved_as_its_parts_are(axis):
+    """More groups than are gone through together, and more rows than are decoded together for the loss."""
+    weight = torch.randn(768, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rule = FloatZeroRule(3)
+    solver = WeightSolver(lambda w: rule.fit(w, torch.ones(16)), rule, 16, axis)
+    ((_, quantized, facts),) = solver.solve({"p": weight}, Statistics(frozenset()))
+    found = quantized.dequantize()
+    parts = [solver.quantize(part.contiguous()).dequantize() for part in weight.split(64, dim=1 - axis)]
+    assert torch.equal(found, torch.cat(parts, dim=1 - axis))
+    lost = (weight - found).double().square().sum() / weight.double().square().sum()
+    assert facts.loss == pytest.approx(float(lost), rel=1e-5)
