@@ -53,23 +53,8 @@ def solve_panel(
 
 def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, zero_CO: Tensor, top: int) -> Tensor:
     """See `quantkit.kernels.rounding_errors`."""
-    channels, rows = weight_IO.shape
     error_CO = torch.empty_like(scale_CO, memory_format=torch.contiguous_format)
-    _round_rows[(triton.cdiv(rows, COLUMNS), len(scale_CO))](
-        weight_IO,
-        importance_I.contiguous(),
-        scale_CO.contiguous(),
-        zero_CO.contiguous(),
-        error_CO,
-        channels,
-        rows,
-        *weight_IO.stride(),
-        TOP=top,
-        MAGIC=MAGIC[weight_IO.dtype],
-        CHANNELS=8,
-        ROWS=COLUMNS,
-        **PLAIN,
-    )
+    _over_columns(_round_rows, weight_IO, importance_I, scale_CO, zero_CO, error_CO, top, len(scale_CO))
     return error_CO
 
 
@@ -80,14 +65,29 @@ def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: 
 
 def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:
     """See `quantkit.kernels.code_moments`."""
+    moments_5O = weight_IO.new_empty((5, weight_IO.shape[1]))
+    _over_columns(_moment_rows, weight_IO, importance_I, scale_O, zero_O, moments_5O, top)
+    return moments_5O
+
+
+def _over_columns(
+    kernel: Any,
+    weight_IO: Tensor,
+    importance_I: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    filled: Tensor,
+    top: int,
+    grids: int = 1,
+) -> None:
+    """Launch a kernel that goes through one group's channels, for every row and each of several grids."""
     channels, rows = weight_IO.shape
-    moments_5O = weight_IO.new_empty((5, rows))
-    _moment_rows[(triton.cdiv(rows, COLUMNS),)](
+    kernel[(triton.cdiv(rows, COLUMNS), grids)](
         weight_IO,
         importance_I.contiguous(),
-        scale_O.contiguous(),
-        zero_O.contiguous(),
-        moments_5O,
+        scale.contiguous(),
+        zero.contiguous(),
+        filled,
         channels,
         rows,
         *weight_IO.stride(),
@@ -97,7 +97,6 @@ def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_
         ROWS=COLUMNS,
         **PLAIN,
     )
-    return moments_5O
 
 
 def pack(codes_NX: Tensor, bits: int) -> Tensor:
