@@ -7,7 +7,7 @@ import torch
 
 from quantkit.calibration.statistics import Statistics
 from quantkit.grids.affine import FloatZeroRule
-from quantkit.kernels import rounding_errors
+from quantkit.kernels import code_moments, rounding_errors
 from quantkit.solvers.hqq import HalfQuadratic, _still_moving
 from quantkit.solvers.weights import WeightSolver
 
@@ -196,3 +196,20 @@ def test_a_large_linear_is_solved_as_its_parts_are(axis):
     assert torch.equal(found, torch.cat(parts, dim=1 - axis))
     lost = (weight - found).double().square().sum() / weight.double().square().sum()
     assert facts.loss == pytest.approx(float(lost), rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_refit_is_the_regression_of_the_weights_on_their_codes(bits):
+    """As a solver of least squares gives it, but for what float16 holds of scale and zero."""
+    weight, rule = groups(30), FloatZeroRule(bits)
+    importance = torch.rand(64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    scale = (weight.amax(0) - weight.amin(0)) / (0.8 * rule.highest_code)  # a fifth too wide
+    zero = -weight.amin(0) / scale
+    moments = code_moments(weight, importance, scale, zero, rule.highest_code)
+    found_scale, found_zero = rule._refitted(moments, scale, zero)
+    root = importance.sqrt()[:, None]
+    for column, codes in enumerate(rule.encode(weight, scale, zero).T):
+        design = torch.stack([codes, torch.ones_like(codes)], dim=1)
+        slope, low = torch.linalg.lstsq(root * design, root * weight[:, column : column + 1]).solution.flatten()
+        assert float(found_scale[column]) == pytest.approx(float(slope), rel=1e-3)
+        assert float(-found_scale[column] * found_zero[column]) == pytest.approx(float(low), rel=2e-3)
