@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from quantkit.errors import RefusedError, UnavailableError
 DECIDING_PACKAGES = ("torch", "numba", "transformers", "tokenizers", "safetensors")
 ON_A_GPU = ("triton",)
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
+CPU_FACTS = Path("/proc/cpuinfo")
+SIXTEEN_BIT = re.compile("bf16|fp16|asimdhp")  # in the names of x86's and Arm's instructions
 
 
 def choose_device(name: str) -> torch.device:
@@ -44,15 +47,26 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_model(device: torch.device) -> str:
-    """The GPU's or CPU's model name; the same recipe gives the same bytes on the same model only."""
+    """The GPU's or CPU's model name, a CPU's with its vector instructions.
+
+    The same recipe gives the same bytes on the same model only; and by its name alone a rented CPU often says no more
+    than "AMD EPYC", with instructions that differ from one host to the next, and with them the order of sums.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name, sixteen_bit = _processor()
+    return f"{name} ({', '.join((torch.backends.cpu.get_cpu_capability(), *sixteen_bit))})"
+
+
+def _processor() -> tuple[str, list[str]]:
+    """The CPU's model name, and those of its instructions that multiply bfloat16 or float16."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPU_FACTS.read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        return platform.processor() or platform.machine(), []
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = facts.get("flags") or facts.get("Features") or ""
+    return facts.get("model name") or platform.machine(), sorted(filter(SIXTEEN_BIT.search, flags.split()))
 
 
 def deciding_versions() -> dict[str, str]:

@@ -61,7 +61,7 @@ class Environment(Part):
     python: str
     system: str
     device: Literal["cpu", "cuda"]
-    device_model: str = Field(description="Model name of the GPU, or of the CPU.")
+    device_model: str = Field(description="Model name of the GPU, or of the CPU with its vector instructions.")
     threads: int
     cuda: str | None = Field(description="CUDA version of torch, where it computed on a GPU.")
     driver: str | None = Field(description="Version of the GPU's driver, where it computed on a GPU.")
