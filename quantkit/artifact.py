@@ -3,6 +3,7 @@
 What is the same for several of them is made once. `quantkit.pipeline` decides whose turn it is.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -175,6 +176,8 @@ class Artifact:
             here: on this machine, so refuse what it cannot run or fetch.
             reserved_bytes: of the disk, for others.
         """
+        # more threads than cores, and a trial tells nothing
+        use_threads(min(self.recipe.compute.threads, os.cpu_count() or 1))
         self._settle()
         model = self.recipe.model
         checkpoint = once(("described", model), partial(describe_checkpoint, model.id, model.revision, self.progress))
@@ -183,7 +186,7 @@ class Artifact:
         here = here and not checkpoint.described
         tokenizer = None if checkpoint.described else once(("tokenizer", model), partial(tokenizer_of, checkpoint))
         self._check(checkpoint, tokenizer, once, validated=True)
-        self._find_needs(checkpoint, here=here, reserved_bytes=reserved_bytes)
+        self._find_needs(checkpoint, here=here, reserved_bytes=reserved_bytes, timed=True)
         if here and tokenizer is not None:
             self._held_out(tokenizer, once)
 
@@ -267,11 +270,11 @@ class Artifact:
         key = ("held-out windows", self.recipe.model, *section.texts.items(), section.window_tokens, section.seed)
         return once(key, partial(text_to_judge_on, section, tokenizer, self.progress, load))
 
-    def _find_needs(self, checkpoint: Checkpoint, *, here: bool, reserved_bytes: int) -> None:
+    def _find_needs(self, checkpoint: Checkpoint, *, here: bool, reserved_bytes: int, timed: bool = False) -> None:
         """The plan of what was checked."""
         recipe = self.recipe
         self.needed = make_plan(
-            recipe, checkpoint, self.method, out=self.job.out, device=self.device, ranks=self.ranks.size
+            recipe, checkpoint, self.method, out=self.job.out, device=self.device, ranks=self.ranks.size, timed=timed
         )
         if here:
             require_here(

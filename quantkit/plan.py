@@ -1,8 +1,6 @@
 """What a build will need, found out before it starts: problems, sizes, memory, disk and a time estimate."""
 
-import os
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, Shape, StageWork, total
 from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
+from quantkit.estimate import crowding, product_seconds, search_seconds
 from quantkit.formats.contract import Format, Headed, InPlace, Particular, SeveralVariants
 from quantkit.launch import TOGETHER
 from quantkit.methods import Method, Survey
@@ -28,12 +27,8 @@ from quantkit.solvers.contract import Solver
 from quantkit.units import size_text
 
 DISK_MARGIN_BYTES = 64 * 1024**2
-PROBE_SIDE = 1024
-IN_FLOAT32 = ("factorise", "solve", "survey")
 AT_WORK = 2  # batches whose activations are on the device when all others wait elsewhere
 FIXED_BYTES = 660 * 1024**2  # interpreter, libraries and allocator slack
-# the share of the probed matmul rate that the whole pass reaches; the column loop and small products keep it down
-EFFICIENCY = 0.35
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Plan:
         tokens: of calibration.
         operations: least floating-point operations of each stage, see `operations`.
         source_bytes: weights to be read.
-        seconds: a rough estimate from a short matmul probe.
+        seconds: a rough estimate from short trials; None where others do the work, or where nobody asked.
         variants: bytes of each variant's weights, where the format writes several.
         footprint: what of the memory several builds can have in common.
     """
@@ -78,7 +73,7 @@ class Plan:
     tokens: int
     operations: dict[str, float]
     source_bytes: int
-    seconds: float
+    seconds: float | None
     variants: dict[str, int]
     footprint: "Footprint"
 
@@ -149,7 +144,14 @@ def in_passes(builds: Sequence[Footprint], free: int) -> list[list[int]]:
 
 
 def make_plan(
-    recipe: Recipe, checkpoint: Checkpoint, method: Method, *, out: Path, device: torch.device, ranks: int = 1
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    method: Method,
+    *,
+    out: Path,
+    device: torch.device,
+    ranks: int = 1,
+    timed: bool = False,
 ) -> Plan:
     """The plan of a build.
 
@@ -158,6 +160,7 @@ def make_plan(
         out: the artifact's folder.
         device: where is computed.
         ranks: how many processes make it together.
+        timed: try how long it will take, which takes a moment itself.
 
     Raises:
         RefusedError: the format cannot hold a linear; every problem is named.
@@ -241,7 +244,7 @@ def make_plan(
         tokens=tokens,
         operations=counted,
         source_bytes=sum(info.size_bytes for info in infos.values()),
-        seconds=_seconds(_of_one(counted, work, recipe, ranks), recipe, device) * _crowding(recipe, device, ranks),
+        seconds=_seconds(recipe, method, work, counted, device, ranks) if timed else None,
         variants=variants,
         footprint=taken,
     )
@@ -310,10 +313,16 @@ def plan_lines(plan: Plan) -> list[str]:
         f"disk              {size_text(plan.disk_bytes)} while building, {size_text(plan.disk_free_bytes)} free",
         f"memory            {_memory_text(plan)}, {size_text(plan.memory_free_bytes)} free",
         f"calibration       {plan.tokens} tokens",
-        f"operations        {sum(plan.operations.values()) / 1e12:.2f} T at least: "
-        + ", ".join(f"{stage} {count / 1e12:.2f}" for stage, count in plan.operations.items()),
-        f"time              about {plan.seconds:.0f} s (estimate)",
+        f"operations        {_operations_text(plan)}",
+        *([] if plan.seconds is None else [f"time              about {plan.seconds:.0f} s (estimate)"]),
     ]
+
+
+def _operations_text(plan: Plan) -> str:
+    if not plan.operations:
+        return "no products: codes are found on the weights alone"
+    by_stage = ", ".join(f"{stage} {count / 1e12:.2f}" for stage, count in plan.operations.items())
+    return f"{sum(plan.operations.values()) / 1e12:.2f} T at least: {by_stage}"
 
 
 def _memory_text(plan: Plan) -> str:
@@ -419,19 +428,34 @@ def work_of(recipe: Recipe, checkpoint: Checkpoint, solved: list[tuple[str, int,
     return Work(tuple(layers), ends)
 
 
-def _of_one(counted: dict[str, float], work: Work, recipe: Recipe, ranks: int) -> dict[str, float]:
-    """Operations of the rank with most to do, given those of one process; what is not dealt, each does in full."""
-    if ranks == 1:
-        return counted
+def _seconds(
+    recipe: Recipe, method: Method, work: Work, counted: dict[str, float], device: torch.device, ranks: int
+) -> float | None:
+    """A rough estimate for the rank with most to do: products at the device's rate, searches as they are tried."""
+    if recipe.upstream is not None or method.engine is not None:
+        return None
+    dtype, solvers = _width(recipe), method.solvers
+    # layers are alike
+    tried = [search_seconds(solvers.layers, stage, dtype, device) for stage in work.layers[0].stages.values()]
+    searched = len(work.layers) * sum(tried)
+    if solvers.ends is not None:
+        searched += sum(search_seconds(solvers.ends, stage, dtype, device) for stage in work.ends)
+    shares = _dealt(work, recipe, ranks)
+    products = product_seconds({name: count * shares.get(name, 1) for name, count in counted.items()}, dtype, device)
+    crowded = 1.0 if has_own_memory(device) else crowding(ranks, recipe.compute.threads)
+    return (products + searched * shares["solve"]) * crowded
+
+
+def _dealt(work: Work, recipe: Recipe, ranks: int) -> dict[str, float]:
+    """The share of each stage that the rank with most to do has; what is not here, each does in full."""
     stages = [*(stage for layer in work.layers for stage in layer.stages.values()), *work.ends]
     tokens = work.layers[0].tokens
-    dealt = {
+    return {
         "forward": _held_tokens(recipe, tokens, ranks)[0] / max(tokens, 1),
         "statistics": 1 / ranks,
         "solve": sum(_most(stage, ranks) * stage.columns for stage in stages)
         / max(sum(shape.size * stage.columns for stage in stages for shape in stage.shapes), 1),
     }
-    return {name: count * dealt.get(name, 1) for name, count in counted.items()}
 
 
 def _most(stage: StageWork, ranks: int) -> int:
@@ -586,40 +610,6 @@ def has_own_memory(device: torch.device) -> bool:
 def _width(recipe: Recipe) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, recipe.compute.dtype)
     return dtype
-
-
-def _seconds(counted: dict[str, float], recipe: Recipe, device: torch.device) -> float:
-    """A rough estimate: every stage at the rate that the device shows in the dtype it computes in."""
-    by_dtype: dict[torch.dtype, float] = {}
-    for stage, count in counted.items():
-        dtype = torch.float32 if stage in IN_FLOAT32 else _width(recipe)
-        by_dtype[dtype] = by_dtype.get(dtype, 0.0) + count
-    return sum(count / _rate(dtype, device) for dtype, count in by_dtype.items()) / EFFICIENCY
-
-
-def _crowding(recipe: Recipe, device: torch.device, ranks: int) -> float:
-    """How many times longer ranks take that share the cores of a CPU than ranks that have their threads' own."""
-    if has_own_memory(device):
-        return 1.0
-    return max(1.0, ranks / max(1, (os.cpu_count() or 1) // recipe.compute.threads))
-
-
-def _rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Measured FLOP/s of a square matmul."""
-    left = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype, device=device)
-    left @ left
-    _settle(device)
-    started = time.perf_counter()
-    repeats = 3
-    for _ in range(repeats):
-        left @ left
-    _settle(device)
-    return repeats * 2.0 * PROBE_SIDE**3 / (time.perf_counter() - started)
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _existing(path: Path) -> Path:

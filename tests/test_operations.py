@@ -145,7 +145,6 @@ def counts(name: str, source, tmp_path, monkeypatch) -> tuple[dict[str, float], 
     monkeypatch.setattr(compiled, "solve_panel", counted(compiled.solve_panel, panel))
     for search, operations in (("rounding_errors", rounding), ("best_scales", rounding), ("code_moments", moments)):
         monkeypatch.setattr(compiled, search, counted(getattr(compiled, search), operations))
-    monkeypatch.setattr("quantkit.plan._rate", lambda dtype, device: 1e9)  # the plan's probe is no part of the work
     monkeypatch.setattr(solver, "solve", solve)
     monkeypatch.setattr(Statistics, "add", add)
     recipe = Recipe.of(

@@ -36,7 +36,7 @@ def recipe_of(model: Path, form: str, **tables) -> Recipe:
 @pytest.fixture(autouse=True)
 def _no_probe(monkeypatch):
     """The rate of this machine is of no interest here."""
-    monkeypatch.setattr("quantkit.plan._rate", lambda dtype, device: 1e12)
+    monkeypatch.setattr("quantkit.estimate._rate", lambda dtype, device: 1e12)
 
 
 @pytest.mark.parametrize(("family", "form"), [("mistral", "gptq"), ("mistral", "mlx"), ("qwen3", "exl2")])
@@ -105,7 +105,7 @@ def planned(shape: str, name: str, ranks: int = 1, device: torch.device = CPU, *
     recipe = load_recipe(find_recipe(f"bielik-7b-instruct-v0.1/{name}"), tuple(changed))
     checkpoint = describe_model(SHAPES / shape)
     method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
-    return make_plan(recipe, checkpoint, method, out=SHAPES, device=device, ranks=ranks)
+    return make_plan(recipe, checkpoint, method, out=SHAPES, device=device, ranks=ranks, timed=device == CPU)
 
 
 def test_ranks_divide_the_activations_and_the_time_and_nothing_else(monkeypatch):
@@ -124,12 +124,12 @@ def test_ranks_divide_the_activations_and_the_time_and_nothing_else(monkeypatch)
 
 
 def test_time_with_ranks_is_that_of_who_has_most_to_do(monkeypatch):
-    monkeypatch.setattr("quantkit.plan.os.cpu_count", lambda: 64)
+    monkeypatch.setattr("quantkit.estimate.os.cpu_count", lambda: 64)
     one, two, eight = (planned("mistral-7b", "gptq", ranks, compute__threads="8") for ranks in (1, 2, 8))
     assert one.seconds / 2 < two.seconds < one.seconds / 2 * 1.05
     # down_proj is solved by one, whoever waits
     assert one.seconds / 8 * 1.1 < eight.seconds < one.seconds / 4
-    monkeypatch.setattr("quantkit.plan.os.cpu_count", lambda: 16)
+    monkeypatch.setattr("quantkit.estimate.os.cpu_count", lambda: 16)
     assert planned("mistral-7b", "gptq", 8, compute__threads="8").seconds == pytest.approx(4 * eight.seconds)
 
 
