@@ -6,8 +6,8 @@ import time
 import torch
 
 from quantkit.calibration.statistics import SQUARES, Statistics
-from quantkit.checkpoint.widened import needs_widening
 from quantkit.costs import StageWork
+from quantkit.machine import needs_widening
 from quantkit.solvers.contract import Solver
 
 PROBE_SIDE = 1024

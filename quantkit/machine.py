@@ -69,6 +69,11 @@ def _processor() -> tuple[str, list[str]]:
     return facts.get("model name") or platform.machine(), sorted(filter(SIXTEEN_BIT.search, flags.split()))
 
 
+def needs_widening(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has no fast product of the dtype there; see `quantkit.checkpoint.widened`."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def deciding_versions() -> dict[str, str]:
     """Versions of everything whose change may change bytes."""
     packages = [*DECIDING_PACKAGES, *(name for name in ON_A_GPU if torch.version.cuda and find_spec(name))]

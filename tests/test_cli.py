@@ -71,6 +71,12 @@ def test_help_starts_light():
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
+def test_the_pipeline_starts_without_the_code_of_models():
+    """It takes seconds, and what only searches weights needs none of it."""
+    done = run("import sys, quantkit.pipeline\nprint(sorted({'transformers', 'numba'} & set(sys.modules)))")
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_help_takes_little_time():
     """CPU of the whole process, best of three."""
     seconds = []

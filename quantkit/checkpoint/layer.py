@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from quantkit.checkpoint.families import Family, Stage
 from quantkit.checkpoint.spill import STAY, Spill
 from quantkit.errors import RefusedError
+from quantkit.machine import needs_widening
 
 Walk = Generator[tuple[Stage, Tensor], None, Tensor]
 
@@ -181,7 +182,7 @@ class Decoder:
         import transformers
         from huggingface_hub.errors import StrictDataclassError
 
-        from quantkit.checkpoint.widened import WIDENED_ATTENTION, needs_widening, widen
+        from quantkit.checkpoint.widened import WIDENED_ATTENTION, widen
 
         widened = needs_widening(self.device, self.dtype)
         attention = WIDENED_ATTENTION if widened else "sdpa"

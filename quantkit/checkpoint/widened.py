@@ -8,7 +8,6 @@ Shape legend: F in features.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -34,11 +33,6 @@ def _attend(
 
 
 AttentionInterface.register(WIDENED_ATTENTION, _attend)
-
-
-def needs_widening(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has no fast product of the dtype there."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def widen(model: nn.Module) -> None:

@@ -3,7 +3,7 @@ import torch
 
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
-from quantkit.checkpoint.widened import needs_widening
+from quantkit.machine import needs_widening
 from tests.tiny import VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def test_widened_products_are_as_near_to_float32_as_bfloat16s_own(model_type, tm
     exact = through_layers(checkpoint, torch.float32)
     errors = []
     for widens in (False, True):
-        monkeypatch.setattr("quantkit.checkpoint.widened.needs_widening", lambda *_, widens=widens: widens)
+        monkeypatch.setattr("quantkit.checkpoint.layer.needs_widening", lambda *_, widens=widens: widens)
         found = through_layers(checkpoint, torch.bfloat16)
         assert found.dtype == torch.bfloat16
         errors.append((found.float() - exact).square().mean().sqrt())
@@ -47,7 +47,7 @@ def test_everything_that_a_layer_multiplies_is_widened_where_the_processor_needs
             return plain(*tensors, **others)
 
         monkeypatch.setattr(torch.nn.functional, name, product)
-    monkeypatch.setattr("quantkit.checkpoint.widened.needs_widening", lambda *_: widens)
+    monkeypatch.setattr("quantkit.checkpoint.layer.needs_widening", lambda *_: widens)
     checkpoint = open_checkpoint(tiny_mistral)
     through_layers(checkpoint, torch.bfloat16)
     assert [name for name, _ in seen].count("linear") == 7 * checkpoint.num_layers
