@@ -7,10 +7,13 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.util import find_spec
+from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +23,7 @@ from quantkit.errors import RefusedError, UnavailableError
 DECIDING_PACKAGES = ("torch", "numba", "transformers", "tokenizers", "safetensors")
 ON_A_GPU = ("triton",)
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
+Result = TypeVar("Result")
 CPU_FACTS = Path("/proc/cpuinfo")
 SIXTEEN_BIT = re.compile("bf16|fp16|asimdhp")  # in the names of x86's and Arm's instructions
 
@@ -149,3 +153,25 @@ def use_threads(threads: int) -> None:
     """Fix torch's threads, as the recipe says."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)
+
+
+def side_by_side(work: Callable[..., Result], pieces: Iterable[tuple[Any, ...]], device: torch.device) -> list[Result]:
+    """What `work` makes of each piece, in order: on a CPU as many at a time as torch has threads, each on one.
+
+    For many small steps on what fits a cache: handing every step to all threads takes longer than the step.
+
+    Args:
+        work: of one piece, with nothing to do with any other.
+        pieces: its arguments.
+        device: where they are; elsewhere than on a CPU they are worked on one after another.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or device.type != "cpu":
+        return list(starmap(work, pieces))
+    # counts for the threads of the pool, which begin after it
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, thread_name_prefix="side-by-side") as pool:
+            return list(pool.map(lambda piece: work(*piece), pieces))
+    finally:
+        torch.set_num_threads(threads)

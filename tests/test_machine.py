@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,38 @@ def test_that_instructions_for_16_bits_are_told(facts, model, tmp_path, monkeypa
 def test_that_a_system_that_tells_nothing_of_its_processor_has_a_name_all_the_same(monkeypatch):
     monkeypatch.setattr(machine, "CPU_FACTS", Path("/nowhere"))
     assert machine.device_model(CPU).endswith(f"({torch.backends.cpu.get_cpu_capability()})")
+
+
+def test_pieces_are_worked_on_side_by_side_each_on_one_thread():
+    """Two that wait for each other: one after the other they would wait for ever."""
+    torch.set_num_threads(2)
+    both = threading.Barrier(2, timeout=60)
+
+    def work(piece: int) -> tuple[int, int]:
+        both.wait()
+        return piece, torch.get_num_threads()
+
+    found = machine.side_by_side(work, ((piece,) for piece in range(8)), CPU)
+    assert found == [(piece, 1) for piece in range(8)]
+    assert torch.get_num_threads() == 2
+
+
+def test_an_error_in_a_piece_is_raised_and_the_threads_are_as_they_were():
+    torch.set_num_threads(2)
+
+    def work(piece: int) -> None:
+        if piece == 1:
+            raise ValueError(f"piece {piece}")
+
+    with pytest.raises(ValueError, match="piece 1"):
+        machine.side_by_side(work, ((piece,) for piece in range(3)), CPU)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("threads", "device"), [(1, "cpu"), (2, "meta")])
+def test_on_one_thread_or_another_device_pieces_come_one_after_another(threads, device):
+    torch.set_num_threads(threads)
+    own = threading.get_ident()
+    found = machine.side_by_side(lambda piece: threading.get_ident(), ((1,), (2,)), torch.device(device))
+    assert found == [own, own]
+    assert torch.get_num_threads() == threads

@@ -6,14 +6,15 @@ Shape legend: O rows, R of them, I columns, N blocks, S sub-blocks, Y bytes of a
 import torch
 from torch import Tensor
 
-from quantkit.grids.blocks import BlockGrid, BlockType, quantized_rows
+from quantkit.grids.blocks import BlockGrid, BlockType, quantize_rows, rows_together
 from quantkit.grids.encoded import EncodedGrid
+from quantkit.machine import side_by_side
 
 
 def encode(
     weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None = None, *, where: str = ""
 ) -> tuple[Tensor, EncodedGrid]:
-    """Bytes uint8 [O, Y] of what `quantkit.grids.blocks.quantize` finds; of some rows at a time there are codes.
+    """Bytes uint8 [O, Y] of what `quantkit.grids.blocks.quantize` finds; there are codes of some rows at a time.
 
     Args:
         weight_OI, kind, importance_I, where: as there.
@@ -24,10 +25,12 @@ def encode(
     rows, columns = weight_OI.shape
     row_bytes = columns // kind.block * kind.size_bytes
     encoded_OY = torch.empty((rows, row_bytes), dtype=torch.uint8, device=weight_OI.device)
-    first = 0
-    for codes_RI, grid in quantized_rows(weight_OI, kind, importance_I, where=where):
-        encoded_OY[first : first + len(codes_RI)] = pack(codes_RI, grid)
-        first += len(codes_RI)
+
+    def fill(weight_RI: Tensor, encoded_RY: Tensor) -> None:
+        encoded_RY.copy_(pack(*quantize_rows(weight_RI, kind, importance_I, where)))
+
+    together = rows_together(weight_OI)
+    side_by_side(fill, zip(weight_OI.split(together), encoded_OY.split(together), strict=True), weight_OI.device)
     return encoded_OY, EncodedGrid(kind.name)
 
 

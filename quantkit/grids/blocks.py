@@ -18,6 +18,7 @@ from torch import Tensor
 from quantkit.errors import RefusedError
 from quantkit.kernels import block_errors, fit_offset, fit_ranges, search_blocks
 from quantkit.kernels.levels import ABOVE, BELOW, RANGE, BlockSearch
+from quantkit.machine import side_by_side
 
 K_BLOCK = 256
 BLOCK = 32
@@ -153,7 +154,8 @@ def quantize(
     Raises:
         RefusedError: weights too large for the type's float16 scales.
     """
-    parts = list(quantized_rows(weight_OI, kind, importance_I, where=where))
+    pieces = ((part, kind, importance_I, where) for part in weight_OI.split(rows_together(weight_OI)))
+    parts = side_by_side(quantize_rows, pieces, weight_OI.device)
     codes_OI, grids = torch.cat([codes for codes, _ in parts]), [grid for _, grid in parts]
     grid = BlockGrid(
         kind,
@@ -166,19 +168,19 @@ def quantize(
     return codes_OI, grid
 
 
-def quantized_rows(
-    weight_OI: Tensor, kind: BlockType, importance_I: Tensor | None = None, *, where: str = ""
-) -> Iterator[tuple[Tensor, BlockGrid]]:
-    """What `quantize` finds, in parts: codes and grid of so many rows as are searched together, from the first row on.
-
-    Args:
-        weight_OI, kind, importance_I, where: as there.
-    """
+def rows_together(weight_OI: Tensor) -> int:
+    """How many rows are searched together."""
     chunk = CHUNK_WEIGHTS if weight_OI.device.type == "cpu" else GPU_CHUNK_WEIGHTS
-    for part in weight_OI.split(max(1, chunk // weight_OI.shape[1])):
-        codes, grid = _quantize(part.float(), kind, importance_I)
-        require_finite(grid, part, where=where)
-        yield codes, grid
+    return max(1, chunk // weight_OI.shape[1])
+
+
+def quantize_rows(
+    weight_RI: Tensor, kind: BlockType, importance_I: Tensor | None, where: str
+) -> tuple[Tensor, BlockGrid]:
+    """What `quantize` finds, of rows that are searched together."""
+    codes_RI, grid = _quantize(weight_RI.float(), kind, importance_I)
+    require_finite(grid, weight_RI, where=where)
+    return codes_RI, grid
 
 
 def require_finite(grid: BlockGrid, weight_OI: Tensor, *, where: str = "") -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from quantkit.kernels import reference
 from quantkit.kernels.levels import Levels
+from quantkit.machine import side_by_side
 
 BLOCK = 128  # rows at a time: a panel of 128 channels then takes 64 kB
-CACHED = 1 << 18  # weights decoded together: 1 MB of float32
+CACHED = 1 << 19  # weights decoded together: 2 MB of float32
 
 
 def solve_panel(
@@ -63,12 +64,15 @@ pack, unpack = reference.pack, reference.unpack
 def dequantize(
     codes_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """See `quantkit.kernels.dequantize`; so many rows at a time as stay in the cache."""
+    """See `quantkit.kernels.dequantize`."""
     weight_OI = torch.empty(codes_OI.shape, dtype=dtype)
+
+    def fill(weight_RI: Tensor, codes_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor) -> None:
+        weight_RI.copy_(reference.dequantize(codes_RI, scale_RG, zero_RG, group_I))
+
     rows = max(CACHED // codes_OI.shape[1], 1)
     parts = (whole.split(rows) for whole in (weight_OI, codes_OI, scale_OG, zero_OG))
-    for weight_RI, codes_RI, scale_RG, zero_RG in zip(*parts, strict=True):
-        weight_RI.copy_(reference.dequantize(codes_RI, scale_RG, zero_RG, group_I))
+    side_by_side(fill, zip(*parts, strict=True), weight_OI.device)
     return weight_OI
 
 

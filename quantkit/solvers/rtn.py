@@ -13,6 +13,7 @@ from torch import Tensor
 from quantkit.calibration.statistics import Statistics
 from quantkit.costs import Cost, StageWork
 from quantkit.grids.affine import BiasGrid
+from quantkit.machine import side_by_side
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.weights import relative_error, rows_of, search_cost
 
@@ -55,7 +56,8 @@ class RoundToNearest:
         """Codes and grid of one matrix [O, I], I in multiples of the group size."""
         rows = rows_of(weight_OI)
         codes_OI = torch.empty_like(weight_OI, dtype=torch.uint8, memory_format=torch.contiguous_format)
-        parts = [self._round(*part) for part in zip(weight_OI.split(rows), codes_OI.split(rows), strict=True)]
+        pieces = zip(weight_OI.split(rows), codes_OI.split(rows), strict=True)
+        parts = side_by_side(self._round, pieces, weight_OI.device)
         scale_OG, bias_OG = (torch.cat(values) for values in zip(*parts, strict=True))
         group_I = torch.arange(weight_OI.shape[1], device=weight_OI.device, dtype=torch.int32) // self.group_size
         return QuantizedLinear(codes_OI, BiasGrid.of(self.bits, scale_OG, bias_OG, group_I))

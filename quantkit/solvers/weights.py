@@ -13,12 +13,13 @@ from torch import Tensor
 from quantkit.calibration.statistics import Statistics
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork, total
 from quantkit.grids.affine import AffineGrid, FloatZeroRule, StridedGrid
+from quantkit.machine import side_by_side
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
 
 WORKING_COPIES = 2  # float32 numbers for each weight of the linear that is being solved
-CHUNK_WEIGHTS = 1 << 18  # 1 MB of float32
-CHUNK_GROUPS = 1 << 14  # groups solved together: bounds memory, and keeps the working set in cache
+CHUNK_WEIGHTS = 1 << 19  # 2 MB of float32
+CHUNK_GROUPS = 1 << 13  # groups solved together: bounds memory, and keeps the working set in cache
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,22 @@ class WeightSolver:
             whole_OI.view(size, -1).t() if across else whole_OI.view(-1, size) for whole_OI in (weight_OI, codes_OI)
         ]
         parts = (values.split(CHUNK_GROUPS) for values in (*groups, scale_N, zero_N))
-        for weight_MK, codes_MK, scale_M, zero_M in zip(*parts, strict=True):
-            weight_KM = weight_MK.t().float().contiguous()
-            fitted = self.fit(weight_KM)
-            # torch transposes many times faster what keeps its dtype
-            codes_MK.copy_(self.rule.encode(weight_KM, *fitted).to(torch.uint8).t())
-            scale_M.copy_(fitted[0])
-            zero_M.copy_(fitted[1])
+        side_by_side(self._fill, zip(*parts, strict=True), weight_OI.device)
         if across:
             shape = (rows // size, columns)
             return QuantizedLinear(codes_OI, StridedGrid(self.rule.bits, scale_N.view(shape), zero_N.view(shape)))
         group_I = torch.arange(columns, device=weight_OI.device, dtype=torch.int32) // size
         shape = (rows, columns // size)
         return QuantizedLinear(codes_OI, self.rule.grid(scale_N.view(shape), zero_N.view(shape), group_I))
+
+    def _fill(self, weight_MK: Tensor, codes_MK: Tensor, scale_M: Tensor, zero_M: Tensor) -> None:
+        """Fill in the codes and grids of some groups."""
+        weight_KM = weight_MK.t().float().contiguous()
+        fitted = self.fit(weight_KM)
+        # torch transposes many times faster what keeps its dtype
+        codes_MK.copy_(self.rule.encode(weight_KM, *fitted).to(torch.uint8).t())
+        scale_M.copy_(fitted[0])
+        zero_M.copy_(fitted[1])
 
 
 def relative_error(weight_OI: Tensor, quantized: QuantizedLinear) -> float:
@@ -94,13 +98,17 @@ def relative_error(weight_OI: Tensor, quantized: QuantizedLinear) -> float:
     grid, rows = quantized.grid, rows_of(weight_OI)
     assert isinstance(grid, AffineGrid | StridedGrid), "only affine grids are chosen on the weights alone"
     grids: Iterator[AffineGrid | StridedGrid] = grid.split(len(weight_OI), rows)
-    lost, whole = [], []
-    for part_RI, codes_RI, grid_R in zip(weight_OI.split(rows), quantized.codes_OI.split(rows), grids, strict=True):
-        exact = part_RI.float().flatten()
-        off = grid_R.decode(codes_RI).flatten().sub_(exact)
-        lost.append(off.dot(off))
-        whole.append(exact.dot(exact))
-    return float(torch.stack(lost).sum() / torch.stack(whole).sum().clamp(min=1e-30))
+    pieces = zip(weight_OI.split(rows), quantized.codes_OI.split(rows), grids, strict=True)
+    lost, whole = map(torch.stack, zip(*side_by_side(_squares, pieces, weight_OI.device), strict=True))
+    return float(lost.sum() / whole.sum().clamp(min=1e-30))
+
+
+def _squares(weight_RI: Tensor, codes_RI: Tensor, grid: AffineGrid | StridedGrid) -> tuple[Tensor, Tensor]:
+    """What codes miss the weights by, squared and summed, and the weights."""
+    exact_RI = weight_RI.float()
+    off_RI = grid.decode(codes_RI).sub_(exact_RI)
+    # a dot product on one thread adds up half a million squares one after another
+    return off_RI.square_().sum(), exact_RI.square().sum()
 
 
 def rows_of(weight_OI: Tensor) -> int:
