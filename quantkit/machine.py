@@ -155,8 +155,13 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def pieces_at_a_time() -> int:
+    """How many pieces are worked on side by side on a CPU: for as many threads as torch has, and as there are cores."""
+    return min(torch.get_num_threads(), os.cpu_count() or 1)
+
+
 def side_by_side(work: Callable[..., Result], pieces: Iterable[tuple[Any, ...]], device: torch.device) -> list[Result]:
-    """What `work` makes of each piece, in order: on a CPU as many at a time as torch has threads, each on one.
+    """What `work` makes of each piece, in order: on a CPU `pieces_at_a_time`, each on one thread.
 
     For many small steps on what fits a cache: handing every step to all threads takes longer than the step.
 
@@ -168,10 +173,11 @@ def side_by_side(work: Callable[..., Result], pieces: Iterable[tuple[Any, ...]],
     threads = torch.get_num_threads()
     if threads == 1 or device.type != "cpu":
         return list(starmap(work, pieces))
+    at_a_time = pieces_at_a_time()
     # counts for the threads of the pool, which begin after it
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads, thread_name_prefix="side-by-side") as pool:
+        with ThreadPoolExecutor(at_a_time, thread_name_prefix="side-by-side") as pool:
             return list(pool.map(lambda piece: work(*piece), pieces))
     finally:
         torch.set_num_threads(threads)

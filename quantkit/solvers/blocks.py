@@ -13,6 +13,7 @@ from quantkit.costs import Cost, Shape, StageWork
 from quantkit.grids.block_bytes import encode, pack
 from quantkit.grids.blocks import TYPES, BlockType
 from quantkit.grids.encoded import EncodedGrid, as_floats
+from quantkit.machine import pieces_at_a_time
 from quantkit.progress import timed
 from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
@@ -20,7 +21,7 @@ from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.gptq import FACTORISE, Factor, factorize, feedback_cost
 
 DENSE = ("F16", "BF16")
-SEARCHED_BYTES = 64 * 1024**2  # rows that are searched together, several times over
+SEARCHED_BYTES = 64 * 1024**2  # a piece's rows that are searched together, several times over
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class BlockSolver:
         Of a search the bytes in all types are there, once as they are found and once as they are written.
         """
         encoded = max((self._encoded_bytes(shape) for shape in work.shapes), default=0)
-        found = Cost(memory_bytes=SEARCHED_BYTES + 2 * encoded)
+        found = Cost(memory_bytes=SEARCHED_BYTES * pieces_at_a_time() + 2 * encoded)
         if self.damping is None or not work.tokens:
             return found
         solved = [(shape, kind) for shape in work.shapes for kind in self.types(shape.name, shape.columns)]
