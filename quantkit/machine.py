@@ -170,14 +170,14 @@ def side_by_side(work: Callable[..., Result], pieces: Iterable[tuple[Any, ...]],
         pieces: its arguments.
         device: where they are; elsewhere than on a CPU they are worked on one after another.
     """
-    threads = torch.get_num_threads()
-    if threads == 1 or device.type != "cpu":
-        return list(starmap(work, pieces))
-    at_a_time = pieces_at_a_time()
+    threads, every = torch.get_num_threads(), list(pieces)
+    at_a_time = min(pieces_at_a_time(), len(every))
+    if at_a_time < 2 or device.type != "cpu":
+        return list(starmap(work, every))
     # counts for the threads of the pool, which begin after it
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(at_a_time, thread_name_prefix="side-by-side") as pool:
-            return list(pool.map(lambda piece: work(*piece), pieces))
+            return list(pool.map(lambda piece: work(*piece), every))
     finally:
         torch.set_num_threads(threads)
