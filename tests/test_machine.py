@@ -57,8 +57,9 @@ def test_that_a_system_that_tells_nothing_of_its_processor_has_a_name_all_the_sa
     assert machine.device_model(CPU).endswith(f"({torch.backends.cpu.get_cpu_capability()})")
 
 
-def test_pieces_are_worked_on_side_by_side_each_on_one_thread():
+def test_pieces_are_worked_on_side_by_side_each_on_one_thread(monkeypatch):
     """Two that wait for each other: one after the other they would wait for ever."""
+    monkeypatch.setattr("quantkit.machine.os.cpu_count", lambda: 2)
     torch.set_num_threads(2)
     both = threading.Barrier(2, timeout=60)
 
