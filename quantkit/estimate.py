@@ -1,20 +1,21 @@
 """How long a build will take: from short trials of the device, and of solvers whose work is no products."""
 
 import os
-import time
 
 import torch
 
 from quantkit.calibration.statistics import SQUARES, Statistics
 from quantkit.costs import StageWork
-from quantkit.machine import needs_widening
+from quantkit.machine import needs_widening, pieces_at_a_time
+from quantkit.progress import timed
 from quantkit.solvers.contract import Solver
 
 PROBE_SIDE = 1024
+PROBES = 3
 IN_FLOAT32 = ("factorise", "solve", "survey")
 # the share of the probed matmul rate that the whole pass reaches; the column loop and small products keep it down
 EFFICIENCY = 0.35
-TRIAL_ROWS = 128  # of every linear: whole groups and blocks in any format
+TRIAL_ROWS = 128  # of every linear, for each piece at a time: whole groups and blocks in any format
 TRIAL_TOKENS = 64
 
 
@@ -53,19 +54,19 @@ def search_seconds(solver: Solver, stage: StageWork, dtype: torch.dtype, device:
     def drawn(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=random, device=device).to(dtype)
 
-    weights = {shape.name: drawn(min(shape.rows, TRIAL_ROWS), shape.columns) for shape in stage.shapes}
+    rows = TRIAL_ROWS * pieces_at_a_time()
+    weights = {shape.name: drawn(min(shape.rows, rows), shape.columns) for shape in stage.shapes}
     statistics = Statistics(solver.needs)
     if stage.tokens:
         statistics.add(drawn(TRIAL_TOKENS, stage.columns))
     statistics.complete()
-    for _ in range(2):
-        started = time.perf_counter()
-        for _solved in solver.solve(weights, statistics):
-            pass
-        _settle(device)
-        elapsed = time.perf_counter() - started
+    spent: dict[str, float] = {}
+    for trial in ("compiling", "solve"):
+        with timed(spent, trial):
+            for _solved in solver.solve(weights, statistics):
+                pass
     tried = sum(weight.numel() for weight in weights.values())
-    return elapsed * sum(shape.size for shape in stage.shapes) / tried
+    return spent["solve"] * sum(shape.size for shape in stage.shapes) / tried
 
 
 def crowding(ranks: int, threads: int) -> float:
@@ -77,15 +78,8 @@ def _rate(dtype: torch.dtype, device: torch.device) -> float:
     """Measured FLOP/s of a square matmul."""
     left = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype, device=device)
     left @ left
-    _settle(device)
-    started = time.perf_counter()
-    repeats = 3
-    for _ in range(repeats):
-        left @ left
-    _settle(device)
-    return repeats * 2.0 * PROBE_SIDE**3 / (time.perf_counter() - started)
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    spent: dict[str, float] = {}
+    with timed(spent, "products"):
+        for _ in range(PROBES):
+            left @ left
+    return PROBES * 2.0 * PROBE_SIDE**3 / spent["products"]

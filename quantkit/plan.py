@@ -314,8 +314,12 @@ def plan_lines(plan: Plan) -> list[str]:
         f"memory            {_memory_text(plan)}, {size_text(plan.memory_free_bytes)} free",
         f"calibration       {plan.tokens} tokens",
         f"operations        {_operations_text(plan)}",
-        *([] if plan.seconds is None else [f"time              about {plan.seconds:.0f} s (estimate)"]),
+        f"time              {_time_text(plan)}",
     ]
+
+
+def _time_text(plan: Plan) -> str:
+    return "not estimated: others do the work" if plan.seconds is None else f"about {plan.seconds:.0f} s (estimate)"
 
 
 def _operations_text(plan: Plan) -> str:

@@ -37,10 +37,11 @@ class Clocked:
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({SQUARES})], ids=["weights", "squares"])
 def test_a_search_is_tried_on_some_rows_and_counted_on_all(needs, monkeypatch):
     solver = Clocked(needs)
-    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=lambda: solver.now))
+    monkeypatch.setattr("quantkit.progress.time", SimpleNamespace(perf_counter=lambda: solver.now))
+    monkeypatch.setattr(estimate, "pieces_at_a_time", lambda: 3)
     assert estimate.search_seconds(solver, STAGE, torch.float32, CPU) == pytest.approx(3100 * 64 / 1000)
     shapes, tokens = solver.seen[-1]
-    assert shapes == [(128, 64), (100, 64)]
+    assert shapes == [(3 * 128, 64), (100, 64)]
     assert tokens > 0
 
 
@@ -80,4 +81,4 @@ def test_the_rate_is_that_of_what_is_computed_in(monkeypatch):
 def test_how_long_an_engine_takes_is_not_told():
     found = planned("mistral-7b", "gptq", engine="gptqmodel")
     assert found.seconds is None
-    assert not any(line.startswith("time") for line in plan_lines(found))
+    assert plan_lines(found)[-1].split() == ["time", *["not", "estimated:", "others", "do", "the", "work"]]

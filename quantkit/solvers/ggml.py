@@ -4,7 +4,6 @@ Rows are independent of each other, so chunks of rows may go to any thread in an
 """
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -16,6 +15,7 @@ from quantkit.checkpoint.index import is_finite
 from quantkit.engines.env import environment_of, find_engine, is_installed
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.grids.encoded import EncodedGrid
+from quantkit.machine import side_by_side
 
 ENGINE = "llama-cpp"
 LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
@@ -93,8 +93,7 @@ def encode(weight_OI: Tensor, kind: str, importance_I: Tensor | None, *, where: 
         )
         return written
 
-    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-        written = sum(pool.map(chunk, held_OI.split(step), encoded_OY.split(step)))
+    written = sum(side_by_side(chunk, zip(held_OI.split(step), encoded_OY.split(step), strict=True), held_OI.device))
     if written != encoded_OY.numel():
         raise RunFailedError(
             f"{where}: ggml wrote {written} bytes of {kind} instead of {encoded_OY.numel()}",
