@@ -30,7 +30,6 @@ from quantkit.errors import RefusedError, RunFailedError
 JOURNAL = "journal.json"
 RECORD = "quantkit.json"
 REPLACED = "replaced"
-CHUNK_BYTES = 1 << 22
 # what `replacing` leaves when it is killed
 PARTIAL = re.compile(r"\..+\.\d+\.partial")
 # safetensors wraps what the system said into text
@@ -43,11 +42,8 @@ P = ParamSpec("P")
 
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in chunks."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def hash_files(folder: Path, names: list[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.hub_server import HubServer
+from tests.pretended_gpu import pretended_gpu, why_not
 from tests.tiny import WORDS, make_tiny
 
 # without a GPU its kernels are interpreted; Triton asks for this when it is first imported
@@ -93,6 +94,15 @@ texts = ["{text}"]
         encoding="utf-8",
     )
     return path
+
+
+@pytest.fixture
+def gpu(tmp_path_factory, monkeypatch) -> Iterator[torch.device]:
+    """A GPU that is none, for what is done with tensors on one; see `tests.pretended_gpu`."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with pretended_gpu(tmp_path_factory.getbasetemp(), monkeypatch) as device:
+        yield device
 
 
 @pytest.fixture

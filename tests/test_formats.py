@@ -113,6 +113,15 @@ def test_it_is_built_judged_and_read_back(recipe, source, tmp_path):
     assert READERS[recipe.format].use(f"m-{recipe.format.upper()}", recipe.quantize.model_dump(), variants) in card
 
 
+def test_it_is_built_and_judged_on_a_gpu(recipe, gpu, tmp_path):
+    done = build(recipe, out=tmp_path / "out", device=gpu)
+    assert done.record["environment"]["device"] == "cuda"
+    assert done.record["validation"]["gate"] == {"passed": True, "failures": []}
+    if done.record["calibration"] is None:
+        # no forward pass, whose products and their order are a device's own
+        assert hashes(done.out) == hashes(build(recipe, out=tmp_path / "cpu", device=CPU, validated=False).out)
+
+
 @pytest.mark.parametrize("name", [name for name, section in QUANTIZE.items() if "skip" in type(section).model_fields])
 def test_a_linear_may_be_skipped_in_one_layer_only(name, source, tmp_path):
     text = tmp_path / "text.txt"

@@ -18,7 +18,7 @@ from torch import Tensor
 from quantkit.checkpoint.index import DTYPES, STEM
 
 METADATA = {"format": "pt"}
-COPY_BYTES = 1 << 22
+PIECE_BYTES = 1 << 18  # copied at a time
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,25 @@ def _write(path: Path, tensors: list[Extent], metadata: dict[str, str]) -> Path:
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)) + encoded)
+        piece = memoryview(bytearray(PIECE_BYTES))
         for extent in ordered:
-            with extent.path.open("rb") as source:
-                source.seek(extent.start)
-                _copy(source, file, extent.size_bytes)
+            _append(extent, file, piece)
     return path
 
 
-def _copy(source: BinaryIO, target: BinaryIO, size_bytes: int) -> None:
-    while size_bytes > COPY_BYTES:
-        target.write(source.read(COPY_BYTES))
-        size_bytes -= COPY_BYTES
-    target.write(source.read(size_bytes))
+def _append(extent: Extent, target: BinaryIO, piece: memoryview) -> None:
+    """Append a tensor's bytes, so many at a time as the piece has room for.
+
+    The piece is used again and again: it stays in the cache, where new memory for each would have to be cleared first.
+    """
+    with extent.path.open("rb", buffering=0) as source:
+        source.seek(extent.start)
+        left = extent.size_bytes
+        while left:
+            read = source.readinto(piece[: min(left, len(piece))])
+            assert read, f"{extent.path} ends before {extent.name} does"
+            target.write(piece[:read])
+            left -= read
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -1,0 +1,228 @@
+"""A GPU that is none: its tensors say that they lie on one, hold their values in the host's memory, and meet no others.
+
+What a build does on a GPU can so be run where there is none: which tensors are put there, that none of the CPU's gets
+among them, and that nothing reads one without copying it. What a GPU would compute, the CPU computes: of a GPU's speed,
+its rounding and its kernels nothing is learnt (for those see `tests.kernels`).
+"""
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from quantkit import kernels
+from quantkit.kernels import compiled, reference
+
+aten = torch.ops.aten
+COMPILER = shutil.which("g++")
+NAME = "Pretended GPU"
+MEMORY = 140 << 30
+# a build of torch without CUDA has nobody who would switch between GPUs; there is one, so nobody has to
+GUARD = """
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+struct OneGpu final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+};
+namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, ::OneGpu); }
+"""
+FACTS = {
+    "_lazy_init": None,
+    "is_available": True,
+    "device_count": 1,
+    "get_device_name": NAME,
+    "mem_get_info": (MEMORY, MEMORY),
+    "memory_reserved": 0,
+    "memory_allocated": 0,
+    "max_memory_allocated": 0,
+}
+# interpreted Triton takes minutes for a build; the others are plain torch on the GPU's tensors
+COMPILED = ("solve_panel", "rounding_errors", "code_moments", "block_errors", "fit_ranges", "fit_offset")
+COPIES = {aten.copy_.default, aten._to_copy.default}
+INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+class GpuTensor(torch.Tensor):
+    """A tensor of the pretended GPU.
+
+    Args:
+        held: its values, in the host's memory.
+    """
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> "GpuTensor":
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=torch.device("cuda", 0),
+        )
+
+    def __init__(self, held: torch.Tensor) -> None:
+        self.held = held
+
+    def __repr__(self) -> str:
+        return f"GpuTensor({self.held!r})"
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, other: "GpuTensor") -> None:
+        self.held = other.held
+        torch.Tensor.data.__set__(self, other)
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return computed(function, args, kwargs or {})
+
+
+def computed(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What an operation gives of which at least one tensor is the GPU's, as a GPU would.
+
+    Raises:
+        RuntimeError: another is the CPU's, and neither a copy, nor a number, nor an index.
+    """
+    strangers: list[torch.Tensor] = []
+
+    def values(given: Any) -> Any:
+        if isinstance(given, torch.Tensor) and not isinstance(given, GpuTensor) and (given.dim() or given.is_meta):
+            strangers.append(given)
+        return held(given)
+
+    held_args, held_kwargs = mapped(values, args), mapped(values, kwargs)
+    if function in INDEXED and isinstance(args[0], GpuTensor):
+        strangers = [each for each in strangers if each.is_floating_point()]
+    if strangers and function not in COPIES:
+        raise RuntimeError(
+            f"{function}: a tensor of the {strangers[0].device} {tuple(strangers[0].shape)} meets a GPU's"
+        )
+    goes_to = torch.device(kwargs.get("device") or "cuda")
+    # the host's memory is what the values are in, page-locked or not
+    held_kwargs |= {key: value for key, value in (("device", "cpu"), ("pin_memory", False)) if key in kwargs}
+    if function is aten.mm.dtype:
+        left, right, dtype = held_args
+        found = left.to(dtype) @ right.to(dtype)
+    else:
+        found = function(*held_args, **held_kwargs)
+    if function._schema.is_mutable:
+        changed = kwargs["out"] if "out" in kwargs else args[0]
+        if isinstance(changed, GpuTensor) and changed.shape != changed.held.shape:
+            changed.data = GpuTensor(changed.held)
+        return changed
+    return mapped(on_gpu, found) if goes_to.type == "cuda" else found
+
+
+def mapped(function: Callable[[Any], Any], values: Any) -> Any:
+    """The same lists, tuples and dictionaries with what the function makes of what is in them."""
+    if isinstance(values, (list, tuple)):
+        return type(values)(mapped(function, value) for value in values)
+    if isinstance(values, dict):
+        return {key: mapped(function, value) for key, value in values.items()}
+    return function(values)
+
+
+def held(value: Any) -> Any:
+    return value.held if isinstance(value, GpuTensor) else value
+
+
+def on_gpu(value: Any) -> Any:
+    return GpuTensor(value) if isinstance(value, torch.Tensor) else value
+
+
+def why_not() -> str | None:
+    """Why there can be no pretended GPU here; None if there can."""
+    if torch.cuda.is_available():
+        return "there is a real GPU: make test-gpu"
+    return None if COMPILER else "no g++ to compile a part of it"
+
+
+@contextmanager
+def pretended_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """torch and quantkit find a GPU inside.
+
+    Args:
+        folder: for what is compiled; once for a folder.
+        monkeypatch: takes back afterwards what is not a context of its own.
+    """
+    ctypes.CDLL(str(_guard(folder)))
+    for name, fact in FACTS.items():
+        monkeypatch.setattr(torch.cuda, name, _always(fact))
+    implementation, own = kernels._implementation, vars(reference) | {name: _launched(name) for name in COMPILED}
+    monkeypatch.setattr(
+        kernels,
+        "_implementation",
+        lambda device: SimpleNamespace(**own) if device == "cuda" else implementation(device),
+    )
+    library = torch.library.Library("aten", "IMPL", "CUDA")
+    for name, function in OPERATIONS.items():
+        library.impl(name, function)
+    try:
+        # fused attention is CUDA's own
+        with sdpa_kernel(SDPBackend.MATH):
+            yield torch.device("cuda")
+    finally:
+        library._destroy()
+
+
+def _guard(folder: Path) -> Path:
+    built = folder / "guard.so"
+    if not built.exists():
+        root = Path(torch.__file__).parent
+        source = folder / "guard.cpp"
+        source.write_text(GUARD, encoding="utf-8")
+        options = ["-std=c++20", "-shared", "-fPIC", "-I", str(root / "include"), "-L", str(root / "lib"), "-lc10"]
+        subprocess.run([str(COMPILER), str(source), "-o", str(built), *options], check=True)
+    return built
+
+
+def _launched(name: str) -> Callable[..., Any]:
+    """A kernel of the CPU's as one of the GPU's, which takes what it finds at an address for the GPU's own."""
+    kernel, launch = getattr(compiled, name), compiled.over_rows
+
+    def handed(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and not isinstance(value, GpuTensor):
+            raise RuntimeError(f"{name}: a tensor of the {value.device} {tuple(value.shape)} meets a GPU's")
+        return held(value)
+
+    def launched(*arguments: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(compiled, "over_rows", lambda kernel, *rest: launch(kernel, *mapped(handed, rest)))
+            return kernel(*arguments, **options)
+
+    return launched
+
+
+def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+    own = {} if memory_format is None else {"memory_format": memory_format}
+    return GpuTensor(torch.empty(size, dtype=dtype, device="cpu", **own))
+
+
+def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_memory=None):
+    return GpuTensor(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
+
+
+def _copy(to, values, non_blocking=False):
+    to.held.copy_(held(values))
+    return to
+
+
+# what torch makes a GPU's tensors of, where none is an argument or none is asked
+OPERATIONS = {"empty.memory_format": _empty, "empty_strided": _empty_strided, "copy_": _copy}
+
+
+def _always(fact: Any) -> Callable[..., Any]:
+    return lambda *_: fact

@@ -1,0 +1,73 @@
+"""What a build does on a GPU beside computing: what lies there, what waits in the host's memory, how it goes on.
+
+Every format is built on the same pretended GPU in `tests.test_formats`.
+"""
+
+import pytest
+import torch
+
+from quantkit import artifact
+from quantkit.checkpoint.spill import Kept, Spill
+from quantkit.pipeline import build
+from quantkit.recipe import load_recipe
+from tests.pretended_gpu import NAME
+from tests.test_formats import hashes
+
+
+def test_the_pretended_gpu_keeps_its_tensors_apart(gpu):
+    there, here = torch.arange(6.0, device=gpu).view(2, 3), torch.arange(6.0).view(2, 3)
+    assert there.is_cuda
+    assert torch.equal((there @ there.t()).cpu(), here @ here.t())
+    assert torch.equal(there.new_tensor([1.0, 2.0]).cpu(), torch.tensor([1.0, 2.0]))
+    assert there.to("cpu").sum() == there.sum().item() == 15
+    there[:, torch.tensor([0, 2])] = 7
+    assert there.tolist() == [[7.0, 1.0, 7.0], [7.0, 4.0, 7.0]]
+    for mixed in (
+        lambda: there + here,
+        lambda: here.add_(there),
+        lambda: torch.cat([here, there]),
+        lambda: here[there],
+    ):
+        with pytest.raises(RuntimeError, match="meets a GPU's"):
+            mixed()
+    with pytest.raises(RuntimeError):
+        there.numpy()
+
+
+def test_a_build_goes_on_after_an_interruption(own_recipe, gpu, tmp_path, monkeypatch):
+    recipe = load_recipe(own_recipe)
+    whole = build(recipe, out=tmp_path / "whole", device=gpu, validated=False)
+    plain, left = artifact.write_item, [2]
+
+    def give_up(path, tensors):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        plain(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "write_item", give_up)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe, out=tmp_path / "out", device=gpu, validated=False)
+    done = build(recipe, out=tmp_path / "out", device=gpu, validated=False)
+    assert hashes(done.out) == hashes(whole.out)
+    assert done.record["environment"]["device_model"] == NAME
+    assert done.record["build"]["peak_memory_bytes"].keys() == {"host", "device"}
+
+
+@pytest.mark.parametrize("free_bytes", [0, 1 << 40])
+def test_what_finds_no_room_waits_in_the_hosts_memory(free_bytes, own_recipe, gpu, tmp_path, monkeypatch):
+    recipe = load_recipe(own_recipe, ("compute.windows_per_batch=1",))
+    whole = build(recipe, out=tmp_path / "whole", device=gpu, validated=False)
+    left, plain = [], Spill.keep
+
+    def keep(self, tensor) -> Kept:
+        kept = plain(self, tensor)
+        left.append(tensor.is_cuda and not kept.held.is_cuda and kept.tensor().is_cuda)
+        return kept
+
+    monkeypatch.setattr(Spill, "keep", keep)
+    monkeypatch.setattr("quantkit.checkpoint.spill.free_bytes", lambda device: free_bytes)
+    done = build(recipe, out=tmp_path / "out", device=gpu, validated=False)
+    assert set(left) == {free_bytes == 0}
+    assert hashes(done.out) == hashes(whole.out)
