@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.commands import ROOT, quantkit, run
+from tests.commands import COMMAND, ROOT, quantkit, run
 from tests.tiny import WORDS
 
 FROZEN = {
@@ -75,6 +75,13 @@ def test_the_pipeline_starts_without_the_code_of_models():
     """It takes seconds, and what only searches weights needs none of it."""
     done = run("import sys, quantkit.pipeline\nprint(sorted({'transformers', 'numba'} & set(sys.modules)))")
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("recipes", "list"), ("build", "nothing-like-it"), ("plan", "--no-such-flag")])
+def test_a_forked_command_is_the_command(arguments):
+    """What the tests call, a process that finds torch loaded, against one that was started for it."""
+    forked, started = quantkit(*arguments), run(COMMAND, *arguments)
+    assert (forked.returncode, forked.stdout, forked.stderr) == (started.returncode, started.stdout, started.stderr)
 
 
 def test_help_takes_little_time():
