@@ -46,6 +46,7 @@ FACTS = {
 # interpreted Triton takes minutes for a build; the others are plain torch on the GPU's tensors
 COMPILED = ("solve_panel", "rounding_errors", "code_moments", "block_errors", "fit_ranges", "fit_offset")
 COPIES = {aten.copy_.default, aten._to_copy.default}
+UNORDERED = {"index_add", "scatter_add", "cumsum", "histc"}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -94,8 +95,11 @@ def computed(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What an operation gives of which at least one tensor is the GPU's, as a GPU would.
 
     Raises:
-        RuntimeError: another is the CPU's, and neither a copy, nor a number, nor an index.
+        RuntimeError: another is the CPU's, and neither a copy, nor a number, nor an index; or a GPU would add in the
+            order in which its threads come to it, so that the same bytes would be luck.
     """
+    if adds_as_it_comes(function, args, kwargs):
+        raise RuntimeError(f"{function}: a GPU does this in another order every time")
     strangers: list[torch.Tensor] = []
 
     def values(given: Any) -> Any:
@@ -124,6 +128,18 @@ def computed(function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             changed.data = GpuTensor(changed.held)
         return changed
     return mapped(on_gpu, found) if goes_to.type == "cuda" else found
+
+
+def adds_as_it_comes(function: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether CUDA sums floats in no order; after what torch.use_deterministic_algorithms says of operations."""
+    name = function.overloadpacket.__name__
+    if name in ("index_put_", "index_put", "put_", "put"):
+        return bool(kwargs.get("accumulate") or (len(args) > 3 and args[3]))
+    if name in ("scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_"):
+        return args[0].is_floating_point() and args[4] not in ("amin", "amax")
+    if name == "bincount":
+        return len(args) > 1 and args[1] is not None
+    return name.rstrip("_") in UNORDERED and args[0].is_floating_point()
 
 
 def mapped(function: Callable[[Any], Any], values: Any) -> Any:

@@ -34,6 +34,23 @@ def test_the_pretended_gpu_keeps_its_tensors_apart(gpu):
         there.numpy()
 
 
+def test_the_pretended_gpu_refuses_what_a_gpu_sums_in_any_order(gpu):
+    place, number = torch.tensor([0, 0, 1], device=gpu), torch.ones(3, device=gpu)
+    for unordered in (
+        lambda: number.index_add_(0, place, number),
+        lambda: number.scatter_add(0, place, number),
+        lambda: number.scatter_reduce(0, place, number, "sum"),
+        lambda: number.index_put_((place,), number, accumulate=True),
+        lambda: torch.bincount(place, number),
+        lambda: number.cumsum(0),
+    ):
+        with pytest.raises(RuntimeError, match="in another order every time"):
+            unordered()
+    assert place.cumsum(0).tolist() == [0, 0, 1]
+    assert torch.bincount(place).tolist() == [2, 1]
+    assert number.scatter_reduce(0, place, number, "amin").tolist() == [1.0, 1.0, 1.0]
+
+
 def test_a_build_goes_on_after_an_interruption(own_recipe, gpu, tmp_path, monkeypatch):
     recipe = load_recipe(own_recipe)
     whole = build(recipe, out=tmp_path / "whole", device=gpu, validated=False)

@@ -231,10 +231,12 @@ class _Stacked(nn.Module):
 
 
 def _mean_by(channel_I: Tensor, value_I: Tensor) -> Tensor:
-    """Mean [P] of the values that belong to each producer channel."""
+    """Mean [P] of the values that belong to each producer channel, to all of which equally many do.
+
+    Summed in the order they lie in: adding each to its channel's total, a GPU would take them as they come.
+    """
     num_channels = int(channel_I.max()) + 1
-    total_P = value_I.new_zeros(num_channels).index_add_(0, channel_I, value_I)
-    return total_P * (num_channels / len(channel_I))
+    return value_I[torch.argsort(channel_I, stable=True)].view(num_channels, -1).mean(1)
 
 
 def _wide(tensor: Tensor) -> Tensor:
