@@ -49,10 +49,10 @@ def search_seconds(solver: Solver, stage: StageWork, dtype: torch.dtype, device:
     """
     if not stage.shapes or not solver.needs <= {SQUARES}:
         return 0.0
-    random = torch.Generator(device).manual_seed(0)
+    random = torch.Generator().manual_seed(0)
 
     def drawn(rows: int, columns: int) -> torch.Tensor:
-        return torch.randn(rows, columns, generator=random, device=device).to(dtype)
+        return torch.randn(rows, columns, generator=random).to(device, dtype)
 
     rows = TRIAL_ROWS * pieces_at_a_time()
     weights = {shape.name: drawn(min(shape.rows, rows), shape.columns) for shape in stage.shapes}

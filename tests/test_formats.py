@@ -18,6 +18,7 @@ from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
 from quantkit.report.record import artifact_files, changed_files, read_record
 from quantkit.workdir import hash_files, work_folder
+from tests.test_pipeline import changed
 from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
@@ -114,6 +115,7 @@ def test_it_is_built_judged_and_read_back(recipe, source, tmp_path):
 
 
 def test_it_is_built_and_judged_on_a_gpu(recipe, gpu, tmp_path):
+    recipe = changed(recipe, "compute", dtype="bfloat16")  # what the products of a GPU are made for
     done = build(recipe, out=tmp_path / "out", device=gpu)
     assert done.record["environment"]["device"] == "cuda"
     assert done.record["validation"]["gate"] == {"passed": True, "failures": []}

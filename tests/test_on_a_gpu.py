@@ -8,7 +8,7 @@ import torch
 
 from quantkit import artifact
 from quantkit.checkpoint.spill import Kept, Spill
-from quantkit.pipeline import build
+from quantkit.pipeline import Job, Progress, build, build_all, plan
 from quantkit.recipe import load_recipe
 from tests.pretended_gpu import NAME
 from tests.test_formats import hashes
@@ -88,3 +88,17 @@ def test_what_finds_no_room_waits_in_the_hosts_memory(free_bytes, own_recipe, gp
     done = build(recipe, out=tmp_path / "out", device=gpu, validated=False)
     assert set(left) == {free_bytes == 0}
     assert hashes(done.out) == hashes(whole.out)
+
+
+def test_builds_that_go_together_give_the_bytes_of_each_alone(own_recipe, gpu, tmp_path):
+    changes = {"quantized": (), "float": ("calibration.activations=float", "quantize.asymmetric=0")}
+    recipes = {name: load_recipe(own_recipe, change) for name, change in changes.items()}
+    together = build_all([Job(name, each, tmp_path / name) for name, each in recipes.items()], device=gpu)
+    for (name, recipe), outcome in zip(recipes.items(), together, strict=True):
+        alone = build(recipe, out=tmp_path / f"{name} alone", device=gpu, validated=False)
+        assert hashes(outcome.build.out) == hashes(alone.out)
+
+
+def test_a_plan_tries_a_search_there(own_recipe, gpu, tmp_path):
+    recipe = load_recipe(own_recipe, ("format=mlx", 'quantize={solver="least-squares",group_size=32}'))
+    assert plan(recipe, out=tmp_path / "out", device=gpu, progress=Progress()).seconds > 0
