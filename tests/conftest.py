@@ -28,6 +28,14 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, transformers {transformers.__version__}, CUDA device: {cuda}"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is run on a GPU if there is one belongs to the tests for one there."""
+    for item in items:
+        if torch.cuda.is_available() and "gpu" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def _sandbox(tmp_path, monkeypatch, request):
     """A home of the test's own, two threads, and no sockets unless the test is marked `hub`."""
@@ -97,8 +105,14 @@ texts = ["{text}"]
 
 
 @pytest.fixture
-def gpu(tmp_path_factory, monkeypatch) -> Iterator[torch.device]:
-    """A GPU that is none, for what is done with tensors on one; see `tests.pretended_gpu`."""
+def gpu(request) -> torch.device:
+    """A GPU: a real one, or where there is none the pretended one."""
+    return torch.device("cuda") if torch.cuda.is_available() else request.getfixturevalue("pretended")
+
+
+@pytest.fixture
+def pretended(tmp_path_factory, monkeypatch) -> Iterator[torch.device]:
+    """A GPU that is none; see `tests.pretended_gpu`."""
     if reason := why_not():
         pytest.skip(reason)
     with pretended_gpu(tmp_path_factory.getbasetemp(), monkeypatch) as device:

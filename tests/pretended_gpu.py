@@ -162,7 +162,7 @@ def on_gpu(value: Any) -> Any:
 def why_not() -> str | None:
     """Why there can be no pretended GPU here; None if there can."""
     if torch.cuda.is_available():
-        return "there is a real GPU: make test-gpu"
+        return "there is a real one"
     return None if COMPILER else "no g++ to compile a part of it"
 
 

@@ -1,6 +1,6 @@
 """What a build does on a GPU beside computing: what lies there, what waits in the host's memory, how it goes on.
 
-Every format is built on the same pretended GPU in `tests.test_formats`.
+Every format is built on the same GPU in `tests.test_formats`; where there is none it is a pretended one.
 """
 
 import pytest
@@ -10,12 +10,11 @@ from quantkit import artifact
 from quantkit.checkpoint.spill import Kept, Spill
 from quantkit.pipeline import Job, Progress, build, build_all, plan
 from quantkit.recipe import load_recipe
-from tests.pretended_gpu import NAME
 from tests.test_formats import hashes
 
 
-def test_the_pretended_gpu_keeps_its_tensors_apart(gpu):
-    there, here = torch.arange(6.0, device=gpu).view(2, 3), torch.arange(6.0).view(2, 3)
+def test_the_pretended_gpu_keeps_its_tensors_apart(pretended):
+    there, here = torch.arange(6.0, device=pretended).view(2, 3), torch.arange(6.0).view(2, 3)
     assert there.is_cuda
     assert torch.equal((there @ there.t()).cpu(), here @ here.t())
     assert torch.equal(there.new_tensor([1.0, 2.0]).cpu(), torch.tensor([1.0, 2.0]))
@@ -34,8 +33,8 @@ def test_the_pretended_gpu_keeps_its_tensors_apart(gpu):
         there.numpy()
 
 
-def test_the_pretended_gpu_refuses_what_a_gpu_sums_in_any_order(gpu):
-    place, number = torch.tensor([0, 0, 1], device=gpu), torch.ones(3, device=gpu)
+def test_the_pretended_gpu_refuses_what_a_gpu_sums_in_any_order(pretended):
+    place, number = torch.tensor([0, 0, 1], device=pretended), torch.ones(3, device=pretended)
     for unordered in (
         lambda: number.index_add_(0, place, number),
         lambda: number.scatter_add(0, place, number),
@@ -68,7 +67,7 @@ def test_a_build_goes_on_after_an_interruption(own_recipe, gpu, tmp_path, monkey
             build(recipe, out=tmp_path / "out", device=gpu, validated=False)
     done = build(recipe, out=tmp_path / "out", device=gpu, validated=False)
     assert hashes(done.out) == hashes(whole.out)
-    assert done.record["environment"]["device_model"] == NAME
+    assert done.record["environment"]["device_model"] == torch.cuda.get_device_name(gpu)
     assert done.record["build"]["peak_memory_bytes"].keys() == {"host", "device"}
 
 
