@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from quantkit.formats import shards
 from quantkit.formats.shards import extents, merge, write_item
 
 ITEMS = {
@@ -26,7 +27,9 @@ def items(tmp_path):
     return paths
 
 
-def test_one_file_holds_every_tensor(items, tmp_path):
+@pytest.mark.parametrize("piece_bytes", [shards.PIECE_BYTES, 7, 16])
+def test_one_file_holds_every_tensor(piece_bytes, items, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "PIECE_BYTES", piece_bytes)
     (path,) = merge(items, tmp_path, max_shard_bytes=10**9)
     assert path.name == "model.safetensors"
     read = load_file(path)
