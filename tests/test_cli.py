@@ -5,10 +5,12 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from xml.etree import ElementTree
 
 import pytest
 
+from quantkit.workdir import hash_files
 from tests.commands import COMMAND, ROOT, quantkit, run
 from tests.tiny import WORDS
 
@@ -78,10 +80,21 @@ def test_the_pipeline_starts_without_the_code_of_models():
 
 
 @pytest.mark.parametrize("arguments", [("recipes", "list"), ("build", "nothing-like-it"), ("plan", "--no-such-flag")])
-def test_a_forked_command_is_the_command(arguments):
+def test_a_forked_command_is_the_command(arguments, tmp_path):
     """What the tests call, a process that finds torch loaded, against one that was started for it."""
-    forked, started = quantkit(*arguments), run(COMMAND, *arguments)
+    where = {"cwd": tmp_path, "COLUMNS": "50"}
+    forked, started = quantkit(*arguments, **where), run(COMMAND, *arguments, **where)
     assert (forked.returncode, forked.stdout, forked.stderr) == (started.returncode, started.stdout, started.stderr)
+
+
+def test_a_forked_build_gives_the_bytes_of_a_started_one(own_recipe, tmp_path):
+    for name, start in (("forked", quantkit), ("started", partial(run, COMMAND))):
+        done = start("build", str(own_recipe), "--out", name, "--no-validate", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    files = sorted(path.name for path in (tmp_path / "started").iterdir())
+    assert "model.safetensors" in files
+    weights = [name for name in files if name not in ("README.md", "quantkit.json")]
+    assert hash_files(tmp_path / "forked", weights) == hash_files(tmp_path / "started", weights)
 
 
 def test_help_takes_little_time():

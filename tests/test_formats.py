@@ -18,6 +18,7 @@ from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
 from quantkit.report.record import artifact_files, changed_files, read_record
 from quantkit.workdir import hash_files, work_folder
+from tests.interruption import interrupted
 from tests.pretended_gpu import NAME as PRETENDED
 from tests.test_pipeline import changed
 from tests.tiny import WORDS, make_tiny
@@ -147,21 +148,11 @@ def test_a_linear_may_be_skipped_in_one_layer_only(name, source, tmp_path):
 
 
 @pytest.mark.parametrize("items", [1, 3])
-def test_an_interrupted_build_ends_in_the_same_bytes(recipe, items, tmp_path, monkeypatch):
+def test_an_interrupted_build_ends_in_the_same_bytes(recipe, items, tmp_path):
     whole = build(recipe, out=tmp_path / "whole", device=CPU, validated=False)
-    plain, left = artifact.write_item, [items]
-
-    def give_up(path, tensors):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        plain(path, tensors)
-
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(artifact, "write_item", give_up)
-        with pytest.raises(KeyboardInterrupt):
-            build(recipe, out=out, device=CPU, validated=False)
+    with interrupted(artifact, "write_item", after=items):
+        build(recipe, out=out, device=CPU, validated=False)
     assert work_folder(out).exists()
     build(recipe, out=out, device=CPU, validated=False)
     assert hashes(out) == hashes(whole.out)

@@ -10,6 +10,7 @@ from quantkit import artifact
 from quantkit.checkpoint.spill import Kept, Spill
 from quantkit.pipeline import Job, Progress, build, build_all, plan
 from quantkit.recipe import load_recipe
+from tests.interruption import interrupted
 from tests.test_formats import hashes
 
 
@@ -40,6 +41,7 @@ def test_the_pretended_gpu_refuses_what_a_gpu_sums_in_any_order(pretended):
         lambda: number.scatter_add(0, place, number),
         lambda: number.scatter_reduce(0, place, number, "sum"),
         lambda: number.index_put_((place,), number, accumulate=True),
+        lambda: number.scatter(0, place, number, reduce="add"),
         lambda: torch.bincount(place, number),
         lambda: number.cumsum(0),
     ):
@@ -50,21 +52,11 @@ def test_the_pretended_gpu_refuses_what_a_gpu_sums_in_any_order(pretended):
     assert number.scatter_reduce(0, place, number, "amin").tolist() == [1.0, 1.0, 1.0]
 
 
-def test_a_build_goes_on_after_an_interruption(own_recipe, gpu, tmp_path, monkeypatch):
+def test_a_build_goes_on_after_an_interruption(own_recipe, gpu, tmp_path):
     recipe = load_recipe(own_recipe)
     whole = build(recipe, out=tmp_path / "whole", device=gpu, validated=False)
-    plain, left = artifact.write_item, [2]
-
-    def give_up(path, tensors):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        plain(path, tensors)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(artifact, "write_item", give_up)
-        with pytest.raises(KeyboardInterrupt):
-            build(recipe, out=tmp_path / "out", device=gpu, validated=False)
+    with interrupted(artifact, "write_item", after=2):
+        build(recipe, out=tmp_path / "out", device=gpu, validated=False)
     done = build(recipe, out=tmp_path / "out", device=gpu, validated=False)
     assert hashes(done.out) == hashes(whole.out)
     assert done.record["environment"]["device_model"] == torch.cuda.get_device_name(gpu)

@@ -32,6 +32,7 @@ from quantkit.recipe import Recipe
 from quantkit.report.record import artifact_files
 from quantkit.solvers.exl2_measure import OptionTrial
 from quantkit.workdir import Workdir, hash_files, sha256_of
+from tests.interruption import interrupted
 from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
@@ -515,24 +516,15 @@ def test_a_build_of_several_variants_that_was_killed_ends_in_the_same_bytes(
 ):
     recipe, out = recipe_for(source, text, bits=[4.0, 5.0, 8.0]), tmp_path / "d"
     owner, name = {"measuring": (Workdir, "note"), "solving": (making, "write_item")}[place]
-    plain, left, measured = getattr(owner, name), [1], []
-    measure = OptionTrial.measure
-
-    def give_up(*arguments):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        plain(*arguments)
+    measured, measure = [], OptionTrial.measure
 
     def counted(self, layer, *arguments):
         measured.append(layer.index)
         return measure(self, layer, *arguments)
 
     monkeypatch.setattr(OptionTrial, "measure", counted)
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, give_up)
-        with pytest.raises(KeyboardInterrupt):
-            build(recipe, out=out, device=CPU, validated=False)
+    with interrupted(owner, name, after=1):
+        build(recipe, out=out, device=CPU, validated=False)
     assert build(recipe, out=out, device=CPU, validated=False).record["fingerprint"] == built.record["fingerprint"]
     # of the layer that was measured when it was killed nothing is left
     assert measured == {"measuring": [0, 1, 1], "solving": [0, 1]}[place]
