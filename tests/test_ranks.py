@@ -199,7 +199,8 @@ start(2, json.loads(sys.argv[1]))
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_no_rank_outlives_who_started_it(by):
-    idle = acting(*["print(os.getpid(), flush=True); time.sleep(600)"] * 2)
+    # each in one write: print() makes two where PYTHONUNBUFFERED is set, and two ranks' would mix
+    idle = acting(*["os.write(1, b'%d\\n' % os.getpid()); time.sleep(600)"] * 2)
     launcher = subprocess.Popen(
         [sys.executable, "-c", IDLE, json.dumps(idle)],
         stdout=subprocess.PIPE,
