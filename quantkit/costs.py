@@ -60,12 +60,14 @@ class StageWork:
         shapes: of the linears; of one that is left dense there is none.
         columns: of the input.
         tokens: that statistics are collected over; 0 where there is no input, as for an embedding.
+        compared: of them, those that the unquantized stream has, too.
         narrow: of the deviation only the linear's product with it is kept; see `quantkit.calibration.statistics`.
     """
 
     shapes: tuple[Shape, ...]
     columns: int
     tokens: int
+    compared: int = 0
     narrow: bool = False
 
     @property
@@ -83,6 +85,7 @@ class LayerWork:
         forward_weights: of all its linears, also of those that are left dense.
         attention_columns: heads times their width.
         tokens: of calibration.
+        compared: of them, those that are in the unquantized stream, where there is one beside the other.
         window: tokens that attend to each other.
         width_bytes: of a number in the compute dtype.
     """
@@ -91,6 +94,7 @@ class LayerWork:
     forward_weights: int
     attention_columns: int
     tokens: int
+    compared: int
     window: int
     width_bytes: int
 

@@ -52,6 +52,7 @@ from quantkit.workdir import sha256_of
 # where a recipe has no key for them
 GPTQ_DAMPING = 0.01
 GPTQ_ASYMMETRIC = 0.5
+GPTQ_ASYMMETRIC_EVERY = 2
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def gptq(section: GptqSection, config: dict[str, Any]) -> Method:
         Solvers(
             GptqSolver(
                 rule, section.group_size, section.order, section.damping, section.asymmetric, section.refine_sweeps
-            )
+            ),
+            compared_every=section.asymmetric_every,
         ),
         GptqFormat(section.bits, section.group_size, section.symmetric, section.order, section.damping, section.skip),
     )
@@ -120,7 +122,7 @@ def hqq(section: HqqSection, config: dict[str, Any]) -> Method:
         ),
     }
     written = HqqFormat(section.bits, section.group_size, section.axis, section.skip, section.qmodel_pt)
-    return Method(Solvers(solvers[section.solver]), written)
+    return Method(Solvers(solvers[section.solver], compared_every=GPTQ_ASYMMETRIC_EVERY), written)
 
 
 def mlx(section: MlxSection, config: dict[str, Any]) -> Method:
@@ -149,7 +151,8 @@ def mlx(section: MlxSection, config: dict[str, Any]) -> Method:
             )
             ends[bits] = WhereCalibrated(solvers[bits], blind)
     written = MlxFormat(low, section.group_size, bits_of, stored, section.skip)
-    return Method(Solvers(ByWidth(solvers, bits_of), ByWidth(ends, bits_of)), written)
+    solver, at_ends = ByWidth(solvers, bits_of), ByWidth(ends, bits_of)
+    return Method(Solvers(solver, at_ends, compared_every=GPTQ_ASYMMETRIC_EVERY), written)
 
 
 def _fit_blindly(rule: FloatZeroRule, equal_K: Tensor, weight_KN: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +220,8 @@ def compressed_tensors(section: CompressedTensorsSection, config: dict[str, Any]
         Solvers(
             GptqSolver(
                 rule, section.group_size, section.order, section.damping, section.asymmetric, section.refine_sweeps
-            )
+            ),
+            compared_every=section.asymmetric_every,
         ),
         CompressedTensorsFormat(section.bits, section.group_size, section.symmetric, stored, section.skip),
     )

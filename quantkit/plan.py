@@ -212,7 +212,7 @@ def make_plan(
     tokens = 0
     if reads_text(recipe, method):
         tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens
-    work = work_of(recipe, checkpoint, solved, tokens)
+    work = work_of(recipe, checkpoint, method, solved, tokens)
     item_bytes = artifact_bytes // checkpoint.num_layers
     taken = (
         Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
@@ -399,15 +399,17 @@ class Work:
     ends: tuple[StageWork, ...]
 
 
-def work_of(recipe: Recipe, checkpoint: Checkpoint, solved: list[tuple[str, int, int]], tokens: int) -> Work:
+def work_of(
+    recipe: Recipe, checkpoint: Checkpoint, method: Method, solved: list[tuple[str, int, int]], tokens: int
+) -> Work:
     """What a build goes through.
 
     Args:
-        recipe: of the build.
-        checkpoint: the model.
+        recipe, checkpoint, method: of the build.
         solved: (name, out, in) of the linears that are quantized.
         tokens: of calibration.
     """
+    compared = _compared_tokens(recipe, method, tokens)
     shapes = {name: Shape(name, rows, columns) for name, rows, columns in solved}
     every = {name: Shape(name, rows, columns) for name, rows, columns in checkpoint.linear_shapes()}
     layers = []
@@ -418,14 +420,16 @@ def work_of(recipe: Recipe, checkpoint: Checkpoint, solved: list[tuple[str, int,
             names = [prefix + linear for linear in stage.linears]
             taken = tuple(shapes[name] for name in names if name in shapes)
             is_narrow = narrow([(shape.rows, shape.columns) for shape in taken])
-            stages[stage.name] = StageWork(taken, every[names[0]].columns, tokens, is_narrow)
+            stages[stage.name] = StageWork(taken, every[names[0]].columns, tokens, compared, is_narrow)
         forward = sum(every[prefix + linear].size for linear in checkpoint.family.linears)
         attention = stages[checkpoint.family.stages[1].name].columns
         layers.append(
-            LayerWork(stages, forward, attention, tokens, recipe.calibration.window_tokens, _width(recipe).itemsize)
+            LayerWork(
+                stages, forward, attention, tokens, compared, recipe.calibration.window_tokens, _width(recipe).itemsize
+            )
         )
     ends = tuple(
-        StageWork((shapes[module],), shapes[module].columns, tokens if item == HEAD else 0)
+        StageWork((shapes[module],), shapes[module].columns, *((tokens, compared) if item == HEAD else (0, 0)))
         for item, module in END_MODULES.items()
         if module in shapes
     )
@@ -474,7 +478,7 @@ def _most(stage: StageWork, ranks: int) -> int:
 def operations(method: Method, work: Work, *, from_float: bool) -> dict[str, float]:
     """Least floating-point operations of each stage, one multiply-add being two; a floor, not what a solver takes.
 
-    * forward: all tokens through the decoder layers, attention without its mask, once for each stream;
+    * forward: all tokens through the decoder layers, attention without its mask, and those that are compared once more;
     * statistics: half of the symmetric sum of x x^T, once for linears that read the same;
     * factorise, solve, prepare: as solvers and preparation state them (`cost`);
     * survey: the whole of a pass that comes first.
@@ -488,8 +492,10 @@ def operations(method: Method, work: Work, *, from_float: bool) -> dict[str, flo
     found = Cost()
     if solvers.needs:
         # a layer whose channels were scaled is walked, and then the checkpoint's own
-        passes = _streams(method) + (solvers.preparation is not None and from_float)
-        found += total(Cost({"forward": passes * layer.forward_operations(layer.tokens)}) for layer in work.layers)
+        passes = 1 + (solvers.preparation is not None and from_float)
+        found += total(
+            Cost({"forward": layer.forward_operations(passes * layer.tokens + layer.compared)}) for layer in work.layers
+        )
     found += total(_solving(solvers.layers, stage) for layer in work.layers for stage in layer.stages.values())
     if solvers.ends is not None:
         found += total(_solving(solvers.ends, stage) for stage in work.ends)
@@ -526,18 +532,24 @@ def _footprint(
     names = checkpoint.names("layers.0")
     layer, source = (sum(getattr(infos[name], part) for name in names) for part in ("num_elements", "size_bytes"))
     ends = max(sum(infos[name].size_bytes for name in checkpoint.names(item)) for item in (EMBEDDING, HEAD))
-    streams, solvers = _streams(method), method.solvers
+    solvers = method.solvers
+    compares = DEVIATION in solvers.needs
     tokens = work.layers[0].tokens
     own, travelling = _held_tokens(recipe, tokens, ranks)
     if most_batches is not None:
         own = min(own, most_batches * recipe.compute.windows_per_batch * recipe.calibration.window_tokens)
-    hidden, handed = (held * int(checkpoint.config["hidden_size"]) * width for held in (own, travelling))
-    *_, last = work.layers[0].stages
+    from_float = recipe.calibration.activations == "float"
     batch = min(own, recipe.compute.windows_per_batch * recipe.calibration.window_tokens)
+    own_compared, batch_compared = (_compared_tokens(recipe, method, held) for held in (own, batch))
+    unquantized = own if from_float else own_compared
+    hidden, unquantized_hidden, handed = (
+        held * int(checkpoint.config["hidden_size"]) * width for held in (own, unquantized, travelling)
+    )
+    *_, last = work.layers[0].stages
     # what an unquantized stream of its own reads at the last stage, where its walks end, is there for a batch at a time
-    unquantized = {name: (streams - 1) * (batch if name == last else own) for name in work.layers[0].stages}
+    beside = {name: batch_compared if name == last else own_compared for name in work.layers[0].stages}
     peaks = [
-        (own + unquantized[name]) * stage.columns * width
+        (own + beside[name]) * stage.columns * width
         # on its way through the MLP a batch is there three times, of which once it stays; what was handed comes after
         + max(
             _solving(solvers.layers, stage).memory_bytes + travelling * stage.columns * width,
@@ -549,7 +561,6 @@ def _footprint(
         peaks.append(handed + solvers.preparation.cost(work.layers[0]).memory_bytes)
     if method.survey is not None:
         peaks.append(max(handed, _surveying(method.survey, work.layers[0]).memory_bytes))
-    from_float = recipe.calibration.activations == "float"
     # what has its places is written linear by linear, and the solver counts those; else a solved item is there, and one
     # more that is being written
     at_once = isinstance(method.format, InPlace) and (from_float or not tokens) and ranks == 1
@@ -557,24 +568,25 @@ def _footprint(
     # without text nothing goes through the layer: of its weights those of a stage are placed, and nothing is rewritten
     stages = work.layers[0].stages.values()
     largest = max(sum(shape.size for shape in stage.shapes) for stage in stages)
-    placed = width * streams * layer if tokens else source * largest // layer
+    placed = width * (1 + compares) * layer if tokens else source * largest // layer
     in_layer = placed + solved + (3 if tokens else 2) * source + max(peaks)
     at_ends = max((_solving(solvers.ends, stage).memory_bytes for stage in work.ends if solvers.ends), default=0)
     working = ends + max(in_layer, at_ends)
     together = (recipe.model, recipe.compute.threads)
-    if not tokens or not (from_float or streams == 2):
+    if not tokens or not (from_float or compares):
         return Footprint(together, hidden + waiting, working)
     section = recipe.calibration
     compute = (recipe.compute.windows_per_batch, recipe.compute.dtype)
+    every = 1 if from_float else solvers.compared_every
     inputs = [stage.columns for stage in work.layers[0].stages.values()]
     sums = 2 * FLOAT_BYTES * sum(columns**2 for columns in inputs)
     return Footprint(
         together,
         waiting + (0 if from_float else hidden),
         working,
-        stream=(tuple(sorted(section.texts.items())), section.window_tokens, section.seed, *compute),
-        stream_alone=hidden,
-        stream_shared=2 * hidden + own * sum(inputs) * width + width * layer + sums,
+        stream=(tuple(sorted(section.texts.items())), section.window_tokens, section.seed, *compute, every),
+        stream_alone=unquantized_hidden,
+        stream_shared=2 * unquantized_hidden + unquantized * sum(inputs) * width + width * layer + sums,
     )
 
 
@@ -587,8 +599,13 @@ def _held_tokens(recipe: Recipe, tokens: int, ranks: int) -> tuple[int, int]:
     return min(tokens, -(-batches // ranks) * batch), min(tokens, batch)
 
 
-def _streams(method: Method) -> int:
-    return 2 if DEVIATION in method.solvers.needs else 1
+def _compared_tokens(recipe: Recipe, method: Method, tokens: int) -> int:
+    """Of so many tokens, those that go through the unquantized model too, beside the quantized stream."""
+    if DEVIATION not in method.solvers.needs:
+        return 0
+    every, window = method.solvers.compared_every, recipe.calibration.window_tokens
+    whole, rest = divmod(tokens // window, recipe.compute.windows_per_batch)
+    return (whole * -(-recipe.compute.windows_per_batch // every) + -(-rest // every)) * window
 
 
 def _solving(solver: Solver, stage: StageWork) -> Cost:

@@ -47,6 +47,12 @@ class GptqSection(Section):
         description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
         "one stream instead of two.",
     )
+    asymmetric_every: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="Of each batch, one window in so many goes through the unquantized model for that; 1 is all.",
+    )
     refine_sweeps: int = Field(
         default=1,
         ge=0,
@@ -293,6 +299,12 @@ class CompressedTensorsSection(Section):
         le=1,
         description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
         "one stream instead of two.",
+    )
+    asymmetric_every: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="Of each batch, one window in so many goes through the unquantized model for that; 1 is all.",
     )
     refine_sweeps: int = Field(
         default=1,

@@ -36,22 +36,24 @@ class Calibration:
         windows_per_batch: windows that go through a layer together; part of the arithmetic.
         from_float: statistics and activations come from the unquantized model instead of the stream so far.
         ranks: who take the batches in turn.
+        every: of each batch, one window in so many goes through, the first among them.
     """
 
     tokens_WT: Tensor
     windows_per_batch: int
     from_float: bool = False
     ranks: Ranks = ALONE
+    every: int = 1
 
     @cached_property
-    def batching(self) -> tuple[str, int]:
+    def batching(self) -> tuple[str, int, int]:
         """What two calibrations must have in common to see the same batches."""
-        return hashlib.sha256(self.tokens_WT.numpy().tobytes()).hexdigest(), self.windows_per_batch
+        return hashlib.sha256(self.tokens_WT.numpy().tobytes()).hexdigest(), self.windows_per_batch, self.every
 
     @property
     def batches(self) -> tuple[Tensor, ...]:
         """Token ids int64 [B, T] that go through the model together; one's own of them."""
-        return tuple(self.ranks.dealt(self.tokens_WT.split(self.windows_per_batch)))
+        return tuple(each[:: self.every] for each in self.ranks.dealt(self.tokens_WT.split(self.windows_per_batch)))
 
     def in_order(self, own: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         """What was made of every rank's batches, in the recipe's order, given one's own."""
@@ -59,6 +61,7 @@ class Calibration:
 
     def sampled(self, own: Iterator[Tensor], most: int) -> Tensor:
         """A copy of at most so many of all windows [B, ...], evenly spaced, given what was made of one's own."""
+        assert self.every == 1, "of what is left out nothing can be sampled"
         windows = len(self.tokens_WT)
         count = min(most, windows)
         wanted = [place * windows // count for place in range(count)]
@@ -81,7 +84,7 @@ class SourcePass:
         self.checkpoint = checkpoint
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._reads: dict[str, Future[dict[str, Tensor]]] = {}
-        self._streams: dict[tuple[tuple[str, int], torch.dtype], FloatStream] = {}
+        self._streams: dict[tuple[tuple[str, int, int], torch.dtype], FloatStream] = {}
 
     def __enter__(self) -> "SourcePass":
         return self

@@ -74,12 +74,15 @@ class Solvers:
             is collected, and an embedding has no input to collect.
         preparation: rewrites each layer first.
         unties_head: a tied model gets a head of its own, solved from the embedding.
+        compared_every: of each batch, one window in so many goes through the unquantized model too, the first among
+            them, for solvers that ask how far the quantized stream has moved.
     """
 
     layers: Solver
     ends: Solver | None = None
     preparation: Preparation | None = None
     unties_head: bool = False
+    compared_every: int = 1
 
     @property
     def needs(self) -> frozenset[str]:
@@ -417,9 +420,10 @@ def _activations(shared: SourcePass, decoder: Decoder, calibration: Calibration,
     if calibration.from_float:
         wanted = Taken(hidden=True) if rewrites else Taken(solvers.layers.needs)
         return Activations(decoder, calibration, shared.float_stream(decoder, calibration), wanted)
-    compares = DEVIATION in solvers.needs
-    exact = shared.float_stream(decoder, calibration) if compares else None
-    return Activations(decoder, calibration, exact, Taken(inputs=compares))
+    if DEVIATION not in solvers.needs:
+        return Activations(decoder, calibration, None, Taken())
+    exact = shared.float_stream(decoder, replace(calibration, every=solvers.compared_every))
+    return Activations(decoder, calibration, exact, Taken(inputs=True))
 
 
 class Activations:
@@ -496,7 +500,7 @@ class Activations:
                 else:
                     yield normed, self.decoder.normed(source, exact[position].tensor())
 
-        return self._summed(inputs(), Statistics(needs, self.calibration.ranks), {})
+        return self._summed(inputs(), self._statistics(needs, ()), {})
 
     def solve_shared(self, item: Item, solve_stage: SolveStage) -> None:
         """Solve a layer stage by stage from the unquantized stream's own sums."""
@@ -529,7 +533,7 @@ class Activations:
             exact = self._float().inputs(stage, item.seconds) if self._wanted.inputs else None
             weights = [layer.weight(linear) for linear in stage.linears if linear in solved]
             # nothing is summed for a stage whose linears all stay dense
-            sums = Statistics(needs if weights else frozenset(), self.calibration.ranks, weights)
+            sums = self._statistics(needs if weights else frozenset(), weights)
             statistics = self._summed(_stops(walks, exact, item.seconds), sums, item.seconds)
             del exact
             solve_stage(stage, layer.weight, statistics)
@@ -538,6 +542,10 @@ class Activations:
         if not self.from_float:
             with timed(item.seconds, "advance"):
                 self._batches = finish(walks, self.decoder.spill)
+
+    def _statistics(self, needs: frozenset[str], weights: Sequence[Tensor]) -> Statistics:
+        every = 1 if self._exact is None else self._exact.calibration.every
+        return Statistics(needs, self.calibration.ranks, weights, every)
 
     def _summed(
         self, inputs: Iterator[tuple[Tensor, ...]], statistics: Statistics, seconds: dict[str, float]

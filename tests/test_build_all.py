@@ -25,12 +25,13 @@ from tests.test_formats import CASES, hashes
 from tests.tiny import WORDS, make_tiny
 
 CPU = torch.device("cpu")
-FLOAT = {
+FURTHER = {
     "gguf-float": ("gguf", {"types": ["Q4_K_M", "Q6_K"], "solver": "gptq"}),
     "exl2-float": ("exl2", {"bits": [4.0, 5.0]}),
     "awq-float": CASES["awq"],
     "gptq-float": ("gptq", {"group_size": 32, "asymmetric": 0.0}),
     "compressed-tensors-float": ("compressed-tensors", {"group_size": 32, "asymmetric": 0.0}),
+    "gptq-compared-whole": ("gptq", {"group_size": 32, "asymmetric_every": 1}),
 }
 
 
@@ -44,7 +45,7 @@ def source(tmp_path_factory) -> tuple[Path, Path]:
 
 def recipe_of(name: str, source: tuple[Path, Path], **calibration: object) -> Recipe:
     model, text = source
-    form, quantize = (CASES | FLOAT)[name]
+    form, quantize = (CASES | FURTHER)[name]
     activations = "float" if name.endswith("-float") else "quantized"
     return Recipe.of(
         {
@@ -81,7 +82,7 @@ def errors_of(outcomes) -> dict[str, Exception]:
 
 
 def test_every_format_has_the_bytes_of_its_single_build(source, alone, tmp_path):
-    names = [*CASES, *FLOAT]
+    names = [*CASES, *FURTHER]
     outcomes = build_all(jobs_of(names, source, tmp_path), device=CPU, validated=False)
     assert errors_of(outcomes) == {}
     assert [outcome.name for outcome in outcomes] == names
@@ -92,8 +93,8 @@ def test_every_format_has_the_bytes_of_its_single_build(source, alone, tmp_path)
 
 
 def test_tensors_are_read_once_and_the_unquantized_model_is_run_once(source, tmp_path, monkeypatch):
-    """Four that compare with the unquantized model or live on it: each of its layers is walked through once by all."""
-    names = ["gptq", "hqq-gptq", "gguf-float", "gptq-float", "hqq"]
+    """Of those that compare with some windows in it, and of those that take all: once each, for all of them."""
+    names = ["gptq", "hqq-gptq", "gguf-float", "gptq-float", "gptq-compared-whole", "hqq"]
     reads, walks, sums = Counter(), Counter(), Counter()
     plain_read, plain_walk, plain_add = TensorFolder.read, DecoderLayer.walk, Statistics.add
 
@@ -116,12 +117,12 @@ def test_tensors_are_read_once_and_the_unquantized_model_is_run_once(source, tmp
     assert errors_of(build_all(jobs_of(names, source, tmp_path), device=CPU, validated=False)) == {}
     assert {name: number for name, number in reads.items() if number != 1} == {}
     batches, layers, stages = 3, 2, len(FAMILIES["qwen2"].stages)
-    # two quantized streams and one of the unquantized model
-    assert dict(walks) == dict.fromkeys(range(layers), 3 * batches)
+    # three quantized streams and two of the unquantized model
+    assert dict(walks) == dict.fromkeys(range(layers), 5 * batches)
     # one set of sums for the two that live on the unquantized stream, and what the head reads for gguf
     assert sums == {
         frozenset({"hessian", "squares"}): layers * stages * batches + batches,
-        frozenset({"hessian", "deviation"}): 2 * layers * stages * batches,
+        frozenset({"hessian", "deviation"}): 3 * layers * stages * batches,
     }
 
 

@@ -22,7 +22,7 @@ from quantkit.recipe import Recipe
 from quantkit.report.record import read_record
 from quantkit.workdir import work_folder
 from tests.commands import COMMAND, ROOT, quantkit
-from tests.test_build_all import FLOAT
+from tests.test_build_all import FURTHER
 from tests.test_formats import CASES, hashes
 from tests.tiny import WORDS, make_tiny
 
@@ -80,7 +80,7 @@ def source(tmp_path_factory) -> tuple[Path, Path]:
 
 def recipe_of(name: str, source: tuple[Path, Path]) -> dict[str, object]:
     model, text = source
-    form, quantize = (CASES | FLOAT)[name]
+    form, quantize = (CASES | FURTHER)[name]
     return {
         "format": form,
         "model": {"id": str(model)},
@@ -133,7 +133,7 @@ def require_equal_bytes(names, source, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_make_the_bytes_of_one_in_every_format(source, tmp_path):
-    require_equal_bytes(sorted(CASES | FLOAT), source, tmp_path)
+    require_equal_bytes(sorted(CASES | FURTHER), source, tmp_path)
 
 
 def building(source, folder: Path) -> list[str]:

@@ -78,7 +78,9 @@ def captured_inputs(model, name: str, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(seen).flatten(0, -2)
 
 
-def obvious_gptq(folder, ids, solver: GptqSolver, *, from_float: bool) -> dict[str, torch.Tensor]:
+def obvious_gptq(
+    folder, ids, solver: GptqSolver, *, from_float: bool, per_batch: int = 1, every: int = 1
+) -> dict[str, torch.Tensor]:
     """Decoded weights by linear: the whole model is run again before every stage, with what was solved so far."""
     exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
@@ -92,10 +94,12 @@ def obvious_gptq(folder, ids, solver: GptqSolver, *, from_float: bool) -> dict[s
             for name in names:
                 weight = exact.get_submodule(name).weight.detach()
                 if solver.asymmetric:
-                    exact_x = captured_inputs(exact, names[0], ids)
+                    compared = torch.cat([each[::every] for each in torch.arange(len(ids)).split(per_batch)])
+                    both = [captured_inputs(each, names[0], ids[compared]) for each in (exact, model)]
                     damped = x.T @ x
                     damped.diagonal().add_(factor.damping * damped.diagonal().mean())
-                    moved = torch.linalg.solve(damped, x.T @ (exact_x - x))
+                    deviation = both[1].T @ (both[0] - both[1]) * (len(ids) / len(compared))
+                    moved = torch.linalg.solve(damped, deviation)
                     weight = weight + solver.asymmetric * weight @ moved.T
                 solution = in_file_order(solve_gptq(weight, factor, solver.rule, group_size=solver.group_size))
                 decoded[name] = solution.grid.decode(solution.codes_OI)
@@ -105,12 +109,17 @@ def obvious_gptq(folder, ids, solver: GptqSolver, *, from_float: bool) -> dict[s
 
 
 @pytest.mark.parametrize("model_type", VARIANTS)
-@pytest.mark.parametrize(("from_float", "asymmetric"), [(False, 0.0), (True, 0.0), (False, 0.5)])
-def test_solved_weights_equal_those_of_the_whole_model(model_type, from_float, asymmetric, tmp_path):
+@pytest.mark.parametrize(
+    ("from_float", "asymmetric", "every"), [(False, 0.0, 1), (True, 0.0, 1), (False, 0.5, 1), (False, 0.5, 2)]
+)
+def test_solved_weights_equal_those_of_the_whole_model(model_type, from_float, asymmetric, every, tmp_path):
     folder = make_tiny(tmp_path / "m", model_type, **VARIANTS[model_type])
     solver = GptqSolver(AffineRule(4, candidates=4), 32, "group-aware", 0.01, asymmetric)
-    found = run_stream(open_checkpoint(folder), solver, Calibration(tokens(), 2, from_float), dtype=torch.float64)
-    expected = obvious_gptq(folder, tokens(), solver, from_float=from_float)
+    # a batch of five and one of one: what is compared of them is three and one, not the half
+    calibration = Calibration(tokens(), 5, from_float)
+    solvers = Solvers(solver, compared_every=every)
+    found = run_stream(open_checkpoint(folder), solvers, calibration, dtype=torch.float64)
+    expected = obvious_gptq(folder, tokens(), solver, from_float=from_float, per_batch=5, every=every)
     solved = {name: linear for item in found for name, linear in item.linears.items()}
     assert solved.keys() == expected.keys()
     for name, linear in solved.items():

@@ -83,7 +83,8 @@ def test_what_a_package_can_do_under_one_solver_only_is_refused_under_the_other(
 
 
 def test_gptqmodel_corrects_towards_the_float_model_in_orders_that_it_does_so_in():
-    assert settled(recipe_of("gptqmodel", order="natural", asymmetric=0.25)).quantize.asymmetric == 0.25
+    found = settled(recipe_of("gptqmodel", order="natural", asymmetric=0.25)).quantize
+    assert (found.asymmetric, found.asymmetric_every) == (0.25, 1)
     with pytest.raises(RefusedError, match=r"asymmetric = 0\.25: gptqmodel knows 0\.0 with order = 'group-aware'"):
         settled(recipe_of("gptqmodel", asymmetric=0.25))
 

@@ -27,16 +27,21 @@ class Statistics:
         needs: which sums to keep: "hessian" (sum of x x^T, float32 [I, I]), "deviation" (sum of (x' - x) x^T with
             x' the same token's input in the unquantized stream, float32 [I, I]; asked for together with "hessian"),
             "squares" (sum of x^2, float32 [I]). Float64 inputs are summed in float64.
+        every: of each batch, one window in so many is known of the unquantized stream, the first among them; the
+            deviation is made of these, as if it were of all.
         ranks: who keep them together, each its own parts of the sums over all tokens, until `complete`.
         weights: [O, I] of the linears that are solved from them; where `narrow`, what is kept of the deviation is
             its product with the only one.
     """
 
-    def __init__(self, needs: frozenset[str], ranks: Ranks = ALONE, weights: Sequence[Tensor] = ()) -> None:
+    def __init__(
+        self, needs: frozenset[str], ranks: Ranks = ALONE, weights: Sequence[Tensor] = (), every: int = 1
+    ) -> None:
         self.needs = needs
+        self.every = every
         self.ranks = ranks
         self._weight_OI = weights[0] if narrow([(len(weight), weight.shape[1]) for weight in weights]) else None
-        self.num_tokens = 0
+        self.num_tokens = self._num_compared = 0
         self._is_complete = False
         self._sums: dict[str, Tensor] = {}
 
@@ -44,8 +49,8 @@ class Statistics:
         """Take in one batch.
 
         Args:
-            inputs: [..., I], what the linear reads in the stream being quantized.
-            exact_inputs: the same tokens in the unquantized stream; needed for "deviation" only.
+            inputs: [B, ..., I], what the linear reads in the stream being quantized.
+            exact_inputs: the same of `inputs[::every]` in the unquantized stream; needed for "deviation" only.
         """
         x_NI = _multipliable(inputs.flatten(0, -2))
         self.num_tokens += x_NI.shape[0]
@@ -61,10 +66,14 @@ class Statistics:
                     _add_product(total_II[start:stop, :stop], x_NI[:, start:stop], x_NI[:, :stop])
             if DEVIATION in self.needs:
                 assert exact_inputs is not None, "the unquantized stream was not run"
+                compared_NI = _multipliable(inputs[:: self.every].flatten(0, -2))
+                self._num_compared += len(compared_NI)
                 total_RI = self._total(DEVIATION, x_NI, width if self._weight_OI is None else len(self._weight_OI))
                 if part_owners[DEVIATION] == self.ranks.rank:
-                    exact_NI = _multipliable(exact_inputs.flatten(0, -2))
-                    _add_product(total_RI, exact_NI if self._weight_OI is None else self._made_of(exact_NI, x_NI), x_NI)
+                    moved_NI = _moved(exact_inputs.flatten(0, -2), compared_NI)
+                    _add_product(
+                        total_RI, moved_NI if self._weight_OI is None else self._made_of(moved_NI), compared_NI
+                    )
         if SQUARES in self.needs:
             total_I = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0)
             self._sums[SQUARES] = self._sums[SQUARES] + total_I if SQUARES in self._sums else total_I
@@ -86,9 +95,8 @@ class Statistics:
             for start in range(0, width, BLOCK):
                 stop = start + BLOCK
                 total_II[start:stop, stop:] = total_II[stop:, start:stop].t()
-        if DEVIATION in self._sums and self._weight_OI is None:
-            # what was summed is x' x^T: in bfloat16 its products are exact, where x' - x is rounded
-            self._sums[DEVIATION] -= self._sums[HESSIAN]
+        if DEVIATION in self._sums and self._num_compared < self.num_tokens:
+            self._sums[DEVIATION] *= self.num_tokens / self._num_compared
 
     def mean_square(self) -> Tensor:
         """The mean of x^2, [I]."""
@@ -104,11 +112,10 @@ class Statistics:
         assert self._is_complete, "a part of the sum is still missing"
         return self._sums[DEVIATION]
 
-    def _made_of(self, exact_NI: Tensor, x_NI: Tensor) -> Tensor:
-        """W (x' - x), [N, O], in the dtype of the products; in bfloat16 both steps round, by a share of what moved."""
+    def _made_of(self, moved_NI: Tensor) -> Tensor:
+        """W (x' - x), [N, O], in the dtype of the products."""
         assert self._weight_OI is not None
-        moved_NI = exact_NI.to(torch.promote_types(x_NI.dtype, torch.float32)) - x_NI
-        return moved_NI.to(x_NI.dtype) @ self._weight_OI.to(x_NI.dtype).t()
+        return moved_NI @ self._weight_OI.to(moved_NI.dtype).t()
 
     def _total(self, name: str, like_NI: Tensor, rows: int) -> Tensor:
         if name not in self._sums:
@@ -149,19 +156,25 @@ def cost(needs: frozenset[str], work: StageWork) -> Cost:
     if not (work.tokens and work.shapes):
         return Cost()
     square = work.columns**2
-    products, numbers = 0.0, 0
+    operations, numbers = 0.0, 0
     if HESSIAN in needs:
-        products, numbers = products + square, numbers + square
+        operations, numbers = operations + square * work.tokens, numbers + square
     if DEVIATION in needs and work.narrow:
-        products, numbers = products + 4.0 * work.largest, numbers + work.largest
+        operations, numbers = operations + 4.0 * work.largest * work.compared, numbers + work.largest
     elif DEVIATION in needs:
-        products, numbers = products + 2.0 * square, numbers + square
-    return Cost({"statistics": products * work.tokens} if numbers else {}, numbers * FLOAT_BYTES)
+        operations, numbers = operations + 2.0 * square * work.compared, numbers + square
+    return Cost({"statistics": operations} if numbers else {}, numbers * FLOAT_BYTES)
 
 
 def _multipliable(x_NI: Tensor) -> Tensor:
     """As it is where torch has a product that takes bf16 and sums in float32; else bf16 in float32's clothes."""
     return x_NI if x_NI.is_cuda else x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
+
+
+def _moved(exact_NI: Tensor, x_NI: Tensor) -> Tensor:
+    """x' - x in the dtype of x; in bfloat16 it rounds, by a share of what moved."""
+    wide = torch.promote_types(x_NI.dtype, torch.float32)
+    return exact_NI.to(wide).sub(x_NI).to(x_NI.dtype)
 
 
 @contextmanager
