@@ -20,7 +20,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantkit import kernels
-from quantkit.kernels import compiled, reference
+from quantkit.kernels import compiled, compiled_search, reference
+from quantkit.kernels.levels import BlockSearch
 
 aten = torch.ops.aten
 COMPILER = shutil.which("g++")
@@ -45,7 +46,7 @@ FACTS = {
     "max_memory_allocated": 0,
 }
 # interpreted Triton takes minutes for a build; the others are plain torch on the GPU's tensors
-COMPILED = ("solve_panel", "rounding_errors", "code_moments", "block_errors", "fit_ranges", "fit_offset")
+COMPILED = ("solve_panel", "rounding_errors", "code_moments", "fit_ranges", "fit_offset")
 COPIES = {aten.copy_.default, aten._to_copy.default}
 UNORDERED = {"index_add", "scatter_add", "cumsum", "histc", "kthvalue", "median", "nanmedian", "nll_loss2d_forward"}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
@@ -196,6 +197,8 @@ def pretended_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tor
     monkeypatch.setattr(
         kernels, "_implementation", lambda device: SimpleNamespace(**own) if device == "cuda" else plain(device)
     )
+    plain_search, own_search = kernels._searching, SimpleNamespace(search_blocks=_searched)
+    monkeypatch.setattr(kernels, "_searching", lambda device: own_search if device == "cuda" else plain_search(device))
     library = torch.library.Library("aten", "IMPL", "CUDA")
     for name, function in OPERATIONS.items():
         library.impl(name, function)
@@ -220,11 +223,21 @@ def _guard(folder: Path) -> Path:
 
 def _launched(launch: Callable[..., None], kernel: Any, *arguments: Any) -> None:
     """Launch a kernel on tensors of the CPU alone or of the GPU alone; it takes what it finds at any address."""
+    launch(kernel, *_of_one_device(kernel.__name__, arguments))
+
+
+def _searched(x_NSL: GpuTensor, w_NSL: GpuTensor, search: BlockSearch) -> tuple:
+    """The search of K-quants, which makes what it fills."""
+    return mapped(on_gpu, compiled_search.search_blocks(*_of_one_device("search_blocks", (x_NSL, w_NSL)), search))
+
+
+def _of_one_device(name: str, arguments: tuple) -> tuple:
+    """What tensors of the CPU alone or of the GPU alone hold."""
     given = list(tensors(arguments))
     strangers = [each for each in given if not isinstance(each, GpuTensor)]
     if strangers and len(strangers) < len(given):
-        raise RuntimeError(f"{kernel.__name__}: {described(strangers[0])} meets a GPU's")
-    launch(kernel, *mapped(held, arguments))
+        raise RuntimeError(f"{name}: {described(strangers[0])} meets a GPU's")
+    return mapped(held, arguments)
 
 
 def _empty(size, *, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):

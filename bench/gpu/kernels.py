@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from bench.models import make_model
-from quantkit.grids.blocks import TYPES
+from quantkit.grids.blocks import TYPES, fit, search, steps_of
 from quantkit.kernels import gpu, reference
 from quantkit.kernels.levels import Levels
 from quantkit.machine import environment
@@ -97,11 +98,6 @@ def cases(rows: int, columns: int, device: torch.device) -> dict[str, Case]:
         "pack": Case(lambda kernels: kernels.pack(codes, 3), codes.numel() * 11 // 8, exact=True),
         "unpack": Case(lambda kernels: kernels.unpack(words, 3), codes.numel() * 11 // 8, exact=True),
         "dequantize": Case(lambda kernels: kernels.dequantize(*decoded), 3 * size, 2.0 * size, exact=True),
-        "block_errors": Case(
-            lambda kernels: kernels.block_errors(long, weigh_long, *starts, 0, kind.top),
-            8 * size + 12 * steps.numel(),
-            10.0 * len(steps) * size,
-        ),
         "fit_ranges": Case(
             lambda kernels: kernels.fit_ranges(long, weigh_long, *starts, kind.top, signed=False, refits=0)[0],
             8 * size + 8 * steps.numel(),
@@ -113,6 +109,35 @@ def cases(rows: int, columns: int, device: torch.device) -> dict[str, Case]:
             9.0 * len(tries) * size,
         ),
     }
+
+
+def searched(rows: int, columns: int, device: torch.device) -> dict[str, dict[str, Any]]:
+    """The whole search of K-quants in one kernel against the same in steps of plain torch: seconds, and errors."""
+    generator, found = torch.Generator(device).manual_seed(0), {}
+    for name in ("Q2_K", "Q3_K", "Q4_K", "Q6_K"):
+        kind = TYPES[name]
+        shape = (rows * max(columns // kind.block, 1), kind.block // kind.sub, kind.sub)
+        weight_NSL = torch.randn(*shape, generator=generator, device=device) * 0.02
+        weigh_NSL = torch.randn(*shape, generator=generator, device=device).abs() + 0.01
+        grids = search(weight_NSL, weigh_NSL, kind)[0], fit(weight_NSL, weigh_NSL, kind)
+        x_LM, w_LM = (part.flatten(0, 1).t() for part in (weight_NSL, weigh_NSL))
+        error, expected = (
+            float(
+                reference.block_errors(
+                    x_LM, w_LM, *(part.flatten()[None] for part in steps_of(grid)), kind.offset, kind.top
+                ).sum()
+            )
+            for grid in grids
+        )
+        seconds = best_seconds(partial(search, weight_NSL, weigh_NSL, kind), device)
+        found[name] = {
+            "agrees": error <= 1.001 * expected,
+            "error_over_that_of_steps": error / expected,
+            "seconds": seconds,
+            "weights_per_s": weight_NSL.numel() / seconds,
+            "times_steps": best_seconds(partial(fit, weight_NSL, weigh_NSL, kind), device) / seconds,
+        }
+    return found
 
 
 def settle(device: torch.device) -> None:
@@ -183,6 +208,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     tried = {name: judged(case, device) for name, case in cases(options.rows, options.columns, device).items()}
+    tried |= {f"search {name}": each for name, each in searched(options.rows, options.columns, device).items()}
     hidden = max(options.columns // 128, 1) * 128
     facts = {
         "environment": environment(device),

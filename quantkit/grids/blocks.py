@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import RefusedError
-from quantkit.kernels import block_errors, fit_offset, fit_ranges, search_blocks
+from quantkit.kernels import fit_offset, fit_ranges, search_blocks
 from quantkit.kernels.levels import ABOVE, BELOW, RANGE, BlockSearch
+from quantkit.kernels.reference import block_errors
 from quantkit.machine import side_by_side
 
 K_BLOCK = 256
@@ -242,7 +243,7 @@ def search(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> tuple[Fitted, Tenso
 
 
 def fit(x_NSL: Tensor, w_NSL: Tensor, kind: BlockType) -> Fitted:
-    """Scales and mins of blocks step by step, see `search`; on a CPU what the search in one kernel is held against."""
+    """Scales and mins of blocks step by step, see `search`; what the search in one kernel is held against."""
     # a sub-block whose errors weigh nothing would have no best scale
     w_NSL = w_NSL + 1e-6 * w_NSL.mean((1, 2), keepdim=True) + 1e-30
     x_LM, w_LM = (part_NSL.flatten(0, 1).t().contiguous() for part_NSL in (x_NSL, w_NSL))

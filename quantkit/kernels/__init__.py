@@ -105,18 +105,6 @@ def dequantize(
     return _fitting(codes_OI).dequantize(codes_OI, scale_OG, zero_OG, group_I, dtype)
 
 
-def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
-    """Weighted squared error [C, M] of the nearest codes on each candidate grid; all float32.
-
-    Args:
-        x_LM: [L, M] the weights of M small blocks, the first of all blocks first; not modified.
-        w_LM: [L, M] the weight of each squared error.
-        step_CM, less_CM: the candidates; code q stands for step * (q - offset) - less.
-        offset, top: see above; the largest code.
-    """
-    return _fitting(x_LM).block_errors(x_LM, w_LM, step_CM, less_CM, offset, top)
-
-
 def fit_ranges(
     x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, top: int, *, signed: bool, refits: int
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +114,8 @@ def fit_ranges(
     least squares; at last to the codes of the best, several times.
 
     Args:
-        x_LM, w_LM: see `block_errors`.
+        x_LM: [L, M] the weights of M small blocks, the first of all blocks first; float32, not modified.
+        w_LM: [L, M] the weight of each squared error.
         step_CM, less_CM: candidates.
         top: the largest code.
         signed: what is subtracted may be negative.
@@ -139,7 +128,7 @@ def fit_offset(x_LM: Tensor, w_LM: Tensor, largest_M: Tensor, code_C: Tensor, of
     """Step [M], of either sign, of small blocks whose codes q stand for step * (q - offset): the best that was seen.
 
     Args:
-        x_LM, w_LM: see `block_errors`.
+        x_LM, w_LM: see `fit_ranges`.
         largest_M: each block's weight of the largest size.
         code_C: what that weight's code less the offset is tried as; fractions too. Steps are fitted to the codes.
         offset, top: see above; the largest code.
@@ -160,11 +149,10 @@ def search_blocks(
     Returns:
         d [N], dmin [N], scale [N, S] and min [N, S], float32, the last two whole numbers; codes uint8 [N, S, L].
     """
-    if x_NSL.device.type != "cpu":
+    module = _searching(x_NSL.device.type)
+    if module is None:
         return None
-    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = import_module(
-        "quantkit.kernels.compiled_search"
-    ).search_blocks(x_NSL, w_NSL, search)
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = module.search_blocks(x_NSL, w_NSL, search)
     return found
 
 
@@ -174,6 +162,13 @@ def _implementation(device: str) -> ModuleType:
     if device == "cuda" and find_spec("triton") is None:
         return reference
     return import_module(f"quantkit.kernels.{BY_DEVICE[device]}") if device in BY_DEVICE else reference
+
+
+@cache
+def _searching(device: str) -> ModuleType | None:
+    """Apart from the other loops, which most formats do with; None where plain torch does them."""
+    plain = _implementation(device) is reference
+    return None if plain else import_module(f"quantkit.kernels.{BY_DEVICE[device]}_search")
 
 
 def _fitting(tensor: Tensor) -> ModuleType:

@@ -76,13 +76,6 @@ def dequantize(
     return weight_OI
 
 
-def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
-    """See `quantkit.kernels.block_errors`."""
-    error_CM = torch.empty_like(step_CM, memory_format=torch.contiguous_format)
-    over_rows(_block_errors, (x_LM, w_LM, step_CM, less_CM), (error_CM,), top, offset)
-    return error_CM
-
-
 def fit_ranges(
     x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, top: int, *, signed: bool, refits: int
 ) -> tuple[Tensor, Tensor]:
@@ -296,24 +289,6 @@ def _grid_error(near, weigh, step, less, inverse, bottom, highest, error):  # ty
             code = min(max(np.rint((near[i, o] + less[o]) * inverse[o]), bottom), highest)
             off = code * step[o] - less[o] - near[i, o]
             error[o] += off * off * weigh[i, o]
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _block_errors(x, w, step, less, error, top, offset, first, last):  # type: ignore[no-untyped-def]
-    length = x.shape[0]
-    bottom, highest = np.float32(-offset), np.float32(top - offset)
-    near, weigh = np.zeros((length, BLOCK), np.float32), np.zeros((length, BLOCK), np.float32)
-    size, minus = np.zeros(BLOCK, np.float32), np.zeros(BLOCK, np.float32)
-    inverse, found = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    for start in range(first, last, BLOCK):
-        width = min(BLOCK, last - start)
-        near[:, :width] = x[:, start : start + width]
-        weigh[:, :width] = w[:, start : start + width]
-        for candidate in range(step.shape[0]):
-            size[:width] = step[candidate, start : start + width]
-            minus[:width] = less[candidate, start : start + width]
-            _grid_error(near, weigh, size, minus, inverse, bottom, highest, found)
-            error[candidate, start : start + width] = found[:width]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

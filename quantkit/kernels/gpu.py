@@ -147,24 +147,6 @@ def dequantize(
     return weight_OI
 
 
-def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
-    """See `quantkit.kernels.block_errors`."""
-    length, blocks = x_LM.shape
-    error_CM = torch.empty_like(step_CM, memory_format=torch.contiguous_format)
-    _block_errors[(triton.cdiv(blocks, COLUMNS), len(step_CM))](
-        x_LM.contiguous(),
-        w_LM.contiguous(),
-        step_CM.contiguous(),
-        less_CM.contiguous(),
-        error_CM,
-        length,
-        blocks,
-        **_block_constants(length, top),
-        OFFSET=offset,
-    )
-    return error_CM
-
-
 def fit_ranges(
     x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, top: int, *, signed: bool, refits: int
 ) -> tuple[Tensor, Tensor]:
@@ -413,21 +395,6 @@ def _error_of(x, w, step, less, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: 
 @triton.jit
 def _codes_of(x, step, less, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
     return _nearest((x + less[None, :]) * _inverse(step)[None, :], -OFFSET, TOP - OFFSET, MAGIC)
-
-
-@triton.jit
-def _block_errors(  # type: ignore[no-untyped-def]
-    x, w, step, less, error, length, blocks,
-    TOP: tl.constexpr, MAGIC: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr, OFFSET: tl.constexpr,
-):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    inside = at < blocks
-    tried = tl.program_id(1).to(tl.int64) * blocks + at
-    own = _tile(x, length, blocks, LENGTH, BLOCKS)
-    weigh = _tile(w, length, blocks, LENGTH, BLOCKS)
-    size = tl.load(step + tried, mask=inside, other=0.0)
-    minus = tl.load(less + tried, mask=inside, other=0.0)
-    tl.store(error + tried, _error_of(own, weigh, size, minus, OFFSET, TOP, MAGIC), mask=inside)
 
 
 @triton.jit

@@ -123,7 +123,13 @@ def per_channel(values_OG: Tensor, group_I: Tensor) -> Tensor:
 
 
 def block_errors(x_LM: Tensor, w_LM: Tensor, step_CM: Tensor, less_CM: Tensor, offset: int, top: int) -> Tensor:
-    """See `quantkit.kernels.block_errors`."""
+    """Weighted squared error [C, M] of the nearest codes on each candidate grid; all float32.
+
+    Args:
+        x_LM, w_LM: see `quantkit.kernels.fit_ranges`.
+        step_CM, less_CM: the candidates; code q stands for step * (q - offset) - less.
+        offset, top: see above; the largest code.
+    """
     return torch.stack(
         [_block_error(x_LM, w_LM, step_M, less_M, offset, top) for step_M, less_M in zip(step_CM, less_CM, strict=True)]
     )

@@ -11,7 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quantkit.kernels import gpu
+from quantkit.grids.blocks import TYPES as TYPES_OF_BLOCKS
+from quantkit.kernels import gpu, gpu_search
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64"}
 ARCHITECTURES = (80, 90)  # A100; H100, H200 and GH200
@@ -48,6 +49,20 @@ def ranges(signed: bool):
     return gpu._fit_ranges, signature, {"SIGNED": signed, **BLOCK}
 
 
+def search(name: str):
+    kind = TYPES_OF_BLOCKS[name]
+    low, high = kind.scale_range
+    return gpu_search._search, (
+        pointers("x w divisor d dmin scale less", "fp32")
+        | pointers("span", "i32")
+        | pointers("codes", "u8")
+        | whole("columns weights starts refinements")
+    ), {
+        "TOP": kind.top, "OFFSET": kind.offset, "LOW": low, "HIGH": high, "MIN_TOP": kind.min_top,
+        "MAGIC": gpu.MAGIC[torch.float32], "SUBS": kind.block // kind.sub, "LENGTH": kind.sub, "COLUMNS": gpu.COLUMNS,
+    }  # fmt: skip
+
+
 CASES = {
     "solve float32": solve(torch.float32, False),
     "solve float32, products of float16": solve(torch.float32, True),
@@ -75,11 +90,6 @@ CASES = {
     "decode float32": decode("fp32"),
     "decode float16": decode("fp16"),
     "decode bfloat16": decode("bf16"),
-    "block errors": (
-        gpu._block_errors,
-        pointers("x w step less error", "fp32") | whole("length blocks"),
-        {**BLOCK, "OFFSET": 0},
-    ),
     "fit ranges": ranges(False),
     "fit ranges, signed": ranges(True),
     "fit offset": (
@@ -87,6 +97,8 @@ CASES = {
         pointers("x w largest codes best_step", "fp32") | whole("length blocks candidates"),
         {"OFFSET": 8, **BLOCK},
     ),
+    "search, with mins": search("Q4_K"),
+    "search, with an offset": search("Q6_K"),
 }
 
 

@@ -261,21 +261,6 @@ def small_blocks(kind, count: int) -> list[torch.Tensor]:
 @each_implementation
 @pytest.mark.parametrize("count", [1, 63, 300])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_errors_of_blocks_are_those_of_plain_torch(name, count, module, device):
-    kind = TYPES[name]
-    weight, importance = small_blocks(kind, count)
-    step = random(4, count, dtype=torch.float32, seed=2) * 0.02
-    step[1] = 0
-    less = random(4, count, dtype=torch.float32, seed=3).abs() * 0.05
-    arguments = (weight, importance, step, less)
-    found = import_module(f"quantkit.kernels.{module}").block_errors(*on(device, *arguments), kind.offset, kind.top)
-    expected = reference.block_errors(*arguments, kind.offset, kind.top)
-    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-6)
-
-
-@each_implementation
-@pytest.mark.parametrize("count", [1, 63, 300])
-@pytest.mark.parametrize("name", BLOCKS)
 def test_fitted_blocks_are_as_good_as_those_of_plain_torch(name, count, module, device):
     """A step may come out another where two are as good; its error may not."""
     kind = TYPES[name]
@@ -303,14 +288,20 @@ def test_fitted_blocks_are_as_good_as_those_of_plain_torch(name, count, module, 
 
 @pytest.mark.parametrize("blocks", [1, 5, 40])
 @pytest.mark.parametrize("name", [name for name, kind in TYPES.items() if kind.has_sub_scales])
-def test_the_whole_search_finds_what_its_steps_find(name, blocks):
-    kind = TYPES[name]
+@each_implementation
+def test_the_whole_search_finds_what_its_steps_find(module, device, name, blocks, monkeypatch):
+    kind, whole = TYPES[name], import_module(f"quantkit.kernels.{module}_search")
+    monkeypatch.setattr("quantkit.kernels._searching", lambda _: whole)
     shape = (blocks, kind.block // kind.sub, kind.sub)
     weight = random(*shape, dtype=torch.float32) * 0.05
     weight[0, 0], weight[-1, 1], weight[0, 2, 3] = 0, 0.25, 4.0
+    if kind.offset:
+        # weights all alike are exact with any code, and what that does to the rest of the block is chance
+        weight[-1, 1, 0] = 0.05
     importance = random(*shape, dtype=torch.float32, seed=1).abs() + 0.01
     importance[0, 3] = 0
-    found, codes = search(weight, importance, kind)
+    found, codes = search(*on(device, weight, importance), kind)
+    found, codes = on("cpu", *found), codes.cpu()
     expected = fit(weight, importance, kind)
     error, expected_error = (
         block_errors_of(weight, importance, *(part.flatten() for part in steps_of(each)), kind)
@@ -367,5 +358,5 @@ def test_every_kernel_compiles_for_gpus_and_fuses_nothing(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) >= 24
+    assert len(found) >= 26
     assert all(each["bytes"] > 1000 and each["fused"] == 0 for each in found.values()), found
