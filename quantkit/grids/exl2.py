@@ -9,6 +9,7 @@ Shape legend: O out features, I in features, G groups.
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -144,15 +145,21 @@ def fit(weight_IO: Tensor, importance_I: Tensor, bits: int, candidates: int) -> 
     """
     half = (2**bits - 1) / 2
     base_O = weight_IO.abs().amax(0) / half
-    fractions = [1.0] if candidates == 1 else [1.1 - 0.6 * i / (candidates - 1) for i in range(candidates)]
-    scale_CO = base_O * base_O.new_tensor(fractions).unsqueeze(1)
+    fractions = (1.0,) if candidates == 1 else tuple(1.1 - 0.6 * i / (candidates - 1) for i in range(candidates))
+    scale_CO = base_O * _column(fractions, base_O.dtype, base_O.device)
     best_O = _least(scale_CO, scale_CO, weight_IO, importance_I, bits)
     scale_max = best_O.amax().clamp(max=torch.finfo(torch.float16).max).half().float()
     share_O = best_O / scale_max.to(best_O.dtype).clamp(min=1e-30)
     middle_O = (TOP_CODE * share_O.sqrt()).round().clamp(1, TOP_CODE)
-    code_CO = (middle_O + middle_O.new_tensor([0, -1, 1]).unsqueeze(1)).clamp(1, TOP_CODE)
+    code_CO = (middle_O + _column((0, -1, 1), middle_O.dtype, middle_O.device)).clamp(1, TOP_CODE)
     coded_CO = column_scales(code_CO, scale_max.expand(len(code_CO))).to(weight_IO.dtype)
     return _least(code_CO, coded_CO, weight_IO, importance_I, bits).to(torch.uint8), scale_max
+
+
+@cache
+def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[C, 1], made once: a copy to a GPU waits for all that is at work there."""
+    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
 
 
 def _least(tried_CO: Tensor, scale_CO: Tensor, weight_IO: Tensor, importance_I: Tensor, bits: int) -> Tensor:
