@@ -1,13 +1,17 @@
 """Compile every Triton kernel to machine code for GPUs that need not be here; run as a program, without an interpreter.
 
-Prints JSON: by kernel, variant and architecture the bytes of machine code and how many products were fused with sums.
+Prints JSON: by kernel, variant and architecture the bytes of machine code, how many products were fused with sums, and
+the bytes of a thread that its registers did not hold.
 """
 
 import json
 import re
+import subprocess
+import tempfile
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -110,7 +114,20 @@ def compiled(case, architecture: int) -> dict[str, int]:
         kernel, order, constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()}
     )
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(gpu.PLAIN))
-    return {"bytes": len(made.asm["cubin"]), "fused": len(re.findall(r"\bfma\.rn", made.asm["ptx"]))}
+    return {
+        "bytes": len(made.asm["cubin"]),
+        "fused": len(re.findall(r"\bfma\.rn", made.asm["ptx"])),
+        "spilled": spilled(made.asm["cubin"]),
+    }
+
+
+def spilled(machine_code: bytes) -> int:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return sum(int(size) for size in re.search(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said).groups())
 
 
 if __name__ == "__main__":

@@ -347,7 +347,7 @@ def test_threads_change_no_bit():
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="no triton here")
-def test_every_kernel_compiles_for_gpus_and_fuses_nothing(tmp_path):
+def test_every_kernel_compiles_for_gpus_fuses_nothing_and_keeps_to_registers(tmp_path):
     """To machine code, where there is no GPU too: what is interpreted above are the same functions."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -359,4 +359,5 @@ def test_every_kernel_compiles_for_gpus_and_fuses_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found) >= 26
-    assert all(each["bytes"] > 1000 and each["fused"] == 0 for each in found.values()), found
+    wanted = {"fused": 0, "spilled": 0}
+    assert all(each["bytes"] > 1000 and wanted.items() <= each.items() for each in found.values()), found
