@@ -204,13 +204,13 @@ def _rows_lie_whole(tensor: Tensor) -> Tensor:
 
 
 @triton.jit
-def _nearest(ratio, LOW: tl.constexpr, HIGH: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
+def nearest(ratio, LOW: tl.constexpr, HIGH: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
     """The nearest whole number from LOW to HIGH."""
     return (tl.minimum(tl.maximum(ratio, LOW * 1.0), HIGH * 1.0) + MAGIC) - MAGIC
 
 
 @triton.jit
-def _inverse(step):  # type: ignore[no-untyped-def]
+def inverse(step):  # type: ignore[no-untyped-def]
     """1 / step, and 0 where the step is."""
     return tl.where(step == 0, 0.0, 1.0 / tl.where(step == 0, 1.0, step))
 
@@ -240,7 +240,7 @@ def _solve_rows(  # type: ignore[no-untyped-def]
         zero = tl.load(shift + shift_at, mask=inside, other=0.0)
         minus = tl.load(less + less_at, mask=inside, other=0.0)
         wanted = own + pulled / pivot
-        code = _nearest(
+        code = nearest(
             tl.where(size == 0, 0.0, (wanted + minus) / tl.where(size == 0, 1.0, size)) + zero, 0, TOP, MAGIC
         )
         product = (code - zero) * size
@@ -281,7 +281,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
         values = tl.load(weight + tile, mask=here[:, None] & inside[None, :], other=0.0)
         share = tl.load(importance + channel, mask=here, other=0.0)
         ratio = values * times[None, :] + shift[None, :]
-        miss = ratio - _nearest(ratio, 0, TOP, MAGIC)
+        miss = ratio - nearest(ratio, 0, TOP, MAGIC)
         total += tl.sum(share[:, None] * (miss * miss), axis=0)
     tl.store(error + tried, total * (size * size), mask=inside)
 
@@ -296,7 +296,7 @@ def _moment_rows(  # type: ignore[no-untyped-def]
     size = tl.load(scale + at, mask=inside, other=1.0)
     shift = tl.load(zero + at, mask=inside, other=0.0)
     times = 1.0 / size
-    base = _nearest(tl.load(weight + at * row_stride, mask=inside, other=0.0) * times + shift, 0, TOP, MAGIC)
+    base = nearest(tl.load(weight + at * row_stride, mask=inside, other=0.0) * times + shift, 0, TOP, MAGIC)
     lost = tl.zeros([ROWS], dtype=size.dtype)
     far, miss, spread, together, whole = lost, lost, lost, lost, lost
     for first in range(0, channels, CHANNELS):
@@ -306,7 +306,7 @@ def _moment_rows(  # type: ignore[no-untyped-def]
         values = tl.load(weight + tile, mask=here[:, None] & inside[None, :], other=0.0)
         weigh = tl.load(importance + channel, mask=here, other=0.0)
         ratio = values * times[None, :] + shift[None, :]
-        code = _nearest(ratio, 0, TOP, MAGIC)
+        code = nearest(ratio, 0, TOP, MAGIC)
         off, apart = ratio - code, code - base[None, :]
         lost += tl.sum(weigh[:, None] * (off * off), axis=0)
         far += tl.sum(weigh[:, None] * apart, axis=0)
@@ -386,15 +386,15 @@ def _tile(x, length, blocks, LENGTH: tl.constexpr, BLOCKS: tl.constexpr):  # typ
 
 
 @triton.jit
-def _error_of(x, w, step, less, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
-    code = _codes_of(x, step, less, OFFSET, TOP, MAGIC)
+def error_of(x, w, step, less, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    code = codes_of(x, step, less, OFFSET, TOP, MAGIC)
     off = code * step[None, :] - less[None, :] - x
     return tl.sum(off * off * w, axis=0)
 
 
 @triton.jit
-def _codes_of(x, step, less, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
-    return _nearest((x + less[None, :]) * _inverse(step)[None, :], -OFFSET, TOP - OFFSET, MAGIC)
+def codes_of(x, step, less, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    return nearest((x + less[None, :]) * inverse(step)[None, :], -OFFSET, TOP - OFFSET, MAGIC)
 
 
 @triton.jit
@@ -410,7 +410,7 @@ def _fit_ranges(  # type: ignore[no-untyped-def]
     sum_x = tl.sum(own * weigh, axis=0)
     size = tl.load(step + at, mask=inside, other=0.0)
     minus = tl.load(less + at, mask=inside, other=0.0)
-    least = _error_of(own, weigh, size, minus, 0, TOP, MAGIC)
+    least = error_of(own, weigh, size, minus, 0, TOP, MAGIC)
     tried = at
     for candidate in range(1, candidates + refits):
         # codes that a fit gives may call for another fit
@@ -418,7 +418,7 @@ def _fit_ranges(  # type: ignore[no-untyped-def]
         from_list = at < tl.where(candidate < candidates, blocks, 0)
         start = tl.where(candidate < candidates, tl.load(step + tried, mask=from_list, other=0.0), size)
         below = tl.where(candidate < candidates, tl.load(less + tried, mask=from_list, other=0.0), minus)
-        code = _codes_of(own, start, below, 0, TOP, MAGIC)
+        code = codes_of(own, start, below, 0, TOP, MAGIC)
         sum_l = tl.sum(weigh * code, axis=0)
         sum_ll = tl.sum(weigh * code * code, axis=0)
         sum_xl = tl.sum(own * weigh * code, axis=0)
@@ -435,7 +435,7 @@ def _fit_ranges(  # type: ignore[no-untyped-def]
             bad = (offset < 0) | (determinant <= 1e-7 * sum_w * sum_ll)
             slope = tl.where(bad, alone, slope)
             offset = tl.where(bad, 0.0, offset)
-        found = _error_of(own, weigh, slope, offset, 0, TOP, MAGIC)
+        found = error_of(own, weigh, slope, offset, 0, TOP, MAGIC)
         better = found < least
         least = tl.where(better, found, least)
         size = tl.where(better, slope, size)
@@ -453,12 +453,12 @@ def _fit_offset(  # type: ignore[no-untyped-def]
     inside = at < blocks
     own = _tile(x, length, blocks, LENGTH, BLOCKS)
     weigh = _tile(w, length, blocks, LENGTH, BLOCKS)
-    divisor = _inverse(tl.load(largest + at, mask=inside, other=0.0))
+    divisor = inverse(tl.load(largest + at, mask=inside, other=0.0))
     best = tl.zeros([BLOCKS], dtype=tl.float32)
     gain = tl.zeros([BLOCKS], dtype=tl.float32)
     for candidate in range(candidates):
         times = tl.load(codes + candidate) * divisor
-        code = _nearest(own * times[None, :], -OFFSET, TOP - OFFSET, MAGIC)
+        code = nearest(own * times[None, :], -OFFSET, TOP - OFFSET, MAGIC)
         along = tl.sum(own * weigh * code, axis=0)
         squares = tl.sum(code * code * weigh, axis=0)
         safe = tl.where(squares > 0, squares, 1.0)

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.gpu import COLUMNS, MAGIC, PLAIN, _codes_of, _error_of, _inverse, _nearest
+from quantkit.kernels.gpu import COLUMNS, MAGIC, PLAIN, codes_of, error_of, inverse, nearest
 from quantkit.kernels.levels import ABOVE, BELOW, BlockSearch
 
 ROUNDINGS = tl.constexpr(9)  # of the largest scale, see `quantkit.grids.blocks`
-SPANS_UP, SPANS_DOWN = tl.constexpr(ABOVE), tl.constexpr(BELOW)
+SPAN_ABOVE, SPAN_BELOW = tl.constexpr(ABOVE), tl.constexpr(BELOW)  # a kernel reads no other globals
 
 
 def search_blocks(x_NSL: Tensor, w_NSL: Tensor, search: BlockSearch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ def _search(  # type: ignore[no-untyped-def]
         under, under_whole = _round_scales(minus, sum_w, 0, MIN_TOP, MAGIC, SUBS)
     else:
         under, under_whole = tl.zeros_like(number), tl.zeros_like(whole)
-    least = _error_of(value, weigh, number * whole, under * under_whole, OFFSET, TOP, MAGIC)
+    least = error_of(value, weigh, number * whole, under * under_whole, OFFSET, TOP, MAGIC)
     for _ in range(refinements):
         whole, under_whole, least = _move(
             value, weigh, number, under, whole, under_whole, least, OFFSET, TOP, LOW, HIGH, MIN_TOP, MAGIC
@@ -98,7 +98,7 @@ def _search(  # type: ignore[no-untyped-def]
         number, under, least = _refit(
             value, weigh, sum_w, sum_x, number, under, whole, under_whole, least, OFFSET, TOP, MIN_TOP, MAGIC, SUBS
         )
-    code = _codes_of(value, number * whole, under * under_whole, OFFSET, TOP, MAGIC) + OFFSET
+    code = codes_of(value, number * whole, under * under_whole, OFFSET, TOP, MAGIC) + OFFSET
     tl.store(codes + place * columns + at[None, :], code.to(tl.int32).to(tl.uint8), mask=inside[None, :])
     tl.store(scale + at, whole, mask=inside)
     tl.store(less + at, under_whole, mask=inside)
@@ -138,12 +138,12 @@ def _fit_offset(  # type: ignore[no-untyped-def]
     value, weigh, tries, starts, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr
 ):
     """Steps [M], fitted to the codes that each sub-block's largest weight has when it is called one of the tries."""
-    inverse = _inverse(_farthest(value, 0))
-    best = tl.zeros_like(inverse)
-    most = tl.zeros_like(inverse)
+    shrunk = inverse(_farthest(value, 0))
+    best = tl.zeros_like(shrunk)
+    most = tl.zeros_like(shrunk)
     for candidate in range(starts):
-        times = tl.load(tries + candidate) * inverse
-        code = _nearest(value * times[None, :], -OFFSET, TOP - OFFSET, MAGIC)
+        times = tl.load(tries + candidate) * shrunk
+        code = nearest(value * times[None, :], -OFFSET, TOP - OFFSET, MAGIC)
         along = tl.sum(value * weigh * code, axis=0)
         squares = tl.sum(code * code * weigh, axis=0)
         step = tl.where(squares > 0, along / tl.where(squares > 0, squares, 1.0), 0.0)
@@ -160,12 +160,12 @@ def _fit_ranges(  # type: ignore[no-untyped-def]
     """Steps and what is subtracted [M] of the ranges whose codes, once fitted, have the least error."""
     low, high = tl.minimum(tl.min(value, axis=0), 0.0), tl.max(value, axis=0)
     size, minus = (high - low) / tl.load(divisor), 0.0 - low
-    least = _error_of(value, weigh, size, minus, 0, TOP, MAGIC)
+    least = error_of(value, weigh, size, minus, 0, TOP, MAGIC)
     for candidate in range(1, starts):
         where = tl.load(span + candidate)
-        bottom = tl.where(where == SPANS_UP, 0.0, low)
-        top = tl.where(where == SPANS_DOWN, 0.0, tl.where(where == SPANS_UP, tl.maximum(high, 0.0), high))
-        code = _codes_of(value, (top - bottom) / tl.load(divisor + candidate), 0.0 - bottom, 0, TOP, MAGIC)
+        bottom = tl.where(where == SPAN_ABOVE, 0.0, low)
+        top = tl.where(where == SPAN_BELOW, 0.0, tl.where(where == SPAN_ABOVE, tl.maximum(high, 0.0), high))
+        code = codes_of(value, (top - bottom) / tl.load(divisor + candidate), 0.0 - bottom, 0, TOP, MAGIC)
         sum_l = tl.sum(weigh * code, axis=0)
         sum_ll = tl.sum(weigh * code * code, axis=0)
         sum_xl = tl.sum(value * weigh * code, axis=0)
@@ -178,7 +178,7 @@ def _fit_ranges(  # type: ignore[no-untyped-def]
         alone = tl.where(sum_ll > 0, tl.maximum(sum_xl / tl.where(sum_ll > 0, sum_ll, 1.0), 0.0), 0.0)
         kept = solvable & (below >= 0)
         slope, below = tl.where(kept, slope, alone), tl.where(kept, below, 0.0)
-        found = _error_of(value, weigh, slope, below, 0, TOP, MAGIC)
+        found = error_of(value, weigh, slope, below, 0, TOP, MAGIC)
         better = found < least
         least = tl.where(better, found, least)
         size = tl.where(better, slope, size)
@@ -198,7 +198,7 @@ def _round_scales(  # type: ignore[no-untyped-def]
     least = tl.full(largest.shape, float("inf"), tl.float64)
     for step in range(ROUNDINGS):
         size = _of_subs(_half(largest / (LIMIT + AWAY * (step - ROUNDINGS // 2))), SUBS)
-        whole = _nearest(values * _inverse(size), LOW, HIGH, MAGIC)
+        whole = nearest(values * inverse(size), LOW, HIGH, MAGIC)
         off = values - size * whole
         found = _of_block(off * off * weigh, SUBS)
         better = _of_subs(found < least, SUBS)
@@ -219,7 +219,7 @@ def _move(  # type: ignore[no-untyped-def]
     for move in range(3 * ASIDE):
         tried = tl.minimum(tl.maximum(whole + (move // ASIDE - 1), LOW * 1.0), HIGH * 1.0)
         tried_under = tl.minimum(tl.maximum(under_whole + (move % ASIDE - ASIDE // 2), 0.0), MIN_TOP * 1.0)
-        found = _error_of(value, weigh, number * tried, under * tried_under, OFFSET, TOP, MAGIC)
+        found = error_of(value, weigh, number * tried, under * tried_under, OFFSET, TOP, MAGIC)
         better = found < least
         least = tl.where(better, found, least)
         best = tl.where(better, tried, best)
@@ -233,7 +233,7 @@ def _refit(  # type: ignore[no-untyped-def]
     OFFSET: tl.constexpr, TOP: tl.constexpr, MIN_TOP: tl.constexpr, MAGIC: tl.constexpr, SUBS: tl.constexpr,
 ):  # fmt: skip
     """The blocks' numbers fitted to the codes, where that helps once they are float16 again; with the error."""
-    code = _codes_of(value, number * whole, under * under_whole, OFFSET, TOP, MAGIC)
+    code = codes_of(value, number * whole, under * under_whole, OFFSET, TOP, MAGIC)
     scale, minus = whole.to(tl.float64), under_whole.to(tl.float64)
     aa = _of_block(scale * scale * tl.sum(weigh * code * code, axis=0), SUBS)
     xa = _of_block(scale * tl.sum(value * weigh * code, axis=0), SUBS)
@@ -252,7 +252,7 @@ def _refit(  # type: ignore[no-untyped-def]
         step = (xa / tl.where(aa > 0, aa, 1.0)).to(tl.float32)
         fitted = tl.where(_of_subs(aa > 0, SUBS), _of_subs(step, SUBS), number)
     fitted, fitted_under = _half(fitted), _half(fitted_under)
-    found = _error_of(value, weigh, fitted * whole, fitted_under * under_whole, OFFSET, TOP, MAGIC)
+    found = error_of(value, weigh, fitted * whole, fitted_under * under_whole, OFFSET, TOP, MAGIC)
     better = _of_subs(_of_block(found, SUBS) < _of_block(least, SUBS), SUBS)
     number = tl.where(better, fitted, number)
     under = tl.where(better, fitted_under, under)
