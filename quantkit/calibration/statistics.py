@@ -27,11 +27,11 @@ class Statistics:
         needs: which sums to keep: "hessian" (sum of x x^T, float32 [I, I]), "deviation" (sum of (x' - x) x^T with
             x' the same token's input in the unquantized stream, float32 [I, I]; asked for together with "hessian"),
             "squares" (sum of x^2, float32 [I]). Float64 inputs are summed in float64.
-        every: of each batch, one window in so many is known of the unquantized stream, the first among them; the
-            deviation is made of these, as if it were of all.
         ranks: who keep them together, each its own parts of the sums over all tokens, until `complete`.
         weights: [O, I] of the linears that are solved from them; where `narrow`, what is kept of the deviation is
             its product with the only one.
+        every: of each batch, one window in so many is known of the unquantized stream, the first among them; the
+            deviation is made of these, as if it were of all.
     """
 
     def __init__(

@@ -398,6 +398,23 @@ def codes_of(x, step, less, OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.c
 
 
 @triton.jit
+def line_through(sum_w, sum_x, sum_l, sum_ll, sum_xl):  # type: ignore[no-untyped-def]
+    """Slope and offset of the weighted regression x = slope * code - offset; and where there is one."""
+    determinant = sum_w * sum_ll - sum_l * sum_l
+    solvable = determinant > 1e-7 * sum_w * sum_ll
+    safe = tl.where(solvable, determinant, 1.0)
+    return solvable, (sum_w * sum_xl - sum_x * sum_l) / safe, (sum_l * sum_xl - sum_ll * sum_x) / safe
+
+
+@triton.jit
+def without_negative(solvable, slope, offset, sum_ll, sum_xl):  # type: ignore[no-untyped-def]
+    """The line, but where it is none or its offset one that no min can say: there a slope alone."""
+    alone = tl.where(sum_ll > 0, tl.maximum(sum_xl / tl.where(sum_ll > 0, sum_ll, 1.0), 0.0), 0.0)
+    kept = solvable & (offset >= 0)
+    return tl.where(kept, slope, alone), tl.where(kept, offset, 0.0)
+
+
+@triton.jit
 def _fit_ranges(  # type: ignore[no-untyped-def]
     x, w, step, less, best_step, best_less, length, blocks, candidates, refits,
     SIGNED: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr,
@@ -422,19 +439,12 @@ def _fit_ranges(  # type: ignore[no-untyped-def]
         sum_l = tl.sum(weigh * code, axis=0)
         sum_ll = tl.sum(weigh * code * code, axis=0)
         sum_xl = tl.sum(own * weigh * code, axis=0)
-        determinant = sum_w * sum_ll - sum_l * sum_l
-        solvable = determinant > 1e-7 * sum_w * sum_ll
-        safe = tl.where(solvable, determinant, 1.0)
-        slope = (sum_w * sum_xl - sum_x * sum_l) / safe
-        offset = (sum_l * sum_xl - sum_ll * sum_x) / safe
+        solvable, slope, offset = line_through(sum_w, sum_x, sum_l, sum_ll, sum_xl)
         if SIGNED:
             slope = tl.where(solvable, slope, 0.0)
             offset = tl.where(solvable, offset, -sum_x / tl.where(sum_w == 0, 1.0, sum_w))
         else:
-            alone = tl.maximum(tl.where(sum_ll > 0, sum_xl / tl.where(sum_ll > 0, sum_ll, 1.0), 0.0), 0.0)
-            bad = (offset < 0) | (determinant <= 1e-7 * sum_w * sum_ll)
-            slope = tl.where(bad, alone, slope)
-            offset = tl.where(bad, 0.0, offset)
+            slope, offset = without_negative(solvable, slope, offset, sum_ll, sum_xl)
         found = error_of(own, weigh, slope, offset, 0, TOP, MAGIC)
         better = found < least
         least = tl.where(better, found, least)

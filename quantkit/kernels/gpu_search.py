@@ -13,7 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.gpu import COLUMNS, MAGIC, PLAIN, codes_of, error_of, inverse, nearest
+from quantkit.kernels.gpu import (
+    COLUMNS,
+    MAGIC,
+    PLAIN,
+    codes_of,
+    error_of,
+    inverse,
+    line_through,
+    nearest,
+    without_negative,
+)
 from quantkit.kernels.levels import ABOVE, BELOW, BlockSearch
 
 ROUNDINGS = tl.constexpr(9)  # of the largest scale, see `quantkit.grids.blocks`
@@ -169,15 +179,8 @@ def _fit_ranges(  # type: ignore[no-untyped-def]
         sum_l = tl.sum(weigh * code, axis=0)
         sum_ll = tl.sum(weigh * code * code, axis=0)
         sum_xl = tl.sum(value * weigh * code, axis=0)
-        determinant = sum_w * sum_ll - sum_l * sum_l
-        solvable = determinant > 1e-7 * sum_w * sum_ll
-        safe = tl.where(solvable, determinant, 1.0)
-        slope = (sum_w * sum_xl - sum_x * sum_l) / safe
-        below = (sum_l * sum_xl - sum_ll * sum_x) / safe
-        # the min that the type cannot hold is left out, and the step fitted alone
-        alone = tl.where(sum_ll > 0, tl.maximum(sum_xl / tl.where(sum_ll > 0, sum_ll, 1.0), 0.0), 0.0)
-        kept = solvable & (below >= 0)
-        slope, below = tl.where(kept, slope, alone), tl.where(kept, below, 0.0)
+        solvable, slope, below = line_through(sum_w, sum_x, sum_l, sum_ll, sum_xl)
+        slope, below = without_negative(solvable, slope, below, sum_ll, sum_xl)
         found = error_of(value, weigh, slope, below, 0, TOP, MAGIC)
         better = found < least
         least = tl.where(better, found, least)
