@@ -105,9 +105,10 @@ def filled(slots: list[list[dict[str, Any]]], taken: list[int], budget: int) -> 
 
 
 def uniform(measured: Measured, shapes: Shapes, target: float) -> dict[str, Mixture]:
-    return dict.fromkeys(
-        shapes, min(UNIFORM, key=lambda mixture: abs(stored(dict.fromkeys(shapes, mixture), shapes) - target))
-    )
+    def everywhere(mixture: Mixture) -> dict[str, Mixture]:
+        return dict.fromkeys(shapes, mixture)
+
+    return min(map(everywhere, UNIFORM), key=lambda mixtures: abs(stored(mixtures, shapes) - target))
 
 
 def _published_rows(key: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

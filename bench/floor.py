@@ -5,10 +5,11 @@
 
 The first is of a shape in bench/shapes and a recipe (GPTQ of Bielik-7B unless --recipe names another), without a build.
 The second takes operations, bytes and seconds from an artifact's record: run it on the machine that built. Rates are
-measured here and now, so with nothing else running: a square matmul in the recipe's dtype and one in float32, a copy in
-memory, and a file in the current folder, written with fsync and read after its pages were dropped from the cache (where
-the system lets a program do so: Linux). A stage's floor is its operations or bytes at that rate. The inner loops are
-compiled once for each machine, at their first use, and then loaded: seconds of a first build have that in `solve`.
+measured here and now, so with nothing else running: a square matmul in the recipe's dtype, or in what the device
+multiplies that in, and one in float32, a copy in memory, and a file in the current folder, written with fsync and read
+after its pages were dropped from the cache (where the system lets a program do so: Linux). A stage's floor is its
+operations or bytes at that rate. The inner loops are compiled once for each machine, at their first use, and then
+loaded: seconds of a first build have that in `solve`.
 """
 
 import argparse
@@ -23,9 +24,10 @@ from typing import Any
 import torch
 
 from quantkit.checkpoint.index import describe_model
-from quantkit.machine import choose_device, environment
+from quantkit.estimate import IN_FLOAT32
+from quantkit.machine import choose_device, environment, product_dtype
 from quantkit.methods import METHODS
-from quantkit.plan import IN_FLOAT32, make_plan
+from quantkit.plan import make_plan
 from quantkit.recipe import find_recipe, load_recipe
 from quantkit.report.record import read_record
 
@@ -77,7 +79,7 @@ def rates(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
         write_bytes = COPIED / best(write, cpu)
         read_bytes = COPIED / best(read, cpu)
     return {
-        "matmul_flops": matmul_rate(dtype, device),
+        "matmul_flops": matmul_rate(product_dtype(device, dtype), device),
         "float32_flops": matmul_rate(torch.float32, device),
         "copy_bytes": 2.0 * COPIED / best(block.clone, device),
         "write_bytes": write_bytes,

@@ -6,7 +6,7 @@ import torch
 
 from quantkit.calibration.statistics import SQUARES, Statistics
 from quantkit.costs import StageWork
-from quantkit.machine import needs_widening, pieces_at_a_time
+from quantkit.machine import pieces_at_a_time, product_dtype
 from quantkit.progress import timed
 from quantkit.solvers.contract import Solver
 
@@ -27,7 +27,7 @@ def product_seconds(counted: dict[str, float], dtype: torch.dtype, device: torch
         dtype: of the stream.
         device: that computes.
     """
-    streamed = torch.float32 if needs_widening(device, dtype) else dtype
+    streamed = product_dtype(device, dtype)
     by_dtype: dict[torch.dtype, float] = {}
     for stage, count in counted.items():
         computed = torch.float32 if stage in IN_FLOAT32 else streamed

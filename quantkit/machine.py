@@ -78,6 +78,11 @@ def needs_widening(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What tensors of a dtype are multiplied in there."""
+    return torch.float32 if needs_widening(device, dtype) else dtype
+
+
 def deciding_versions() -> dict[str, str]:
     """Versions of everything whose change may change bytes."""
     packages = [*DECIDING_PACKAGES, *(name for name in ON_A_GPU if torch.version.cuda and find_spec(name))]

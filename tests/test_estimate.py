@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from quantkit import estimate
+from quantkit import estimate, machine
 from quantkit.calibration.statistics import HESSIAN, SQUARES
 from quantkit.costs import Shape, StageWork
 from quantkit.pipeline import plan
@@ -73,7 +73,7 @@ def test_the_rate_is_that_of_what_is_computed_in(monkeypatch):
     asked = []
     monkeypatch.setattr(estimate, "_rate", lambda dtype, device: asked.append(dtype) or 1e12)
     for widens in (True, False):
-        monkeypatch.setattr(estimate, "needs_widening", lambda device, dtype, widens=widens: widens)
+        monkeypatch.setattr(machine, "needs_widening", lambda device, dtype, widens=widens: widens)
         assert estimate.product_seconds({"forward": 7e12, "solve": 7e12}, torch.bfloat16, CPU) == pytest.approx(40)
     assert asked == [torch.float32, torch.bfloat16, torch.float32]
 

@@ -122,12 +122,8 @@ def searched(rows: int, columns: int, device: torch.device) -> dict[str, dict[st
         grids = search(weight_NSL, weigh_NSL, kind)[0], fit(weight_NSL, weigh_NSL, kind)
         x_LM, w_LM = (part.flatten(0, 1).t() for part in (weight_NSL, weigh_NSL))
         error, expected = (
-            float(
-                reference.block_errors(
-                    x_LM, w_LM, *(part.flatten()[None] for part in steps_of(grid)), kind.offset, kind.top
-                ).sum()
-            )
-            for grid in grids
+            float(reference.block_errors(x_LM, w_LM, step_1M, less_1M, kind.offset, kind.top).sum())
+            for step_1M, less_1M in ([part.flatten()[None] for part in steps_of(grid)] for grid in grids)
         )
         seconds = best_seconds(partial(search, weight_NSL, weigh_NSL, kind), device)
         found[name] = {
