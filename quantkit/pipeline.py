@@ -15,8 +15,9 @@ import torch
 from quantkit.artifact import Artifact, Build, Job, Once, Outcome
 from quantkit.checkpoint.spill import free_bytes
 from quantkit.errors import QuantkitError, RefusedError
+from quantkit.footprint import in_passes, together_bytes
 from quantkit.launch import TOGETHER
-from quantkit.plan import Plan, in_passes, together_bytes
+from quantkit.plan import Plan
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import OWN_ENGINE, Recipe, public_name

@@ -15,8 +15,8 @@ from quantkit.checkpoint.families import FAMILIES
 from quantkit.checkpoint.index import TensorFolder
 from quantkit.checkpoint.layer import DecoderLayer
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
+from quantkit.footprint import Footprint, in_passes, together_bytes
 from quantkit.pipeline import build, build_all, plan_all
-from quantkit.plan import Footprint, in_passes, together_bytes
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
 from quantkit.workdir import locked, work_folder
