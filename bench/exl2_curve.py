@@ -42,7 +42,8 @@ from quantkit.machine import environment
 from quantkit.quantize import Exl2Section
 from quantkit.solvers.exl2 import Exl2Solver
 from quantkit.solvers.exl2_measure import Allocation, Measured, OptionTrial, allocate, mixture_of
-from quantkit.stream import Calibration, Solvers, stream, survey
+from quantkit.stream import Calibration, Solvers, stream
+from quantkit.survey import survey
 from quantkit.texts import load_text_set
 from quantkit.validation.perplexity import compare, final_states
 

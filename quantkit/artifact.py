@@ -4,23 +4,23 @@ What is the same for several of them is made once. `quantkit.pipeline` decides w
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.tokenizer import Tokenizer
-from quantkit.engines.env import find_engine
 from quantkit.errors import QuantkitError, RefusedError
 from quantkit.formats import open_variants
 from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
 from quantkit.formats.shards import read_item, write_item
+from quantkit.job import Build, Job, Once, Outcome
 from quantkit.judgement import (
     check_validation,
     check_window,
@@ -28,90 +28,28 @@ from quantkit.judgement import (
     judge,
     judged_as_stated,
     judged_by,
-    stated_texts,
     text_to_judge_on,
 )
-from quantkit.machine import deciding_versions, device_model, environment, peak_memory_bytes, use_threads
+from quantkit.machine import peak_memory_bytes, use_threads
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan, reads_text, require_here
 from quantkit.progress import Progress, timed
+from quantkit.provenance import finished_record, identity_of, new_record
 from quantkit.qtensor import Item, QuantizedLinear
 from quantkit.ranks import ALONE, Ranks
-from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
+from quantkit.recipe import Recipe, public_name
 from quantkit.report.card import keep
-from quantkit.report.record import CARD, SCHEMA, output_entries, read_record, require_unchanged
+from quantkit.report.record import output_entries
 from quantkit.solvers.dealt import Dealt
 from quantkit.source_pass import Calibration, SourcePass
 from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
-from quantkit.stream import Sinks, Solvers, goes_on_quantized, stream, survey
+from quantkit.stream import Sinks, Solvers, goes_on_quantized, stream
+from quantkit.survey import survey
 from quantkit.texts import TextSet, load_text_set, require_known
 from quantkit.upstream import adopt, adopt_files, prepare, prepared_items, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
 from quantkit.validation.text import EvaluationText
-from quantkit.workdir import Behind, Workdir, discard_work, open_workdir, refuse_other
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe to be built.
-
-    Attributes:
-        name: what it is called in messages.
-        recipe: what to build.
-        out: the artifact's folder; appears whole or not at all.
-    """
-
-    name: str
-    recipe: Recipe
-    out: Path
-
-
-@dataclass(frozen=True)
-class Build:
-    """What `build` did.
-
-    Attributes:
-        out: the artifact's folder.
-        record: its record.
-        reused: it was there already, complete and unchanged.
-        unpinned: commit that the recipe's model was resolved to, if the recipe names none.
-        seconds: it took just now, what it shared with others counted where it was done first.
-    """
-
-    out: Path
-    record: dict[str, Any]
-    reused: bool
-    unpinned: str | None = None
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job: a build, or an error; an artifact that could not be judged is kept and has both."""
-
-    name: str
-    build: Build | None
-    error: QuantkitError | None
-
-
-class Once:
-    """What recipes have in common is made once; so is an error."""
-
-    def __init__(self) -> None:
-        self._made: dict[Any, Any] = {}
-
-    def __call__(self, key: Any, make: Callable[[], T]) -> T:
-        if key not in self._made:
-            try:
-                self._made[key] = make()
-            except QuantkitError as error:
-                self._made[key] = error
-        found = self._made[key]
-        if isinstance(found, QuantkitError):
-            raise found
-        return found
+from quantkit.workdir import Behind, Workdir, open_workdir
 
 
 class Artifact:
@@ -213,9 +151,9 @@ class Artifact:
                     name: once(("text", name), partial(load_text_set, name, "calibration")) for name in wanted
                 }
         engine = recipe.engine if self.method.engine is None else self.method.engine
-        self._identity = _identity(recipe, self.source, self._texts, self.device, engine, self.method.read)
+        self._identity = identity_of(recipe, self.source, self._texts, self.device, engine, self.method.read)
         self.ranks.require_alike(self._identity)
-        self.record = self.ranks.from_first(partial(_finished, self.job.out, self._identity, fresh=fresh))
+        self.record = self.ranks.from_first(partial(finished_record, self.job.out, self._identity, fresh=fresh))
         self._reused = self.record is not None
         judging = validated and not self._is_judged
         if self.record is None or judging:
@@ -301,7 +239,10 @@ class Artifact:
         assert self.method.survey is not None, "nothing is to be measured"
         checkpoint, wanted, work = self.source.checkpoint, self.method.survey, self._work
         names = checkpoint.items[1:-1]
-        steps = Sinks(item=lambda name: self.progress.steps("measure", checkpoint.items.index(name), len(names) + 1))
+
+        def told(name: str) -> None:
+            self.progress.steps("measure", checkpoint.items.index(name), len(names) + 1)
+
         found: Iterator[tuple[str, dict[str, Any]] | None] = iter(())
         if any(work.noted(name) is None for name in names):
             found = survey(
@@ -310,7 +251,7 @@ class Artifact:
                 wanted.measuring,
                 decoder=self._decoder,
                 known=lambda name: work.noted(name) is not None,
-                sinks=steps,
+                told=told,
                 shared=shared,
             )
 
@@ -453,9 +394,8 @@ class Artifact:
                     work.assemble(lambda folder: adopt_files(left, form, source.checkpoint, items, folder))
                 opened = open_variants(self.recipe.format, work.artifact)
                 variants = {name: artifact.tensors.files for name, artifact in opened.items()}
-        record = _record(self.recipe, source, self._texts, self._identity, self.device, self._calibration)
+        record = new_record(self.recipe, source, self._texts, self._identity, self.device, self._calibration)
         record["environment"]["ranks"] = self.ranks.size
-        record["chat"] = _chat_example(source.tokenizer, self.recipe.validation.prompt)
         record["engine_facts"] = self._engine_facts
         record["reproducible"] = self._engine_facts is None
         record["variants"] = variants
@@ -524,53 +464,6 @@ def _method(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Metho
     return method.survey.settle([findings])
 
 
-def _identity(
-    recipe: Recipe,
-    source: Source,
-    texts: dict[str, TextSet],
-    device: torch.device,
-    engine: str,
-    read: Mapping[str, str],
-) -> dict[str, Any]:
-    """Everything that decides the artifact's bytes; the same identity gives the same files."""
-    deciding = recipe.deciding()
-    # what it was resolved to: a recipe that is pinned to it afterwards means the same build
-    deciding["model"] = deciding["model"] | {"revision": source.revision}
-    identity = {
-        "recipe": deciding,
-        "source": source.sha256,
-        "texts": {public_name(name): text_set.sha256 for name, text_set in texts.items()},
-        "versions": deciding_versions(),
-        "device": device_model(device),
-    }
-    if engine != OWN_ENGINE:
-        identity["engine"] = find_engine(engine).pins
-    return identity | ({"read": dict(read)} if read else {})
-
-
-def _finished(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
-    """The record of an artifact that is there already and is this one; None if it is to be made.
-
-    Raises:
-        RefusedError: the folder holds something else (`fresh` allows another build of quantkit, nothing more).
-        RunFailedError: it is this one, but its files were changed.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    record = read_record(out) if out.is_dir() else None
-    if record is None:
-        raise RefusedError(
-            f"{out} exists and is no artifact of quantkit", where=str(out), fix="choose another folder with --out"
-        )
-    if fresh:
-        return None
-    refuse_other(record["identity"], identity, where=out)
-    # a kill may have come between card and record; publishing looks at both
-    require_unchanged(out, record, but=(CARD,))
-    discard_work(out)
-    return record
-
-
 def _lay_out(checkpoint: Checkpoint, form: Format, work: Workdir) -> LaidOut | None:
     """The files that solved items go straight into, for a format that has such."""
     if not isinstance(form, InPlace):
@@ -584,51 +477,6 @@ def _dealt(solvers: Solvers, ranks: Ranks) -> Solvers:
         return solvers
     ends = None if solvers.ends is None else Dealt(solvers.ends, ranks)
     return replace(solvers, layers=Dealt(solvers.layers, ranks), ends=ends)
-
-
-def _record(
-    recipe: Recipe,
-    source: Source,
-    texts: dict[str, TextSet],
-    identity: dict[str, Any],
-    device: torch.device,
-    calibration: Calibration | None,
-) -> dict[str, Any]:
-    facts = None
-    if calibration is not None:
-        section = recipe.calibration
-        facts = {
-            "texts": [
-                {
-                    "name": public_name(name),
-                    "sha256": text_set.sha256,
-                    "revision": text_set.revision,
-                    "windows": section.texts[name],
-                }
-                for name, text_set in texts.items()
-            ],
-            "window_tokens": section.window_tokens,
-            "seed": section.seed,
-            "tokens_sha256": fingerprint(calibration.tokens_WT.tolist()),
-        }
-    return {
-        "schema": SCHEMA,
-        "format": recipe.format,
-        "engine": recipe.engine,
-        "recipe": recipe.resolved(),
-        "fingerprint": fingerprint(identity),
-        "identity": identity,
-        "source": source.facts(),
-        "calibration": facts,
-        "environment": environment(device),
-        "validation_texts": stated_texts(recipe.validation.texts),
-        "validation": None,
-    }
-
-
-def _chat_example(tokenizer: Tokenizer, prompt: str) -> str | None:
-    """A question as the model reads it; None for a model without a chat template."""
-    return tokenizer.render([("user", prompt)], answer=True) if tokenizer.has_template else None
 
 
 def _calibration(

@@ -20,8 +20,8 @@ from quantkit import __version__
 from quantkit.errors import QuantkitError, worst
 
 if TYPE_CHECKING:
-    from quantkit.artifact import Job
     from quantkit.cluster import BuildJob, Resources
+    from quantkit.job import Job
     from quantkit.ranks import Ranks
     from quantkit.recipe import Recipe
 
@@ -522,7 +522,7 @@ def _jobs(
     name: str, changes: list[str] | None, model: str | None, out: Path | None
 ) -> "tuple[list[Job], dict[str, QuantkitError]]":
     """The builds that a name means, and of several those that their recipes rule out."""
-    from quantkit.artifact import Job
+    from quantkit.job import Job
     from quantkit.pipeline import default_out
     from quantkit.recipe import recipes_named
 

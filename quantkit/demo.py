@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from quantkit.artifact import Build, Job
 from quantkit.engines.env import find_engine, why_not
 from quantkit.formats import READERS
+from quantkit.job import Build, Job
 from quantkit.judgement import validate
 from quantkit.nano import NAME, ensure_nano
 from quantkit.pipeline import build_all, default_out

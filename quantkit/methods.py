@@ -46,7 +46,8 @@ from quantkit.solvers.gptq import GptqSolver
 from quantkit.solvers.hqq import HalfQuadratic
 from quantkit.solvers.rtn import RoundToNearest
 from quantkit.solvers.weights import ByWidth, WeightSolver, WhereCalibrated
-from quantkit.stream import Measuring, Solvers
+from quantkit.stream import Solvers
+from quantkit.survey import Measuring
 from quantkit.workdir import sha256_of
 
 # where a recipe has no key for them

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from quantkit.artifact import Artifact, Build, Job, Once, Outcome
+from quantkit.artifact import Artifact
 from quantkit.checkpoint.spill import free_bytes
 from quantkit.errors import QuantkitError, RefusedError
 from quantkit.footprint import in_passes, together_bytes
+from quantkit.job import Build, Job, Once, Outcome
 from quantkit.launch import TOGETHER
 from quantkit.plan import Plan
 from quantkit.progress import Progress

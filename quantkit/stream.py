@@ -1,9 +1,8 @@
 """The pass over the checkpoint: load an item, collect what the solver asks for, solve, advance the activations.
 
-One decoder layer is in memory at a time. Statistics come from walking all calibration windows through the layer in
-step: every walk stops in front of a stage, the stage is solved, and the walks go on with the solved weights, so
-that true sequential order costs one forward pass. A finished layer (after an interruption) is only walked through
-with the weights read back from disk; they equal those that were solved, so what follows is the same to the bit.
+One decoder layer is in memory at a time, and all calibration windows walk through it in step, see
+`quantkit.activations`. A finished layer (after an interruption) is only walked through with the weights read back from
+disk; they equal those that were solved, so what follows is the same to the bit.
 
 Streams of several recipes may go through a checkpoint in step, an item each in turn, and share what is the same for
 them: see `quantkit.source_pass`.
@@ -12,33 +11,29 @@ Shape legend: W windows, T tokens per window, D hidden size.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from itertools import repeat
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from quantkit.activations import Activations, WeightOf
 from quantkit.calibration.statistics import ACTIVATIONS, DEVIATION, Statistics
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
-from quantkit.checkpoint.layer import Decoder, DecoderLayer, Walk
-from quantkit.checkpoint.spill import Kept
+from quantkit.checkpoint.layer import Decoder, DecoderLayer
 from quantkit.costs import Cost, LayerWork
 from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
 from quantkit.progress import timed, timed_steps
 from quantkit.qtensor import Item, LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
-from quantkit.source_pass import Calibration, FloatStream, SourcePass, Taken, embedded, finish, start
+from quantkit.source_pass import Calibration, SourcePass, Taken
 
 HEAD_WEIGHT = f"{END_MODULES[HEAD]}.weight"
-WeightOf = Callable[[str], Tensor]
-"""A layer's weight [O, I] by the name of its linear in the family's table."""
-SolveStage = Callable[[Stage, WeightOf, Statistics], None]
 
 
 class Preparation(Protocol):
@@ -154,7 +149,7 @@ def _through(
     checkpoint: Checkpoint,
     shared: SourcePass,
     solvers: Solvers,
-    activations: "Activations | None",
+    activations: Activations | None,
     decoder: Decoder,
     stored_dtype: torch.dtype,
     skip: tuple[str, ...],
@@ -195,107 +190,12 @@ def _timed_item(item: Item, spent: Mapping[str, float]) -> Item:
     return item
 
 
-class Measuring(Protocol):
-    """Finds something out about the decoder layers of the unquantized model before the first of them is solved."""
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """Statistics of every stage's inputs."""
-        ...
-
-    @property
-    def windows(self) -> int:
-        """Most calibration windows whose hidden states `measure` is given."""
-        ...
-
-    def measure(
-        self,
-        layer: DecoderLayer,
-        statistics: Mapping[str, Statistics],
-        hidden_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
-    ) -> dict[str, Any]:
-        """What is found out, for JSON.
-
-        Args:
-            layer: holding the source's weights; may be altered.
-            statistics: over all windows, by the stage's name.
-            hidden_BTD: the layer's input [B, T, D] for some windows, evenly spaced; may be altered.
-            rope: for `DecoderLayer.walk`.
-        """
-        ...
-
-    def cost(self, layer: LayerWork) -> Cost:
-        """What measuring such a layer takes, beside the walk of all windows through it and the statistics."""
-        ...
-
-
-def survey(
-    checkpoint: Checkpoint,
-    calibration: Calibration,
-    measuring: Measuring,
-    *,
-    decoder: Decoder,
-    known: Callable[[str], bool] = lambda item: False,
-    sinks: Sinks | None = None,
-    shared: SourcePass | None = None,
-) -> Iterator[tuple[str, dict[str, Any]] | None]:
-    """What is found out about every decoder layer, by its name; None for an item of which nothing is, or known already.
-
-    Args:
-        checkpoint: the source.
-        calibration: the windows; what they are in the unquantized model is looked at.
-        measuring: looks.
-        decoder: the model's code.
-        known: whether a layer was measured before.
-        sinks: told of progress.
-        shared: as for `stream`.
-    """
-    alone = shared is None
-    shared = shared or SourcePass(checkpoint)
-    exact = shared.float_stream(decoder, calibration)
-    # two recipes may measure in the same way: each takes part for itself
-    place = object()
-    exact.join(place, Taken(measuring.needs, hidden=True))
-    return _measured(checkpoint, shared, exact, calibration, place, measuring, known, sinks or Sinks(), alone=alone)
-
-
-def _measured(
-    checkpoint: Checkpoint,
-    shared: SourcePass,
-    exact: FloatStream,
-    calibration: Calibration,
-    place: object,
-    measuring: Measuring,
-    known: Callable[[str], bool],
-    sinks: Sinks,
-    *,
-    alone: bool,
-) -> Iterator[tuple[str, dict[str, Any]] | None]:
-    names = checkpoint.items[:-1]
-    with shared if alone else nullcontext(), exact.taking_part(place):
-        for name, following in zip(names, [*names[1:], None], strict=True):
-            source = shared.read(name, following)
-            sinks.item(name)
-            exact.at(name, source, {})
-            if name == EMBEDDING or known(name):
-                yield None
-                continue
-            hidden_BTD = calibration.sampled((each.tensor() for each in exact.hidden()), measuring.windows)
-            spent: dict[str, float] = {}
-            statistics = {stage.name: exact.statistics(stage, spent) for stage in checkpoint.family.stages}
-            release_freed_memory()
-            layer = exact.decoder.layer(int(name.removeprefix("layers.")), source)
-            yield name, measuring.measure(layer, statistics, hidden_BTD, exact.rope)
-            del statistics, layer, hidden_BTD
-
-
 def _solve_item(
     checkpoint: Checkpoint,
     name: str,
     source: dict[str, Tensor],
     solvers: Solvers,
-    activations: "Activations | None",
+    activations: Activations | None,
     stored_dtype: torch.dtype,
     skip: tuple[str, ...],
     sinks: Sinks,
@@ -389,7 +289,7 @@ def _solve_end(
     name: str,
     source: dict[str, Tensor],
     solver: Solver | None,
-    activations: "Activations | None",
+    activations: Activations | None,
     stored_dtype: torch.dtype,
     sinks: Sinks,
     decoder: Decoder,
@@ -414,7 +314,7 @@ def _solve_end(
     return item
 
 
-def _activations(shared: SourcePass, decoder: Decoder, calibration: Calibration, solvers: Solvers) -> "Activations":
+def _activations(shared: SourcePass, decoder: Decoder, calibration: Calibration, solvers: Solvers) -> Activations:
     """One stream's activations, with a place in the unquantized stream if it has to do with it."""
     rewrites = solvers.preparation is not None
     if calibration.from_float:
@@ -424,167 +324,6 @@ def _activations(shared: SourcePass, decoder: Decoder, calibration: Calibration,
         return Activations(decoder, calibration, None, Taken())
     exact = shared.float_stream(decoder, replace(calibration, every=solvers.compared_every))
     return Activations(decoder, calibration, exact, Taken(inputs=True))
-
-
-class Activations:
-    """Hidden states of all calibration windows in front of the current item.
-
-    Args:
-        decoder: the model's code.
-        calibration: token windows and how they are batched.
-        exact: the unquantized stream, for those that compare with it or live on it.
-        wanted: what is taken of it.
-    """
-
-    def __init__(self, decoder: Decoder, calibration: Calibration, exact: FloatStream | None, wanted: Taken) -> None:
-        self.decoder = decoder
-        self.calibration = calibration
-        self.from_float = calibration.from_float
-        self.rope = exact.rope if exact else decoder.rope(calibration.tokens_WT.shape[1])
-        self._batches: list[Kept] = []
-        self._exact = exact
-        self._wanted = wanted
-        if exact is not None:
-            exact.join(self, wanted)
-
-    def taking_part(self) -> AbstractContextManager[None]:
-        """Where the stream runs: behind it nothing is kept for it any more."""
-        return nullcontext() if self._exact is None else self._exact.taking_part(self)
-
-    @property
-    def shares_sums(self) -> bool:
-        """Whether layers are solved from sums of the unquantized stream, the same for all who live on it."""
-        return bool(self._wanted.needs)
-
-    def at(self, name: str, source: dict[str, Tensor], seconds: dict[str, float]) -> None:
-        """Come to an item, with the checkpoint's weights of it; the time of what had to be computed goes to seconds."""
-        if self._exact is not None:
-            self._exact.at(name, source, seconds)
-
-    def hidden(self) -> list[Kept]:
-        """The batches [B, T, D] in front of the item, once for each; the tensors are not to be modified."""
-        return self._float().hidden() if self.from_float else self._batches
-
-    def advance(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Go through an item that needs no solving: the embedding, the head, or a layer finished earlier.
-
-        Args:
-            name: the item.
-            tensors: dense weights as the artifact holds them.
-        """
-        if name == HEAD or self.from_float:
-            return
-        if name == EMBEDDING:
-            self._batches = embedded(self.decoder, tensors, self.calibration)
-            return
-        layer = self.decoder.layer(int(name.removeprefix("layers.")), tensors)
-        self._batches = finish(start(layer, self._batches, self.rope, self.decoder.spill), self.decoder.spill)
-
-    def head_statistics(
-        self, tensors: dict[str, Tensor], source: dict[str, Tensor], needs: frozenset[str]
-    ) -> Statistics:
-        """Statistics of what the head reads.
-
-        Args:
-            tensors: the final norm as the artifact holds it.
-            source: the checkpoint's own.
-            needs: which.
-        """
-        exact = self._float().hidden() if self._wanted.inputs else None
-
-        def inputs() -> Iterator[tuple[Tensor, ...]]:
-            for position, batch in enumerate(self.hidden()):
-                normed = self.decoder.normed(tensors, batch.tensor())
-                if exact is None:
-                    yield (normed,)
-                else:
-                    yield normed, self.decoder.normed(source, exact[position].tensor())
-
-        return self._summed(inputs(), self._statistics(needs, ()), {})
-
-    def solve_shared(self, item: Item, solve_stage: SolveStage) -> None:
-        """Solve a layer stage by stage from the unquantized stream's own sums."""
-        exact = self._float()
-        for stage in self.decoder.family.stages:
-            statistics = exact.statistics(stage, item.seconds)
-            solve_stage(stage, exact.layer().weight, statistics)
-
-    def solve_layer(
-        self,
-        layer: DecoderLayer,
-        hidden: list[Kept],
-        item: Item,
-        solved: frozenset[str],
-        needs: frozenset[str],
-        solve_stage: SolveStage,
-    ) -> None:
-        """Solve a layer stage by stage and leave the activations behind it.
-
-        Args:
-            layer: holding the source's linears; replaced by decoded ones as they are solved.
-            hidden: what `hidden` gave; emptied.
-            item: gathers the solved linears and the seconds spent.
-            solved: the linears that are, by their names in the family's table.
-            needs: statistics the solver asks for.
-            solve_stage: solves the linears of one stage into `item`.
-        """
-        walks = start(layer, hidden, self.rope, self.decoder.spill)
-        for stage in layer.family.stages:
-            exact = self._float().inputs(stage, item.seconds) if self._wanted.inputs else None
-            weights = [layer.weight(linear) for linear in stage.linears if linear in solved]
-            # nothing is summed for a stage whose linears all stay dense
-            sums = self._statistics(needs if weights else frozenset(), weights)
-            statistics = self._summed(_stops(walks, exact, item.seconds), sums, item.seconds)
-            del exact
-            solve_stage(stage, layer.weight, statistics)
-            if not self.from_float:
-                _replace_weights(layer, stage, item)
-        if not self.from_float:
-            with timed(item.seconds, "advance"):
-                self._batches = finish(walks, self.decoder.spill)
-
-    def _statistics(self, needs: frozenset[str], weights: Sequence[Tensor]) -> Statistics:
-        every = 1 if self._exact is None else self._exact.calibration.every
-        return Statistics(needs, self.calibration.ranks, weights, every)
-
-    def _summed(
-        self, inputs: Iterator[tuple[Tensor, ...]], statistics: Statistics, seconds: dict[str, float]
-    ) -> Statistics:
-        """Sums over all batches, given what is read of one's own, and what the unquantized stream has there."""
-        for batch in self.calibration.in_order(inputs):
-            with timed(seconds, "statistics"):
-                statistics.add(*batch)
-            del batch
-            # in pieces between what stays, the next batch would find no room in it
-            release_freed_memory()
-        statistics.complete()
-        return statistics
-
-    def _float(self) -> FloatStream:
-        assert self._exact is not None, "it has nothing to do with the unquantized stream"
-        return self._exact
-
-
-def _stops(
-    walks: Sequence[Walk], exact: Iterator[tuple[Tensor]] | None, seconds: dict[str, float]
-) -> Iterator[tuple[Tensor, ...]]:
-    """What walks read at their next stop, with what the unquantized stream has there, and none of it while asked on."""
-    next_walk = iter(walks)
-    # its own end it must come to; what zip gave, zip would hold
-    for other in exact if exact is not None else repeat((), len(walks)):
-        with timed(seconds, "forward"):
-            _, inputs = next(next(next_walk))
-        both = (inputs, *other)
-        del inputs, other
-        yield both
-        del both
-
-
-def _replace_weights(layer: DecoderLayer, stage: Stage, item: Item) -> None:
-    for linear in stage.linears:
-        if quantized := item.linears.get(layer.linear_name(linear)):
-            weight = layer.linears[linear].weight
-            weight.data = quantized.dequantize().to(device=weight.device, dtype=weight.dtype)
 
 
 def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

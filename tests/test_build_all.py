@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from quantkit import pipeline, source_pass
-from quantkit.artifact import Job
 from quantkit.calibration.statistics import Statistics
 from quantkit.checkpoint.families import FAMILIES
 from quantkit.checkpoint.index import TensorFolder
 from quantkit.checkpoint.layer import DecoderLayer
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.footprint import Footprint, in_passes, together_bytes
+from quantkit.job import Job
 from quantkit.pipeline import build, build_all, plan_all
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
@@ -147,7 +147,7 @@ import json, os, signal, sys
 from pathlib import Path
 import torch
 from quantkit import workdir
-from quantkit.artifact import Job
+from quantkit.job import Job
 from quantkit.pipeline import build_all
 from quantkit.recipe import Recipe
 

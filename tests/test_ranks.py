@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
-from quantkit.artifact import Job
 from quantkit.calibration.statistics import BLOCK
 from quantkit.errors import RefusedError
+from quantkit.job import Job
 from quantkit.launch import start
 from quantkit.pipeline import build, build_all
 from quantkit.ranks import Ranks, owners
@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit.artifact import Job
+from quantkit.job import Job
 from quantkit.pipeline import build_all
 from quantkit.ranks import joined
 from quantkit.recipe import Recipe

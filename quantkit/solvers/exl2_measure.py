@@ -34,7 +34,7 @@ Measured = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class OptionTrial:
-    """How mixtures are tried out, see `quantkit.stream.Measuring`.
+    """How mixtures are tried out, see `quantkit.survey.Measuring`.
 
     Attributes:
         damping, candidates: of the solver, see `quantkit.solvers.exl2`.

@@ -14,7 +14,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from quantkit.artifact import Build
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.index import open_checkpoint, read_json
 from quantkit.checkpoint.tokenizer import load_tokenizer
@@ -27,6 +26,7 @@ from quantkit.formats.gguf.mixtures import MIXTURES
 from quantkit.formats.gguf.names import checkpoint_name
 from quantkit.formats.gguf.tokenizer import PRE_TOKENIZERS, Splitting
 from quantkit.grids.blocks import TYPES, error_weights, quantize
+from quantkit.job import Build
 from quantkit.judgement import validate
 from quantkit.pipeline import build
 from quantkit.progress import Progress

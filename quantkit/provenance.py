@@ -1,0 +1,122 @@
+"""Where an artifact's bytes come from: what decides them, and the record that tells."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit.checkpoint.tokenizer import Tokenizer
+from quantkit.engines.env import find_engine
+from quantkit.errors import RefusedError
+from quantkit.judgement import stated_texts
+from quantkit.machine import deciding_versions, device_model, environment
+from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
+from quantkit.report.record import CARD, SCHEMA, read_record, require_unchanged
+from quantkit.source_pass import Calibration
+from quantkit.sources import Source
+from quantkit.texts import TextSet
+from quantkit.workdir import discard_work, refuse_other
+
+
+def identity_of(
+    recipe: Recipe,
+    source: Source,
+    texts: dict[str, TextSet],
+    device: torch.device,
+    engine: str,
+    read: Mapping[str, str],
+) -> dict[str, Any]:
+    """Everything that decides the artifact's bytes; the same identity gives the same files."""
+    deciding = recipe.deciding()
+    # what it was resolved to: a recipe that is pinned to it afterwards means the same build
+    deciding["model"] = deciding["model"] | {"revision": source.revision}
+    identity = {
+        "recipe": deciding,
+        "source": source.sha256,
+        "texts": {public_name(name): text_set.sha256 for name, text_set in texts.items()},
+        "versions": deciding_versions(),
+        "device": device_model(device),
+    }
+    if engine != OWN_ENGINE:
+        identity["engine"] = find_engine(engine).pins
+    return identity | ({"read": dict(read)} if read else {})
+
+
+def finished_record(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
+    """The record of an artifact that is there already and is this one; None if it is to be made.
+
+    Raises:
+        RefusedError: the folder holds something else (`fresh` allows another build of quantkit, nothing more).
+        RunFailedError: it is this one, but its files were changed.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    record = read_record(out) if out.is_dir() else None
+    if record is None:
+        raise RefusedError(
+            f"{out} exists and is no artifact of quantkit", where=str(out), fix="choose another folder with --out"
+        )
+    if fresh:
+        return None
+    refuse_other(record["identity"], identity, where=out)
+    # a kill may have come between card and record; publishing looks at both
+    require_unchanged(out, record, but=(CARD,))
+    discard_work(out)
+    return record
+
+
+def new_record(
+    recipe: Recipe,
+    source: Source,
+    texts: dict[str, TextSet],
+    identity: dict[str, Any],
+    device: torch.device,
+    calibration: Calibration | None,
+) -> dict[str, Any]:
+    """A record as far as it is known before there is an artifact; see docs/record.schema.json.
+
+    Args:
+        recipe: of the build.
+        source: what is quantized.
+        texts: calibration texts by the names that the recipe gives them.
+        identity: what `identity_of` gave.
+        device: that computes.
+        calibration: the windows; None if none were asked for.
+    """
+    facts = None
+    if calibration is not None:
+        section = recipe.calibration
+        facts = {
+            "texts": [
+                {
+                    "name": public_name(name),
+                    "sha256": text_set.sha256,
+                    "revision": text_set.revision,
+                    "windows": section.texts[name],
+                }
+                for name, text_set in texts.items()
+            ],
+            "window_tokens": section.window_tokens,
+            "seed": section.seed,
+            "tokens_sha256": fingerprint(calibration.tokens_WT.tolist()),
+        }
+    return {
+        "schema": SCHEMA,
+        "format": recipe.format,
+        "engine": recipe.engine,
+        "recipe": recipe.resolved(),
+        "fingerprint": fingerprint(identity),
+        "identity": identity,
+        "source": source.facts(),
+        "calibration": facts,
+        "environment": environment(device),
+        "validation_texts": stated_texts(recipe.validation.texts),
+        "validation": None,
+        "chat": _chat_example(source.tokenizer, recipe.validation.prompt),
+    }
+
+
+def _chat_example(tokenizer: Tokenizer, prompt: str) -> str | None:
+    """A question as the model reads it; None for a model without a chat template."""
+    return tokenizer.render([("user", prompt)], answer=True) if tokenizer.has_template else None
