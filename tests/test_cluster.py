@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantkit import cli
+from quantkit.cli.cluster import job_of
 from quantkit.cluster import (
     JOBS,
     LOST,
@@ -192,10 +192,10 @@ def test_ranks_are_planned_and_asked_for(recipes, tmp_path):
 
 def test_what_a_job_runs_is_what_a_user_would_type(recipes, tmp_path):
     asked = replace(ATHENA, gpus=4, ranks=0)
-    job, granted = cli._job(str(recipes[0]), tmp_path, ["compute.threads=3"], None, asked)
+    job, granted = job_of(str(recipes[0]), tmp_path, ["compute.threads=3"], None, asked)
     assert (granted.gpus, granted.ranks, granted.cpus) == (4, 4, 64)
     assert job.options == ("--device", "cuda", "--ranks", "4", "--set", "compute.threads=3")
-    assert cli._job(str(recipes[0]), tmp_path, [], None, replace(ATHENA, ranks=0))[0].options == ("--device", "cuda")
+    assert job_of(str(recipes[0]), tmp_path, [], None, replace(ATHENA, ranks=0))[0].options == ("--device", "cuda")
 
 
 def test_without_slurm_it_says_so(recipes, tmp_path):

@@ -1,0 +1,100 @@
+"""The command line: the only place that prints or exits.
+
+Results go to stdout (a table, or one JSON document with --json), progress and messages to stderr. Stages are imported
+inside the commands, so that `quantkit --help` starts without torch.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from quantkit import __version__
+from quantkit.cli import artifacts, builds, cluster, machine, recipes
+from quantkit.cli.output import INTERRUPTED, say
+from quantkit.errors import QuantkitError
+
+app = typer.Typer(
+    name="quantkit",
+    help="From a bf16 checkpoint to validated, quantized releases, by recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="Find, own and check recipes.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(recipes_app, name="recipes")
+engines_app = typer.Typer(
+    help="The isolated environments of upstream packages.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(engines_app, name="engines")
+
+# in the order of --help
+COMMANDS: dict[typer.Typer, dict[str, Callable[..., None]]] = {
+    app: {
+        "build": builds.build,
+        "validate": artifacts.validate,
+        "inspect": artifacts.inspect,
+        "report": artifacts.report,
+        "publish": artifacts.publish,
+        "plan": builds.plan,
+        "submit": cluster.submit,
+        "jobs": cluster.jobs,
+        "demo": builds.demo,
+        "doctor": machine.doctor,
+    },
+    recipes_app: {
+        "list": recipes.names,
+        "show": recipes.show,
+        "copy": recipes.copy,
+        "check": recipes.check,
+        "pin": recipes.pin,
+        "schema": recipes.schema,
+    },
+    engines_app: {
+        "list": machine.engines,
+        "install": machine.install,
+        "check": machine.check,
+    },
+}
+for group, commands in COMMANDS.items():
+    for name, command in commands.items():
+        group.command(name)(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    from quantkit.conflicts import warn_of_conflicts
+    from quantkit.launch import require_alone
+
+    if not sys.stderr.isatty():
+        # read when the Hub's client is imported; progress is plain lines then
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warn_of_conflicts(say)
+    if context.invoked_subcommand not in (None, "build"):
+        require_alone(context.invoked_subcommand)
+
+
+def main() -> None:
+    """Entry point: run a command, and turn a known failure into its message and exit code."""
+    try:
+        app()
+    except QuantkitError as error:
+        say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        say(INTERRUPTED)
+        sys.exit(1)

@@ -1,0 +1,126 @@
+"""Commands for a Slurm cluster."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from quantkit.cli.named import recipe_of
+from quantkit.cli.options import Json, Model, Set
+from quantkit.cli.output import print_document, say
+
+if TYPE_CHECKING:
+    from quantkit.cluster import BuildJob, Resources
+
+
+def submit(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE...", help="Recipes of the default model, <model>/<name>, paths, or all."),
+    ],
+    model: Model = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the artifacts go.")] = Path("artifacts"),
+    changes: Set = None,
+    partition: Annotated[str | None, typer.Option("--partition", metavar="NAME", help="Slurm partition.")] = None,
+    account: Annotated[str | None, typer.Option("--account", metavar="NAME", help="Slurm account, a grant's.")] = None,
+    qos: Annotated[str | None, typer.Option("--qos", metavar="NAME", help="Slurm quality of service.")] = None,
+    time_limit: Annotated[
+        str,
+        typer.Option("--time", metavar="LIMIT", help="Minutes, H:MM:SS or D-HH:MM; a build that reaches it goes on."),
+    ] = "4:00:00",
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="Of each build [default: the partition's rule].")] = 0,
+    size: Annotated[
+        int, typer.Option("--ranks", metavar="N", min=0, help="Processes of each build [default: one for each GPU].")
+    ] = 0,
+    cpus: Annotated[
+        int,
+        typer.Option("--cpus", min=0, help="Of each build [default: the partition's rule, or each rank's threads]."),
+    ] = 0,
+    memory: Annotated[
+        int, typer.Option("--memory", metavar="GB", min=0, help="Of each build [default: as its plan says].")
+    ] = 0,
+    at_once: Annotated[
+        int | None, typer.Option("--at-once", metavar="N", min=1, help="Most builds that run at a time.")
+    ] = None,
+    publish: Annotated[
+        bool, typer.Option("--publish", help="Publish the artifacts that pass, when all builds have ended.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the end of all, and exit as the worst of them did.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be asked of Slurm, and submit nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Build artifacts as Slurm jobs, one each, and report on them when all have ended."""
+    from quantkit import cluster
+    from quantkit.errors import RefusedError
+    from quantkit.recipe import recipes_named, require_pinned
+
+    named = [each for recipe in recipes for each in recipes_named(recipe)]
+    if publish:
+        for each in named:
+            require_pinned(recipe_of(each, changes, model)[0])
+    limit = cluster.minutes_of(time_limit)
+    asked = cluster.Resources(limit, cpus, memory, gpus, size, partition=partition, account=account, qos=qos)
+    jobs = [job_of(each, out, changes, model, asked) for each in named]
+    artifacts = tuple(job.out for job, _ in jobs)
+    if len(set(artifacts)) < len(artifacts):
+        raise RefusedError("a recipe is named twice", where=" ".join(recipes), fix="name each once")
+    after = cluster.ReleaseJob(artifacts, (out / "report").absolute(), publish)
+    if dry_run:
+        found = cluster.requests(jobs)
+    else:
+        found = cluster.submit(jobs, after, folder=out / cluster.LOGS, at_once=at_once)
+    if wait and not dry_run:
+        found = cluster.wait(out / cluster.LOGS, (job["name"] for job in found), say)
+    print_document(found if as_json else None, cluster.job_lines(found))
+    if wait and (code := cluster.exit_code(found)):
+        raise typer.Exit(code)
+
+
+def jobs(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Where the artifacts of `quantkit submit` go.")] = Path(
+        "artifacts"
+    ),
+    as_json: Json = False,
+) -> None:
+    """What became of the jobs of `quantkit submit`, and where their logs are."""
+    from quantkit import cluster
+
+    found = cluster.submitted_jobs(out / cluster.LOGS)
+    print_document(found if as_json else None, cluster.job_lines(found))
+
+
+def job_of(
+    name: str, out: Path, changes: list[str] | None, model: str | None, asked: "Resources"
+) -> "tuple[BuildJob, Resources]":
+    """A build of `quantkit submit` and what it asks for."""
+    import torch
+
+    from quantkit import cluster
+    from quantkit.display import Display
+    from quantkit.pipeline import default_out
+    from quantkit.pipeline import plan as run
+
+    chosen, stem = recipe_of(name, changes, model)
+    asked = replace(asked, ranks=cluster.ranks_of(asked, divisible=chosen.upstream is None))
+    target = (out / default_out(chosen, stem).name).absolute()
+    with Display() as display:
+        # this machine only submits: what it has itself does not matter
+        found = run(
+            chosen, out=target, device=torch.device("cpu"), progress=display.progress, here=False, ranks=asked.ranks
+        )
+    granted = cluster.resources(
+        asked,
+        threads=chosen.compute.threads,
+        rank_bytes=found.rank_bytes,
+        waiting_bytes=found.waiting_bytes,
+    )
+    given: tuple[str, ...] = ("--device", "cuda" if granted.gpus else "cpu")
+    given += ("--ranks", str(granted.ranks)) if granted.ranks > 1 else ()
+    given += tuple(part for change in changes or () for part in ("--set", change))
+    given += ("--model", model) if model is not None else ()
+    return cluster.BuildJob(name, target, given), granted

@@ -1,0 +1,111 @@
+"""What commands leave behind them: lines and tables, one JSON document, JUnit XML, an exit code."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from quantkit.errors import QuantkitError, worst
+
+INTERRUPTED = "interrupted; finished layers are kept, the same command goes on"
+
+
+def print_document(document: Any, lines: list[str]) -> None:
+    """One JSON document if there is one, else lines."""
+    if document is not None:
+        lines = [json.dumps(document, ensure_ascii=False, indent=2)]
+    for line in lines:
+        typer.echo(line)
+
+
+def say(message: str) -> None:
+    """A message, to stderr."""
+    typer.echo(message, err=True)
+
+
+def print_result(document: dict[str, Any], as_json: bool, *, table: dict[str, Any] | None, title: str) -> None:
+    """What became of one artifact: as JSON, as the table of its validation, or that there was none."""
+    from quantkit.display import print_table
+    from quantkit.report.table import rows
+
+    if as_json:
+        print_document(document, [])
+    elif table is not None:
+        print_table(title, rows(table["format"], table))
+    else:
+        print_document(None, [f"{title}: built, not validated"])
+
+
+def print_results(
+    records: dict[str, dict[str, Any]], judged: dict[str, dict[str, Any]], as_json: bool, *, title: str
+) -> None:
+    """Several artifacts in one table, or their records as a list."""
+    from quantkit.display import print_table
+    from quantkit.report.table import rows_of_several
+
+    if as_json:
+        print_document(list(records.values()), [])
+        return
+    if judged:
+        print_table(title, rows_of_several({name: (verdict, None) for name, verdict in judged.items()}))
+    print_document(None, [f"{name}: built, not validated" for name in records if name not in judged])
+
+
+def write_junit(
+    path: Path | None, validations: list[dict[str, Any]], errors: dict[str, QuantkitError], *, several: bool
+) -> None:
+    """Gates, and of several builds the errors too, if a file was asked for and there is something to say."""
+    from quantkit.report.junit import junit, junit_of_several
+
+    if path is None or not (validations or errors):
+        return
+    said = {name: str(error) for name, error in errors.items()}
+    _write_below(path, junit_of_several(validations, said) if several else junit(validations[0]))
+
+
+@contextmanager
+def errors_in(path: Path | None, name: str) -> Iterator[None]:
+    """Write JUnit XML with one error for what ends before there are gates: a CI system shows no missing file."""
+    from quantkit.report.junit import junit_error
+
+    try:
+        yield
+    except (QuantkitError, KeyboardInterrupt) as error:
+        if path is not None:
+            _write_below(path, junit_error(name, str(error) or INTERRUPTED))
+        raise
+
+
+def _write_below(path: Path, text: str) -> None:
+    """Write a file into a folder that is made if it is not there."""
+    from quantkit.workdir import disk_errors, write_text
+
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+
+
+def gate_error(validation: dict[str, Any], where: Path) -> QuantkitError | None:
+    """The error that a gate which failed ends with; None if all passed."""
+    from quantkit.errors import GateError
+
+    if validation["gate"]["passed"]:
+        return None
+    return GateError(
+        "the artifact is kept but may not be published:\n  " + "\n  ".join(validation["gate"]["failures"]),
+        where=str(where),
+        fix="more bits, a smaller group, more calibration text, or other gates in the recipe",
+    )
+
+
+def fail(errors: dict[str, QuantkitError], *, several: bool) -> None:
+    """End with the error there is; of several, name each and exit as the worst of them would."""
+    for name, error in errors.items():
+        if not several:
+            raise error
+        say(f"error: {name}: {error}")
+    if errors:
+        raise typer.Exit(worst(error.exit_code for error in errors.values()))

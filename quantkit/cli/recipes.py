@@ -1,0 +1,61 @@
+"""Commands about recipes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantkit.cli.named import recipe_of
+from quantkit.cli.options import Json, Name, Set
+from quantkit.cli.output import print_document, say
+
+
+def names(as_json: Json = False) -> None:
+    """Names of all shipped recipes."""
+    from quantkit.recipe import list_recipes
+
+    found = list_recipes()
+    print_document(found if as_json else None, found)
+
+
+def show(recipe: Name, changes: Set = None, as_json: Json = False) -> None:
+    """A recipe with every key resolved."""
+    from quantkit.recipe import as_toml
+
+    resolved = recipe_of(recipe, changes, None)[0].resolved()
+    print_document(resolved if as_json else None, [as_toml(resolved)])
+
+
+def copy(
+    recipe: Name, target: Annotated[Path, typer.Argument(metavar="FILE", help="New recipe file; must not exist.")]
+) -> None:
+    """Write a shipped recipe, resolved, as a file of your own."""
+    from quantkit.recipe import copy_recipe
+
+    copy_recipe(recipe, target)
+    say(f"wrote {target}")
+
+
+def check(recipe: Name, changes: Set = None) -> None:
+    """Check a recipe and print every problem at once."""
+    recipe_of(recipe, changes, None)
+    say(f"{recipe} is a good recipe")
+
+
+def pin(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe file, or base.toml, to write into.")],
+) -> None:
+    """Write the commit hash that the model's main branch has now into a recipe file, or one that recipes extend."""
+    from quantkit.hub import resolve_revision
+    from quantkit.recipe import model_named_in, pin_recipe
+
+    revision = resolve_revision(model_named_in(path))
+    pin_recipe(path, revision)
+    say(f"{path}: model.revision = {revision}")
+
+
+def schema() -> None:
+    """The JSON Schema of a recipe."""
+    from quantkit.recipe import schema as found
+
+    print_document(found(), [])
