@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import GateError, RefusedError, UnavailableError, worst
-from quantkit.workdir import RECORD, disk_errors, write_json
+from quantkit.files import disk_errors, write_json
+from quantkit.workdir import RECORD
 
 LOGS = "slurm"  # folder beside the artifacts
 JOBS = "jobs.json"

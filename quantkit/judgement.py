@@ -16,6 +16,7 @@ from quantkit.engines.runtime import evaluate
 from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats import READERS, detect, open_variants, require_same_model
 from quantkit.formats.contract import Artifact
+from quantkit.lock import alone
 from quantkit.machine import deciding_versions, device_model, use_threads
 from quantkit.nano import NAME as NANO
 from quantkit.progress import Progress
@@ -36,7 +37,6 @@ from quantkit.validation.compare import (
 )
 from quantkit.validation.reference import Judged, Settings, run_reference
 from quantkit.validation.text import EvaluationText, evaluation_text
-from quantkit.workdir import alone
 
 # a record is published: folders of this machine are nobody's business
 DIRECTORIES = re.compile(r"(?<![\w.:/])(?:/[^\s/'\"]+)*/(?=[^\s/'\"])")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quantkit.checkpoint.index import read_json
 from quantkit.errors import RefusedError
+from quantkit.files import sha256_of
 from quantkit.formats.awq import BITS as AWQ_BITS
 from quantkit.formats.awq import AwqFormat
 from quantkit.formats.compressed_tensors import CompressedTensorsFormat
@@ -48,7 +49,6 @@ from quantkit.solvers.rtn import RoundToNearest
 from quantkit.solvers.weights import ByWidth, WeightSolver, WhereCalibrated
 from quantkit.stream import Solvers
 from quantkit.survey import Measuring
-from quantkit.workdir import sha256_of
 
 # where a recipe has no key for them
 GPTQ_DAMPING = 0.01

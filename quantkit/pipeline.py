@@ -18,12 +18,12 @@ from quantkit.errors import QuantkitError, RefusedError
 from quantkit.footprint import in_passes, together_bytes
 from quantkit.job import Build, Job, Once, Outcome
 from quantkit.launch import TOGETHER
+from quantkit.lock import locked
 from quantkit.plan import Plan
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import OWN_ENGINE, Recipe, public_name
 from quantkit.source_pass import SourcePass
-from quantkit.workdir import locked
 
 # a generator's end
 END = object()

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import GateError, RefusedError, RunFailedError
+from quantkit.files import sha256_of, write_text
 from quantkit.formats import READERS
 from quantkit.hub import Branch, collect, read_branch, read_text, upload
+from quantkit.lock import alone
 from quantkit.report.card import PICTURES, keep
 from quantkit.report.page import DATA
 from quantkit.report.record import CARD, read_record, require_unchanged, require_weights_here
 from quantkit.report.verdict import judged_on_own_texts, own_failures, told
 from quantkit.signature import SIGNATURE, SIGNATURES, problem, public_part, sign
 from quantkit.units import size_text
-from quantkit.workdir import RECORD, alone, sha256_of, write_text
+from quantkit.workdir import RECORD
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 MAIN = "main"

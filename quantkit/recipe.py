@@ -27,9 +27,9 @@ from pydantic_core import PydanticCustomError
 
 from quantkit.engines.env import Engine, find_engine, list_engines
 from quantkit.errors import RefusedError
+from quantkit.files import write_text
 from quantkit.home import shipped
 from quantkit.quantize import QUANTIZE, Section
-from quantkit.workdir import write_text
 
 DEFAULT_MODEL = "bielik-7b-instruct-v0.1"
 DEMONSTRATION = "bielik-nano"

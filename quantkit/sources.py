@@ -18,13 +18,13 @@ from quantkit.checkpoint.index import (
 )
 from quantkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from quantkit.errors import RefusedError
+from quantkit.files import hash_files
 from quantkit.formats.sidecars import COPIED
 from quantkit.hub import fetch_checkpoint, fetch_header
 from quantkit.nano import NAME as NANO
 from quantkit.nano import ensure_nano
 from quantkit.progress import Progress
 from quantkit.recipe import public_name
-from quantkit.workdir import hash_files
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")

@@ -1,110 +1,28 @@
-"""The work folder of a build: a lock, finished items, and an output that appears whole or not at all.
+"""The work folder of a build: finished items, and an output that appears whole or not at all.
 
 Everything lies in `<out>.work/`: `journal.json` names what the build is made of and which items are finished,
 `items/` holds one file each, `artifact/` is filled at the end and renamed to `<out>`; an artifact that was there before
 waits in `replaced/` until then. An item counts as finished only once its file is complete on disk and the journal says
-so; a kill between the two repeats that item. The lock is `<out>.lock`, while somebody holds it.
+so; a kill between the two repeats that item. Whoever works there holds the lock, see `quantkit.lock`.
 """
 
-import errno
-import fcntl
-import hashlib
 import json
 import os
-import platform
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-
-from quantkit.errors import RefusedError, RunFailedError
+from quantkit.errors import RefusedError
+from quantkit.files import disk_errors, remove_partials, replacing, write_json
 
 JOURNAL = "journal.json"
 RECORD = "quantkit.json"
 REPLACED = "replaced"
-# what `replacing` leaves when it is killed
-PARTIAL = re.compile(r"\..+\.\d+\.partial")
-# safetensors wraps what the system said into text
-SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
 T = TypeVar("T")
-P = ParamSpec("P")
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in chunks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
-    """SHA-256 of files of a folder by name; several are read at once (hashing releases the interpreter)."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of either."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write text so that a reader sees the old file or the new one, never half of either."""
-    with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place once the block ends well; durable before it is visible."""
-    # named by the process: two builds may write the same cached reference at once
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def disk_errors(where: Path, fix: str = "choose a writable folder with --out") -> Iterator[None]:
-    """Turn a full disk or a refused write into an error that says what was kept.
-
-    Args:
-        where: what is written.
-        fix: what to do where it may not be written.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = _system_error(error)
-        if number in FULL:
-            raise RunFailedError(
-                "the disk is full; finished layers are kept",
-                where=str(where),
-                fix="free some space and run the same command again: it goes on where it stopped",
-            ) from error
-        if number in FORBIDDEN:
-            raise RunFailedError(f"cannot write: {os.strerror(number)}", where=str(where), fix=fix) from error
-        raise
-
-
-def _system_error(error: OSError | SafetensorError) -> int | None:
-    if isinstance(error, OSError):
-        return error.errno
-    said = SYSTEM_ERROR.search(str(error))
-    return int(said[1]) if said else None
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -255,15 +173,11 @@ class Workdir:
 
 def work_folder(out: Path) -> Path:
     """`<out>.work`."""
-    return _beside(out, ".work")
+    return beside(out, ".work")
 
 
-def lock_file(out: Path) -> Path:
-    """`<out>.lock`, the same for every name of the folder."""
-    return _beside(Path(os.path.realpath(out)), ".lock")
-
-
-def _beside(out: Path, suffix: str) -> Path:
+def beside(out: Path, suffix: str) -> Path:
+    """The neighbour of a folder that is called as it is, and a suffix."""
     # "." has no name
     out = Path(os.path.abspath(out))
     return out.with_name(out.name + suffix)
@@ -279,133 +193,7 @@ def discard_work(out: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def locked(out: Path, *, needed: bool = True) -> Iterator[None]:
-    """Hold the lock of an artifact's folder: one command at a time makes, judges or publishes it, on any machine.
-
-    What a killed command left half-done in the folder is put right first.
-
-    Args:
-        out: the artifact's folder, there or not.
-        needed: False goes on without the lock where its file cannot be made: for who does not write into the folder.
-
-    Raises:
-        RunFailedError: somebody else holds it, or the disk cannot lock.
-    """
-    path = lock_file(out)
-    made = [folder for folder in path.parents if not folder.exists()] if needed else []
-    try:
-        with disk_errors(path):
-            descriptor = _take(path, makes_folder=needed)
-    except (RunFailedError, FileNotFoundError):
-        if needed:
-            raise
-        yield
-        return
-    if descriptor is None:
-        raise RunFailedError(
-            f"another quantkit is at work on {path.stem}{_holder(path)}",
-            where=str(out),
-            fix="wait for it to end, or choose another folder with --out",
-        )
-    try:
-        with disk_errors(out):
-            _put_right(out)
-        yield
-    finally:
-        with suppress(OSError):  # who may not remove it leaves it, which harms nobody
-            path.unlink()
-        os.close(descriptor)
-        with suppress(OSError):  # folders made for the lock go if nothing came of it
-            for folder in made:
-                folder.rmdir()
-
-
-def alone(*, writes: bool) -> Callable[[Callable[Concatenate[Path, P], T]], Callable[Concatenate[Path, P], T]]:
-    """Run a command on an artifact's folder, its first argument, with the lock of it held; see `locked`.
-
-    A folder without a record is somebody else's, and is only read.
-
-    Args:
-        writes: whether the command writes into a folder with a record.
-    """
-
-    def decorate(command: Callable[Concatenate[Path, P], T]) -> Callable[Concatenate[Path, P], T]:
-        @wraps(command)
-        def run(folder: Path, *arguments: P.args, **options: P.kwargs) -> T:
-            if not (folder / RECORD).exists():
-                return command(folder, *arguments, **options)
-            with locked(folder, needed=writes):
-                return command(folder, *arguments, **options)
-
-        return run
-
-    return decorate
-
-
-def _take(path: Path, *, makes_folder: bool) -> int | None:
-    """An open descriptor that holds a file's lock; None if somebody else does.
-
-    A holder removes the file, so that two could hold what was one name; who gets the lock looks whether its file is
-    still the one of that name, and else begins anew.
-    """
-    while True:
-        if makes_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # for writing: network file systems lock exclusively only then
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            if not makes_folder:
-                raise
-            continue  # another's end removed the folder again
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(descriptor, path):
-                _sign(descriptor, path)
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        except OSError as error:
-            os.close(descriptor)
-            raise RunFailedError(
-                f"the disk cannot lock files: {error.strerror}",
-                where=str(path.parent),
-                fix="mount it with locks (Lustre: flock), or choose a folder on another disk",
-            ) from error
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still has its name; asked with the lock held, which refreshes what a network disk cached."""
-    try:
-        held, there = os.fstat(descriptor), path.stat()
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        if error.errno == errno.ESTALE:
-            return False
-        raise
-    return held.st_nlink > 0 and os.path.samestat(held, there)
-
-
-def _sign(descriptor: int, path: Path) -> None:
-    """Say in the lock's file who holds it, and let everybody lock it who may write beside it."""
-    with suppress(OSError):  # another user's file, a full disk: it is only for the message
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
-        os.fchmod(descriptor, path.parent.stat().st_mode & 0o666)
-
-
-def _holder(path: Path) -> str:
-    with suppress(OSError):
-        if said := path.read_text(encoding="utf-8", errors="replace"):
-            return f" ({said})"
-    return ""
-
-
-def _put_right(out: Path) -> None:
+def put_right(out: Path) -> None:
     """Bring back an artifact that was to be replaced, and remove files that were being replaced, when a kill came."""
     if (work_folder(out) / REPLACED).exists():
         if out.exists():
@@ -414,33 +202,6 @@ def _put_right(out: Path) -> None:
             (work_folder(out) / REPLACED).replace(out)
     if (out / RECORD).exists():
         remove_partials(out)
-
-
-def remove_partials(folder: Path) -> None:
-    """Remove what killed commands were writing in a folder, and below; call it while nobody writes there."""
-    for path in folder.rglob(".*.partial"):
-        if PARTIAL.fullmatch(path.name):
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def shared(folder: Path) -> Iterator[None]:
-    """Write into a folder that several commands write into at once, each file by `replacing`.
-
-    What killed commands left there is removed when nobody else writes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        # busy, or a disk that cannot lock: then nothing is removed
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remove_partials(folder)
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def open_workdir(out: Path, identity: dict[str, Any], *, fresh: bool) -> Workdir:

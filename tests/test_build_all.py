@@ -16,10 +16,11 @@ from quantkit.checkpoint.layer import DecoderLayer
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.footprint import Footprint, in_passes, together_bytes
 from quantkit.job import Job
+from quantkit.lock import locked
 from quantkit.pipeline import build, build_all, plan_all
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
-from quantkit.workdir import locked, work_folder
+from quantkit.workdir import work_folder
 from tests.commands import run
 from tests.test_formats import CASES, hashes
 from tests.tiny import WORDS, make_tiny

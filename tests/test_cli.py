@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from quantkit.workdir import hash_files
+from quantkit.files import hash_files
 from tests.commands import COMMAND, ROOT, quantkit, run
 from tests.tiny import WORDS
 

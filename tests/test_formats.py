@@ -11,13 +11,14 @@ import torch
 import quantkit
 from quantkit import artifact, pipeline
 from quantkit.checkpoint.index import open_checkpoint, read_json
+from quantkit.files import hash_files
 from quantkit.formats import READERS, detect
 from quantkit.methods import METHODS
 from quantkit.pipeline import build
 from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
 from quantkit.report.record import artifact_files, changed_files, read_record
-from quantkit.workdir import hash_files, work_folder
+from quantkit.workdir import work_folder
 from tests.interruption import interrupted
 from tests.pretended_gpu import NAME as PRETENDED
 from tests.test_pipeline import changed

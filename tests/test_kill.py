@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from quantkit.home import quantkit_home
+from quantkit.lock import lock_file, locked
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
 from quantkit.report.record import changed_files, read_record
-from quantkit.workdir import lock_file, locked, work_folder
+from quantkit.workdir import work_folder
 from tests.test_pipeline import changed, hashes, recipe, text_file  # noqa: F401 (fixtures)
 
 CPU = torch.device("cpu")

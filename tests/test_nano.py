@@ -13,6 +13,7 @@ from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import head_tensors
 from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.files import hash_files
 from quantkit.grids.affine import AffineRule
 from quantkit.home import quantkit_home
 from quantkit.nano import ensure_nano, training
@@ -20,7 +21,6 @@ from quantkit.nano.settings import NanoSettings
 from quantkit.texts import load_text_set
 from quantkit.validation.perplexity import final_states, losses
 from quantkit.validation.text import evaluation_text
-from quantkit.workdir import hash_files
 
 SMALL = NanoSettings(hidden=64, feed_forward=64, layers=1, steps=2, windows=2, window_tokens=16)
 

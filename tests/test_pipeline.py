@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
+from quantkit.files import hash_files
 from quantkit.formats.sidecars import COPIED
 from quantkit.judgement import validate
 from quantkit.machine import peak_memory_bytes
@@ -19,7 +20,7 @@ from quantkit.pipeline import build, plan
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
 from quantkit.report.record import read_record, write_record
-from quantkit.workdir import hash_files, work_folder
+from quantkit.workdir import work_folder
 from tests.tiny import WORDS
 
 CPU = torch.device("cpu")

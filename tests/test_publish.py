@@ -18,6 +18,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from quantkit.errors import GateError, RefusedError, RunFailedError, UnavailableError
+from quantkit.files import sha256_of
 from quantkit.pipeline import build
 from quantkit.publish import publish as publish_here
 from quantkit.recipe import Recipe
@@ -25,7 +26,6 @@ from quantkit.report.card import keep
 from quantkit.report.inspect import inspect_artifact, inspection_lines
 from quantkit.report.page import write_report
 from quantkit.report.record import output_entries, read_record, write_record
-from quantkit.workdir import sha256_of
 from tests import commands
 from tests.commands import COMMAND, ROOT
 from tests.hub_server import READ_ONLY, TOKEN, HubServer, Repo

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit import workdir
+from quantkit import files
 from quantkit.pipeline import plan
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
@@ -81,7 +81,7 @@ def test_a_plan_hashes_nothing(tiny_mistral, tmp_path, monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was hashed")
 
-    monkeypatch.setattr(workdir, "sha256_of", refuse)
+    monkeypatch.setattr(files, "sha256_of", refuse)
     recipe = Recipe.of(
         {
             "format": "gptq",

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from quantkit.errors import RunFailedError
+from quantkit.files import disk_errors, shared
 from quantkit.judgement import validate
+from quantkit.lock import lock_file, locked
 from quantkit.pipeline import build
 from quantkit.progress import Progress
 from quantkit.publish import publish
 from quantkit.report.inspect import inspect_artifact
-from quantkit.workdir import disk_errors, lock_file, locked, shared, work_folder
+from quantkit.workdir import work_folder
 from tests.test_pipeline import hashes, recipe, text_file  # noqa: F401 (fixtures)
 
 CPU = torch.device("cpu")
@@ -131,7 +133,7 @@ def test_another_users_command_sees_the_lock(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     program = (
-        "import sys\nfrom pathlib import Path\nfrom quantkit.workdir import locked\n"
+        "import sys\nfrom pathlib import Path\nfrom quantkit.lock import locked\n"
         "with locked(Path(sys.argv[1])):\n    pass"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "link" / "a")]

@@ -81,7 +81,7 @@ def errors_in(path: Path | None, name: str) -> Iterator[None]:
 
 def _write_below(path: Path, text: str) -> None:
     """Write a file into a folder that is made if it is not there."""
-    from quantkit.workdir import disk_errors, write_text
+    from quantkit.files import disk_errors, write_text
 
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,8 +23,8 @@ from typing import Any
 from filelock import FileLock
 
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
+from quantkit.files import write_json
 from quantkit.home import quantkit_home
-from quantkit.workdir import write_json
 
 MARKER = "installed.json"
 INSTALL_LOG = "install.log"

@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantkit.files import disk_errors, write_text
 from quantkit.formats import READERS
 from quantkit.report.plots import MEASURES
 from quantkit.report.record import CARD, write_record
 from quantkit.report.table import COLUMNS, rows
-from quantkit.workdir import disk_errors, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

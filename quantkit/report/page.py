@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import RefusedError
+from quantkit.files import write_json, write_text
 from quantkit.report.plots import COLOURS, MEASURES, SHAPES, beyond, chart, draw_png, outline, require_matplotlib
 from quantkit.report.record import read_record
 from quantkit.units import size_text
-from quantkit.workdir import RECORD, write_json, write_text
+from quantkit.workdir import RECORD
 
 PAGE, DATA = "report.html", "report.json"
 REFERENCE = "reference"

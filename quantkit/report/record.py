@@ -10,10 +10,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantkit.errors import RefusedError, RunFailedError
+from quantkit.files import hash_files, write_json
 from quantkit.recipe import Recipe, fingerprint
 from quantkit.report.schema import Record
 from quantkit.signature import SIGNATURE, SIGNATURES
-from quantkit.workdir import RECORD, hash_files, write_json
+from quantkit.workdir import RECORD
 
 SCHEMA = 2
 CARD = "README.md"

@@ -12,11 +12,11 @@ from torch import Tensor
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import WeightSource, head_tensors
 from quantkit.checkpoint.tokenizer import Tokenizer
+from quantkit.files import disk_errors, replacing, shared, write_json
 from quantkit.home import quantkit_home
 from quantkit.validation.generation import Answer, greedy_answer
 from quantkit.validation.perplexity import final_states
 from quantkit.validation.text import EvaluationText
-from quantkit.workdir import disk_errors, replacing, shared, write_json
 
 
 @dataclass(frozen=True)

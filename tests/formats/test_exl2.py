@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from quantkit import artifact as making
 from quantkit import pipeline
 from quantkit.errors import RefusedError
+from quantkit.files import hash_files, sha256_of
 from quantkit.formats.bitstream import pack
 from quantkit.formats.exl2 import (
     PARTS,
@@ -31,7 +32,7 @@ from quantkit.qtensor import QuantizedLinear
 from quantkit.recipe import Recipe
 from quantkit.report.record import artifact_files
 from quantkit.solvers.exl2_measure import OptionTrial
-from quantkit.workdir import Workdir, hash_files, sha256_of
+from quantkit.workdir import Workdir
 from tests.interruption import interrupted
 from tests.tiny import WORDS, make_tiny
 

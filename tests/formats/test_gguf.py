@@ -23,6 +23,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from quantkit.checkpoint.index import Checkpoint, open_checkpoint, read_json
 from quantkit.checkpoint.layer import Decoder
 from quantkit.errors import RefusedError, UnavailableError
+from quantkit.files import hash_files
 from quantkit.formats import detect, require_same_model
 from quantkit.formats.gguf import write
 from quantkit.formats.gguf.metadata import architecture_keys, rope_factors
@@ -43,7 +44,7 @@ from quantkit.solvers import blocks
 from quantkit.units import size_text
 from quantkit.validation.perplexity import final_states
 from quantkit.validation.text import EvaluationText, Window
-from quantkit.workdir import hash_files, work_folder
+from quantkit.workdir import work_folder
 from tests.tiny import VARIANTS, WORDS, make_tiny
 
 CPU = torch.device("cpu")

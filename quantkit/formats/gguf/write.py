@@ -20,6 +20,7 @@ from torch import Tensor
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES
 from quantkit.checkpoint.index import Checkpoint, read_json
 from quantkit.checkpoint.tokenizer import load_tokenizer
+from quantkit.files import write_text
 from quantkit.formats.gguf.files import DENSE, Planned, TypedFiles, head_of, lay_out, parts_of, write_head
 from quantkit.formats.gguf.header import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_name
 from quantkit.formats.gguf.metadata import ROPE_FACTORS, About, rope_factors, write_model, write_tokenizer
@@ -30,7 +31,6 @@ from quantkit.formats.gguf.tokenizer import Vocabulary, vocabulary
 from quantkit.formats.shards import copy_file, extents
 from quantkit.grids.encoded import EncodedGrid
 from quantkit.qtensor import Item
-from quantkit.workdir import write_text
 
 NAME = "gguf"
 IMPORTANCE, TOKENS = "importance", "tokens"

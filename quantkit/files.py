@@ -1,0 +1,118 @@
+"""Files that appear whole or not at all, what they hash to, and one error for a disk that does not take them."""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from quantkit.errors import RunFailedError
+
+# what `replacing` leaves when it is killed
+PARTIAL = re.compile(r"\..+\.\d+\.partial")
+# safetensors wraps what the system said into text
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of files of a folder by name; several are read at once (hashing releases the interpreter)."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of either."""
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write text so that a reader sees the old file or the new one, never half of either."""
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place once the block ends well; durable before it is visible."""
+    # named by the process: two builds may write the same cached reference at once
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(where: Path, fix: str = "choose a writable folder with --out") -> Iterator[None]:
+    """Turn a full disk or a refused write into an error that says what was kept.
+
+    Args:
+        where: what is written.
+        fix: what to do where it may not be written.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _system_error(error)
+        if number in FULL:
+            raise RunFailedError(
+                "the disk is full; finished layers are kept",
+                where=str(where),
+                fix="free some space and run the same command again: it goes on where it stopped",
+            ) from error
+        if number in FORBIDDEN:
+            raise RunFailedError(f"cannot write: {os.strerror(number)}", where=str(where), fix=fix) from error
+        raise
+
+
+def _system_error(error: OSError | SafetensorError) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    said = SYSTEM_ERROR.search(str(error))
+    return int(said[1]) if said else None
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed commands were writing in a folder, and below; call it while nobody writes there."""
+    for path in folder.rglob(".*.partial"):
+        if PARTIAL.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def shared(folder: Path) -> Iterator[None]:
+    """Write into a folder that several commands write into at once, each file by `replacing`.
+
+    What killed commands left there is removed when nobody else writes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        # busy, or a disk that cannot lock: then nothing is removed
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_partials(folder)
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
