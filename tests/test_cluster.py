@@ -16,21 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantkit.cli.cluster import job_of
-from quantkit.cluster import (
-    JOBS,
-    LOST,
-    MEMORY_SLACK,
-    BuildJob,
-    ReleaseJob,
-    Resources,
-    _beside,
-    _refused,
-    exit_code,
-    minutes_of,
-    ranks_of,
-    resources,
-    submitted_jobs,
-)
+from quantkit.cluster.jobs import LOST, BuildJob, ReleaseJob, exit_code
+from quantkit.cluster.resources import MEMORY_SLACK, Resources, minutes_of, ranks_of, resources
+from quantkit.cluster.status import submitted_jobs
+from quantkit.cluster.submit import JOBS, _beside, _refused
 from quantkit.errors import RefusedError
 from tests.commands import quantkit
 from tests.slurm import missing, running_slurm

@@ -11,7 +11,8 @@ from quantkit.cli.options import Json, Model, Set
 from quantkit.cli.output import print_document, say
 
 if TYPE_CHECKING:
-    from quantkit.cluster import BuildJob, Resources
+    from quantkit.cluster.jobs import BuildJob
+    from quantkit.cluster.resources import Resources
 
 
 def submit(
@@ -55,7 +56,12 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Build artifacts as Slurm jobs, one each, and report on them when all have ended."""
-    from quantkit import cluster
+    from quantkit.cluster.jobs import ReleaseJob, exit_code
+    from quantkit.cluster.resources import Resources, minutes_of
+    from quantkit.cluster.status import job_lines
+    from quantkit.cluster.status import wait as ended
+    from quantkit.cluster.submit import LOGS, requests
+    from quantkit.cluster.submit import submit as run
     from quantkit.errors import RefusedError
     from quantkit.recipe import recipes_named, require_pinned
 
@@ -63,21 +69,18 @@ def submit(
     if publish:
         for each in named:
             require_pinned(recipe_of(each, changes, model)[0])
-    limit = cluster.minutes_of(time_limit)
-    asked = cluster.Resources(limit, cpus, memory, gpus, size, partition=partition, account=account, qos=qos)
+    limit = minutes_of(time_limit)
+    asked = Resources(limit, cpus, memory, gpus, size, partition=partition, account=account, qos=qos)
     jobs = [job_of(each, out, changes, model, asked) for each in named]
     artifacts = tuple(job.out for job, _ in jobs)
     if len(set(artifacts)) < len(artifacts):
         raise RefusedError("a recipe is named twice", where=" ".join(recipes), fix="name each once")
-    after = cluster.ReleaseJob(artifacts, (out / "report").absolute(), publish)
-    if dry_run:
-        found = cluster.requests(jobs)
-    else:
-        found = cluster.submit(jobs, after, folder=out / cluster.LOGS, at_once=at_once)
+    after = ReleaseJob(artifacts, (out / "report").absolute(), publish)
+    found = requests(jobs) if dry_run else run(jobs, after, folder=out / LOGS, at_once=at_once)
     if wait and not dry_run:
-        found = cluster.wait(out / cluster.LOGS, (job["name"] for job in found), say)
-    print_document(found if as_json else None, cluster.job_lines(found))
-    if wait and (code := cluster.exit_code(found)):
+        found = ended(out / LOGS, (job["name"] for job in found), say)
+    print_document(found if as_json else None, job_lines(found))
+    if wait and (code := exit_code(found)):
         raise typer.Exit(code)
 
 
@@ -88,10 +91,11 @@ def jobs(
     as_json: Json = False,
 ) -> None:
     """What became of the jobs of `quantkit submit`, and where their logs are."""
-    from quantkit import cluster
+    from quantkit.cluster.status import job_lines, submitted_jobs
+    from quantkit.cluster.submit import LOGS
 
-    found = cluster.submitted_jobs(out / cluster.LOGS)
-    print_document(found if as_json else None, cluster.job_lines(found))
+    found = submitted_jobs(out / LOGS)
+    print_document(found if as_json else None, job_lines(found))
 
 
 def job_of(
@@ -100,20 +104,21 @@ def job_of(
     """A build of `quantkit submit` and what it asks for."""
     import torch
 
-    from quantkit import cluster
+    from quantkit.cluster.jobs import BuildJob
+    from quantkit.cluster.resources import ranks_of, resources
     from quantkit.display import Display
     from quantkit.pipeline import default_out
     from quantkit.pipeline import plan as run
 
     chosen, stem = recipe_of(name, changes, model)
-    asked = replace(asked, ranks=cluster.ranks_of(asked, divisible=chosen.upstream is None))
+    asked = replace(asked, ranks=ranks_of(asked, divisible=chosen.upstream is None))
     target = (out / default_out(chosen, stem).name).absolute()
     with Display() as display:
         # this machine only submits: what it has itself does not matter
         found = run(
             chosen, out=target, device=torch.device("cpu"), progress=display.progress, here=False, ranks=asked.ranks
         )
-    granted = cluster.resources(
+    granted = resources(
         asked,
         threads=chosen.compute.threads,
         rank_bytes=found.rank_bytes,
@@ -123,4 +128,4 @@ def job_of(
     given += ("--ranks", str(granted.ranks)) if granted.ranks > 1 else ()
     given += tuple(part for change in changes or () for part in ("--set", change))
     given += ("--model", model) if model is not None else ()
-    return cluster.BuildJob(name, target, given), granted
+    return BuildJob(name, target, given), granted
