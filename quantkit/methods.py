@@ -21,7 +21,7 @@ from quantkit.formats.gguf.metadata import About
 from quantkit.formats.gguf.names import Model
 from quantkit.formats.gguf.write import GgufFormat
 from quantkit.formats.gptq import LOWEST_ASYMMETRIC_ZERO, GptqFormat
-from quantkit.formats.hqq import HqqFormat
+from quantkit.formats.hqq.write import HqqFormat
 from quantkit.formats.mlx import MlxFormat
 from quantkit.grids.affine import AffineRule, BiasRule, FloatZeroRule
 from quantkit.grids.exl2 import Mixture

@@ -185,7 +185,7 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(source, alone, tmp_pa
 
 
 def test_one_that_fails_midway_is_reported_and_the_others_are_whole(source, alone, tmp_path, monkeypatch):
-    from quantkit.formats.hqq import HqqFormat
+    from quantkit.formats.hqq.write import HqqFormat
 
     plain = HqqFormat.encode_item
 

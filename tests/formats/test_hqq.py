@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from quantkit.errors import RefusedError
-from quantkit.formats.hqq import HqqFormat, decode_linear, encode_linear, open_artifact, pack, unpack, write_pickle
+from quantkit.formats.hqq.linear import decode_linear, encode_linear, pack, unpack
+from quantkit.formats.hqq.pickled import write_pickle
+from quantkit.formats.hqq.read import open_artifact
+from quantkit.formats.hqq.write import HqqFormat
 from quantkit.grids.affine import AffineGrid, StridedGrid
 from quantkit.qtensor import QuantizedLinear
 
