@@ -6,7 +6,7 @@ sequential order costs one forward pass.
 Shape legend: T tokens per window, D hidden size, O out features, I in features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 
@@ -116,6 +116,7 @@ class Activations:
         item: Item,
         solved: frozenset[str],
         needs: frozenset[str],
+        divided: Mapping[str, Tensor],
         solve_stage: SolveStage,
     ) -> None:
         """Solve a layer stage by stage and leave the activations behind it.
@@ -126,11 +127,15 @@ class Activations:
             item: gathers the solved linears and the seconds spent.
             solved: the linears that are, by their names in the family's table.
             needs: statistics the solver asks for.
+            divided: what the channels of a stage's input are divided by in the layer, and not in the source's; by the
+                stage's name.
             solve_stage: solves the linears of one stage into `item`.
         """
         walks = start(layer, hidden, self.rope, self.decoder.spill)
         for stage in layer.family.stages:
             exact = self._float().inputs(stage, item.seconds) if self._wanted.inputs else None
+            if exact is not None and stage.name in divided:
+                exact = _divided(exact, divided[stage.name])
             weights = [layer.weight(linear) for linear in stage.linears if linear in solved]
             # nothing is summed for a stage whose linears all stay dense
             sums = self._statistics(needs if weights else frozenset(), weights)
@@ -163,6 +168,12 @@ class Activations:
     def _float(self) -> FloatStream:
         assert self._exact is not None, "it has nothing to do with the unquantized stream"
         return self._exact
+
+
+def _divided(exact: Iterator[tuple[Tensor]], by_I: Tensor) -> Iterator[tuple[Tensor]]:
+    """What the unquantized stream would have with the channels divided, in the divisors' dtype."""
+    for (inputs,) in exact:
+        yield (inputs / by_I,)
 
 
 def _stops(

@@ -36,7 +36,7 @@ from quantkit.quantize import (
     HqqSection,
     MlxSection,
 )
-from quantkit.solvers.awq import ChannelScaling
+from quantkit.solvers.awq import ChannelScaling, Feedback
 from quantkit.solvers.blocks import BlockSolver
 from quantkit.solvers.clipping import ClippedRounding
 from quantkit.solvers.contract import Solver
@@ -197,17 +197,29 @@ def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
 def awq(section: AwqSection, config: dict[str, Any]) -> Method:
     """Codes of weights whose channels were scaled by their activations, by GPTQ or rounded, in the AWQ container."""
     rule = AffineRule(AWQ_BITS, symmetric=False, candidates=section.scale_candidates)
-    scaling = ChannelScaling(
-        replace(rule, candidates=0), section.group_size, section.scaling_steps, section.scaling_windows, section.skip
-    )
-    solvers: dict[str, Solver] = {
-        "gptq": GptqSolver(rule, section.group_size, section.order, section.damping, sweeps=section.refine_sweeps),
-        "round-to-nearest": ClippedRounding(rule, section.group_size),
+    solvers: dict[str, tuple[Solver, Feedback | None]] = {
+        "gptq": (
+            GptqSolver(
+                rule, section.group_size, section.order, section.damping, section.asymmetric, section.refine_sweeps
+            ),
+            Feedback(section.order, section.damping),
+        ),
+        "round-to-nearest": (ClippedRounding(rule, section.group_size), None),
     }
+    solver, feedback = solvers[section.solver]
+    scaling = ChannelScaling(
+        replace(rule, candidates=0),
+        section.group_size,
+        section.scaling_steps,
+        section.scaling_windows,
+        feedback,
+        section.skip,
+    )
     return Method(
         Solvers(
-            solvers[section.solver],
+            solver,
             preparation=scaling if section.scaling_steps else None,
+            compared_every=section.asymmetric_every,
         ),
         AwqFormat(section.group_size, section.skip),
     )

@@ -257,6 +257,19 @@ class AwqSection(Section):
         description="Shrunken ranges (clipping) tried per group: weighted by the Hessian's diagonal with `gptq`, by "
         "what the group adds to the output with `round-to-nearest`; 0 is none.",
     )
+    asymmetric: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Of `gptq`: share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain "
+        "GPTQ and runs one stream instead of two.",
+    )
+    asymmetric_every: int = Field(
+        default=2,
+        ge=1,
+        le=64,
+        description="Of each batch, one window in so many goes through the unquantized model for that; 1 is all.",
+    )
     refine_sweeps: int = Field(
         default=1,
         ge=0,

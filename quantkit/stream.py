@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,39 +23,15 @@ from quantkit.activations import Activations, WeightOf
 from quantkit.calibration.statistics import ACTIVATIONS, DEVIATION, Statistics
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
 from quantkit.checkpoint.index import Checkpoint
-from quantkit.checkpoint.layer import Decoder, DecoderLayer
-from quantkit.costs import Cost, LayerWork
+from quantkit.checkpoint.layer import Decoder
 from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
 from quantkit.progress import timed, timed_steps
 from quantkit.qtensor import Item, LinearFacts, QuantizedLinear
-from quantkit.solvers.contract import Solver
+from quantkit.solvers.contract import Preparation, Prepared, Solver
 from quantkit.source_pass import Calibration, SourcePass, Taken
 
 HEAD_WEIGHT = f"{END_MODULES[HEAD]}.weight"
-
-
-class Preparation(Protocol):
-    """Rewrites a decoder layer before it is solved, without changing what the layer computes."""
-
-    @property
-    def windows(self) -> int:
-        """Most calibration windows whose hidden states `prepare` is given."""
-        ...
-
-    def prepare(self, layer: DecoderLayer, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Dense tensors that replace the layer's own, by checkpoint name, in the compute dtype or a wider one.
-
-        Args:
-            layer: holding the source's weights; may be altered, the stream makes itself another.
-            hidden_BTD: the layer's input [B, T, D] for some windows, evenly spaced; not modified.
-            rope: for `DecoderLayer.walk`.
-        """
-        ...
-
-    def cost(self, layer: LayerWork) -> Cost:
-        """What rewriting such a layer takes."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -205,17 +180,18 @@ def _solve_item(
         ends = None if END_MODULES[name].endswith(skip) else solvers.ends
         return _solve_end(name, source, ends, activations, stored_dtype, sinks, decoder)
     index = int(name.removeprefix("layers."))
-    rewritten = source
+    prepared = Prepared({}, {})
     hidden = activations.hidden() if activations is not None and not activations.shares_sums else []
     if solvers.preparation is not None:
         assert activations is not None, "a preparation needs activations"
         started = time.perf_counter()
         layer = decoder.layer(index, source)
         sample_BTD = activations.calibration.sampled((each.tensor() for each in hidden), solvers.preparation.windows)
-        rewritten = source | solvers.preparation.prepare(layer, sample_BTD, activations.rope)
+        prepared = solvers.preparation.prepare(layer, sample_BTD, activations.rope)
         del sample_BTD
         del layer
-        prepared = time.perf_counter() - started
+        spent = time.perf_counter() - started
+    rewritten = source | prepared.tensors
     full_names = (f"model.layers.{index}.{linear}" for linear in checkpoint.family.linears)
     linears = {full for full in full_names if not full.endswith(skip)}
     solved = {f"{linear}.weight": rewritten[f"{linear}.weight"] for linear in linears}
@@ -239,7 +215,7 @@ def _solve_item(
         release_freed_memory()
 
     if solvers.preparation is not None:
-        item.seconds["prepare"] = prepared
+        item.seconds["prepare"] = spent
     if activations is not None and activations.shares_sums:
         activations.solve_shared(item, solve_stage)
         return item
@@ -255,7 +231,7 @@ def _solve_item(
     with timed(item.seconds, "load"):
         layer = decoder.layer(index, working)
     solved_here = frozenset(linear for linear in checkpoint.family.linears if layer.linear_name(linear) in linears)
-    activations.solve_layer(layer, hidden, item, solved_here, solvers.layers.needs, solve_stage)
+    activations.solve_layer(layer, hidden, item, solved_here, solvers.layers.needs, prepared.divided, solve_stage)
     return item
 
 

@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 FURTHER = {
     "gguf-float": ("gguf", {"types": ["Q4_K_M", "Q6_K"], "solver": "gptq"}),
     "exl2-float": ("exl2", {"bits": [4.0, 5.0]}),
-    "awq-float": CASES["awq"],
+    "awq-float": ("awq", CASES["awq"][1] | {"asymmetric": 0.0}),
     "gptq-float": ("gptq", {"group_size": 32, "asymmetric": 0.0}),
     "compressed-tensors-float": ("compressed-tensors", {"group_size": 32, "asymmetric": 0.0}),
     "gptq-compared-whole": ("gptq", {"group_size": 32, "asymmetric_every": 1}),

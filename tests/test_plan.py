@@ -80,26 +80,6 @@ def test_operations_of_the_shipped_shapes(shape, tmp_path):
     assert found.operations["forward"] == pytest.approx(2 * found.tokens * found.parameters, rel=0.08)
 
 
-def test_trials_of_channel_scales_take_memory(tmp_path):
-    """AWQ's peak is its stack of candidates: more of them, more memory, up to the most that go together.
-
-    Of each, 16 bytes a weight while it is rounded, or as much again while it is walked, beside the 4 that it leaves.
-    """
-    model = make_tiny(tmp_path / "model", "mistral", hidden_size=256, intermediate_size=1024)
-    taken = [
-        plan(
-            recipe_of(model, "awq", quantize={"scaling_steps": steps}),
-            out=tmp_path / "out",
-            device=CPU,
-            progress=Progress(),
-        ).memory_bytes
-        for steps in (0, 1, 20)
-    ]
-    largest = 2 * 256 * 1024
-    assert taken[0] < taken[1] < taken[2]
-    assert (41 - 3) * largest * 4 < taken[2] - taken[1] < (41 - 3) * largest * 13
-
-
 def planned(shape: str, name: str, ranks: int = 1, device: torch.device = CPU, **changes: str):
     changed = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
     recipe = load_recipe(find_recipe(f"bielik-7b-instruct-v0.1/{name}"), tuple(changed))
@@ -203,6 +183,33 @@ def test_ranks_for_which_memory_does_not_suffice_are_refused(tmp_path, monkeypat
     assert run(1).memory_free_bytes == needed
 
 
+def peak_and_plan(content: dict, folder: Path, ranks: int = 1) -> tuple[float, int]:
+    """Bytes that a build's process takes at most, and what its plan says of each rank."""
+    (folder / "recipe.toml").write_text(tomlkit.dumps(content))
+    command = ["build", str(folder / "recipe.toml"), "--out", str(folder / "out"), "--device", "cpu"]
+    given = [sys.executable, "-m", "quantkit", *command, "--no-validate", "--ranks", str(ranks)]
+    peak_gb = measured(given, os.environ | {"PYTHONPATH": str(ROOT)})["peak_gb"]
+    found = plan(Recipe.of(content), out=folder / "other", device=CPU, progress=Progress(), ranks=ranks)
+    return peak_gb * 1e9, found.rank_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["gptq", "round-to-nearest"])
+def test_a_search_for_channel_scales_takes_no_more_than_was_planned(solver, tmp_path):
+    model, text = tmp_path / "model", ROOT / "calibration" / "calibration.jsonl"
+    model.mkdir()
+    make_model(model, layers=1, hidden=2048, feed_forward=5632)
+    content = {
+        "format": "awq",
+        "model": {"id": str(model)},
+        "quantize": {"asymmetric": 0.0, "solver": solver},
+        "calibration": {"texts": {str(text): 8}, "window_tokens": 256},
+        "compute": {"threads": 2},
+    }
+    peak, needed = peak_and_plan(content, tmp_path)
+    assert 0.75 * needed < peak < needed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "asymmetric", "batch"), [(1, 0, 8), (1, 0, 32), (2, 0, 8), (1, 0.5, 8), (1, 0.5, 32)]
@@ -219,9 +226,5 @@ def test_what_a_rank_takes_is_what_was_planned(ranks, asymmetric, batch, tmp_pat
         "calibration": {"texts": {str(text): 64}, "window_tokens": 1024},
         "compute": {"threads": 1, "windows_per_batch": batch},
     }
-    (tmp_path / "recipe.toml").write_text(tomlkit.dumps(content))
-    command = ["build", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    given = [sys.executable, "-m", "quantkit", *command, "--no-validate", "--ranks", str(ranks)]
-    peak_gb = measured(given, os.environ | {"PYTHONPATH": str(ROOT)})["peak_gb"]
-    needed = plan(Recipe.of(content), out=tmp_path / "other", device=CPU, progress=Progress(), ranks=ranks).rank_bytes
-    assert 0.88 * needed < peak_gb * 1e9 < needed
+    peak, needed = peak_and_plan(content, tmp_path, ranks)
+    assert 0.88 * needed < peak < needed

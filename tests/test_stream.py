@@ -152,7 +152,7 @@ GPTQ = {
     "asymmetric": (GptqSolver(AffineRule(4), 32, "group-aware", 0.01, 0.5), False),
     "float": (GptqSolver(AffineRule(4), 32, "group-aware", 0.01), True),
     "awq": (awq(AwqSection(group_size=32), {}).solvers, False),
-    "awq float": (awq(AwqSection(group_size=32), {}).solvers, True),
+    "awq float": (awq(AwqSection(group_size=32, asymmetric=0.0), {}).solvers, True),
 }
 
 

@@ -3,7 +3,12 @@
 Multiplying the input channels of some linears by t and dividing by t the channels of what makes their input changes
 nothing that the layer computes, but moves the grids' resolution to where activations are large. Candidates are
 t = x^a (a from 0, no scaling, to 1; x the mean |activation| per channel) and t = x^a / w^(1-a) (w the mean |weight|
-relative to its group's largest); the one whose rounded weights change the block's output least is kept.
+relative to its group's largest); the one whose rounding costs the linears' outputs least is kept.
+
+What a channel's rounding error e_i costs depends on who chooses the codes. Where they are rounded it is e_i^2 H_ii, the
+channel's mean square, for errors of other channels are as often of one sign as of the other. GPTQ lets the channels
+that are still to come make up for it, and what is left is e_i^2 R_ii^2, with the pivots of H = R R^T
+(`quantkit.solvers.gptq`). A channel's scale divides both by its square.
 
 The four folds of a layer do not touch each other: dividing a linear's rows moves each row's grid along with it, so
 every fold is searched on the layer as it came.
@@ -11,24 +16,35 @@ every fold is searched on the layer as it came.
 With grouped-query attention several query heads read one value head, whose channels can be divided only once: the
 channels of o_proj that read the same channel of v_proj share one t.
 
-Shape legend: R candidates, B windows, T tokens, O out features, I in features, P channels of the producer, G groups,
-K channels per group.
+Shape legend: R candidates, B windows, T tokens, N of all windows, O out features, I in features, P channels of the
+producer, K channels per group.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
 from quantkit.checkpoint.families import Fold, Stage
 from quantkit.checkpoint.layer import DecoderLayer
-from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, total
+from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, StageWork, total
 from quantkit.grids.affine import AffineRule
+from quantkit.kernels import rounding_errors
+from quantkit.solvers.contract import Prepared
+from quantkit.solvers.gptq import factorize
 
 SMALLEST = 1e-4  # of a mean: a channel that is never active must not be divided by nothing
-# candidates go through the block together as long as their weights and outputs are fewer; part of the arithmetic
-LARGEST_STACK = 1 << 28
+COPIES = 4  # of the weights that are tried, while one candidate is
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How GPTQ will solve what is scaled; see `quantkit.solvers.gptq.factorize`."""
+
+    order: str
+    damping: float
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,7 @@ class ChannelScaling:
         group_size: input channels per grid.
         steps: exponents between 0 and 1.
         windows: calibration windows that are looked at, evenly spaced.
+        feedback: of errors, where GPTQ chooses the codes; None where they are rounded.
         skip: name endings of linears that stay dense.
     """
 
@@ -47,72 +64,94 @@ class ChannelScaling:
     group_size: int
     steps: int
     windows: int
+    feedback: Feedback | None
     skip: tuple[str, ...] = ()
 
-    def prepare(self, layer: DecoderLayer, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        """Folded tensors by checkpoint name; see `quantkit.stream.Preparation`."""
-        inputs = {}
-        walk = layer.walk(hidden_BTD, rope)
-        for stage, inputs_BTI in walk:
-            inputs[stage] = inputs_BTI
-        stages = {stage.name: stage for stage in layer.family.stages}
+    def prepare(self, layer: DecoderLayer, hidden_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Prepared:
+        """The folded layer; see `quantkit.solvers.contract.Preparation`."""
+        folds = {fold.stage: fold for fold in layer.family.folds}
         scales = {}
-        for fold in layer.family.folds:
-            stage = stages[fold.stage]
-            if not all(self._stays_dense(layer, linear) for linear in stage.linears):
-                scales[fold] = self.search(layer, fold, inputs[stage], rope)
-        return folded(layer, scales)
+        for stage, inputs_BTI in layer.walk(hidden_BTD, rope):
+            if stage.name in folds and any(self._solved(layer, stage)):
+                scales[folds[stage.name]] = self.search(layer, folds[stage.name], inputs_BTI)
+        divided = {fold.stage: scale_P[producer_channels(layer, fold)] for fold, scale_P in scales.items()}
+        return Prepared(folded(layer, scales), divided)
 
     def cost(self, layer: LayerWork) -> Cost:
-        """Every fold's block for every candidate, as many together as go together."""
+        """A walk, and for every fold what its input's channels cost; trying candidates is no product."""
         tokens = min(self.windows * layer.window, layer.tokens)
-        kept = tokens * sum(stage.columns for stage in layer.stages.values()) * layer.width_bytes
         walk = Cost({"prepare": layer.forward_operations(tokens)})
-        searched = total(self._fold_cost(layer, name, tokens) for name in layer.stages)
+        searched = total(self._fold_cost(stage, tokens) for stage in layer.stages.values() if stage.shapes)
+        # what a stage reads, and what goes by it
+        kept = 2 * tokens * max(stage.columns for stage in layer.stages.values()) * layer.width_bytes
         return walk + Cost(searched.operations, kept + searched.memory_bytes)
 
-    def _fold_cost(self, layer: LayerWork, name: str, tokens: int) -> Cost:
-        stage = layer.stages[name]
-        if not stage.shapes:
-            return Cost()
-        qkv, o, _, down = layer.stages
-        closing = layer.stages[o if name in (qkv, o) else down]
-        own = sum(shape.size for shape in stage.shapes)
-        closed = 0 if closing is stage else sum(shape.size for shape in closing.shapes)
-        attention = 2 * layer.window * layer.attention_columns if name == qkv else 0
-        hidden = layer.stages[qkv].columns
-        candidates = 2 * self.steps + 1
-        stack = own + tokens * (stage.columns + hidden)
-        together = min(candidates, max(1, LARGEST_STACK // stack))
-        # of one candidate: the linears that are rounded, and either the one that is being rounded, or afterwards the
-        # block's input, middle and output
-        rounding = 4 * FLOAT_BYTES * stage.largest
-        walking = tokens * ((stage.columns + 3 * closing.columns) * layer.width_bytes + 3 * FLOAT_BYTES * hidden)
-        each = own * layer.width_bytes + max(rounding, walking)
-        return Cost({"prepare": (candidates + 1) * 2.0 * tokens * (own + closed + attention)}, together * each)
+    def _fold_cost(self, stage: StageWork, tokens: int) -> Cost:
+        side = stage.columns
+        wide = tokens * side * FLOAT_BYTES
+        weights = COPIES * sum(shape.size for shape in stage.shapes) * FLOAT_BYTES
+        if self.feedback is None:
+            return Cost({}, wide + weights)
+        # the sum and its factor, which needs a copy in another order
+        return Cost({"prepare": 2.0 * tokens * side**2 + side**3 / 3}, max(wide, 3 * side**2 * FLOAT_BYTES) + weights)
 
-    def search(self, layer: DecoderLayer, fold: Fold, inputs_BTI: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def search(self, layer: DecoderLayer, fold: Fold, inputs_BTI: Tensor) -> Tensor:
         """The producer channels' best scales [P], in float32 or wider; all ones if nothing is better than no scaling.
 
         Args:
-            layer: unchanged when this returns.
+            layer: not modified.
             fold: which of its folds.
             inputs_BTI: what the fold's stage reads.
-            rope: for the attention.
         """
         stage = next(stage for stage in layer.family.stages if stage.name == fold.stage)
-        weights = {name: _wide(layer.linears[name].weight) for name in stage.linears}
+        weights = [_wide(layer.linears[linear].weight) for linear in stage.linears]
         channel_I = producer_channels(layer, fold)
-        scale_RP = self.candidates(list(weights.values()), inputs_BTI, channel_I)
-        expected_BTD = _wide(layer.block_output(stage, inputs_BTI, rope))
-        num_weights = sum(weight.numel() for weight in weights.values())
-        together = max(1, LARGEST_STACK // (num_weights + inputs_BTI.numel() + expected_BTD.numel()))
-        losses = [
-            self._losses(layer, stage, weights, tried_RP[:, channel_I], inputs_BTI, expected_BTD, rope)
-            for tried_RP in scale_RP.split(together)
-        ]
+        scale_RP = self.candidates(weights, inputs_BTI, channel_I)
+        importance_I = self.importance(inputs_BTI, where=layer.linear_name(stage.linears[0]))
+        scale_RI = scale_RP[:, channel_I]
+        solved = compress(weights, self._solved(layer, stage))
+        losses_R = torch.stack([self.losses(weight_OI, importance_I, scale_RI) for weight_OI in solved]).sum(0)
         # a candidate that overflows is no candidate; on a tie the first stands, which is no scaling
-        return scale_RP[int(torch.cat(losses).nan_to_num(nan=torch.inf).argmin())]
+        return scale_RP[int(losses_R.nan_to_num(nan=torch.inf).argmin())]
+
+    def importance(self, inputs_BTI: Tensor, *, where: str) -> Tensor:
+        """What a channel's squared weight errors cost the outputs, [I], for each token."""
+        x_NI = _wide(inputs_BTI).flatten(0, -2)
+        if self.feedback is None:
+            return x_NI.square().mean(0)
+        factor = factorize(
+            x_NI.t() @ x_NI / len(x_NI),
+            order=self.feedback.order,
+            group_size=self.group_size,
+            damping=self.feedback.damping,
+            where=where,
+        )
+        pivot_I = factor.upper_II.diagonal()
+        return torch.empty_like(pivot_I).index_copy_(0, factor.order_I, pivot_I.square())
+
+    def losses(self, weight_OI: Tensor, importance_I: Tensor, scale_RI: Tensor) -> Tensor:
+        """What rounding a linear's scaled weights costs its output, by candidate, [R].
+
+        Args:
+            weight_OI: [O, I], before it is scaled.
+            importance_I: of its errors, before it is scaled.
+            scale_RI: of the input channels.
+        """
+        whole, every_K = [], weight_OI.new_ones(self.group_size)
+        weight_IO = weight_OI.t().contiguous()
+        for scale_I in scale_RI:
+            lost = []
+            for weight_KO, scale_K, importance_K in zip(
+                *(part.split(self.group_size) for part in (weight_IO, scale_I, importance_I / scale_I.square())),
+                strict=True,
+            ):
+                scaled_KO = weight_KO * scale_K.unsqueeze(1)
+                scale_O, zero_O = self.rule.fit(scaled_KO, every_K)
+                lost.append(
+                    rounding_errors(scaled_KO, importance_K, scale_O[None], zero_O[None], self.rule.highest_code).sum()
+                )
+            whole.append(torch.stack(lost).sum())
+        return torch.stack(whole)
 
     def candidates(self, weights: Sequence[Tensor], inputs_BTI: Tensor, channel_I: Tensor) -> Tensor:
         """Scales [R, P] to be tried, the first all ones; each has sqrt(max * min) = 1.
@@ -131,38 +170,9 @@ class ChannelScaling:
         scale_RP = torch.cat([powered_RP, (powered_RP / weight_P ** (1 - exponent_R1))[:-1]])
         return scale_RP / (scale_RP.amax(1, keepdim=True) * scale_RP.amin(1, keepdim=True)).sqrt()
 
-    def rounded(self, weight_ROI: Tensor) -> Tensor:
-        """Weights [R, O, I] as their nearest codes would decode."""
-        groups_KN = weight_ROI.reshape(-1, self.group_size).t().contiguous()
-        scale_N, zero_N = self.rule.fit(groups_KN, groups_KN.new_ones(self.group_size))
-        codes_KN = self.rule.encode(groups_KN, scale_N, zero_N)
-        return codes_KN.sub_(zero_N).mul_(scale_N).t().reshape(weight_ROI.shape)
-
-    def _losses(
-        self,
-        layer: DecoderLayer,
-        stage: Stage,
-        weights: dict[str, Tensor],
-        scale_RI: Tensor,
-        inputs_BTI: Tensor,
-        expected_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        """Squared change [R] of the block's output, per candidate."""
-        originals = {name: layer.linears[name] for name in weights}
-        for name, weight_OI in weights.items():
-            scaled_ROI = weight_OI * scale_RI.unsqueeze(1)
-            if not self._stays_dense(layer, name):
-                scaled_ROI = self.rounded(scaled_ROI)
-            layer.replace(name, _Stacked(originals[name], scaled_ROI / scale_RI.unsqueeze(1)))
-        stacked = inputs_BTI.expand(len(scale_RI), *inputs_BTI.shape).flatten(0, 1)
-        found_RBTD = _wide(layer.block_output(stage, stacked, rope)).unflatten(0, (len(scale_RI), -1))
-        for name, original in originals.items():
-            layer.replace(name, original)
-        return (found_RBTD - expected_BTD).square().mean((1, 2, 3))
-
-    def _stays_dense(self, layer: DecoderLayer, linear: str) -> bool:
-        return layer.linear_name(linear).endswith(self.skip)
+    def _solved(self, layer: DecoderLayer, stage: Stage) -> list[bool]:
+        """Whether each of the stage's linears is."""
+        return [not layer.linear_name(linear).endswith(self.skip) for linear in stage.linears]
 
     def _relative(self, weight_OI: Tensor) -> Tensor:
         """|weights| over the largest of their group, [O, I]."""
@@ -211,23 +221,6 @@ def producer_channels(layer: DecoderLayer, fold: Fold) -> Tensor:
     head_dim = int(layer.module.self_attn.head_dim)  # type: ignore[union-attr,arg-type]
     heads_per_value = len(channels) // num_made
     return channels // (head_dim * heads_per_value) * head_dim + channels % head_dim
-
-
-class _Stacked(nn.Module):
-    """One linear with several weights: the input's windows are R times as many, candidate after candidate."""
-
-    def __init__(self, original: nn.Linear, weight_ROI: Tensor) -> None:
-        super().__init__()
-        self.weight_ROI = weight_ROI.to(original.weight.dtype)
-        self.bias_O = original.bias
-
-    def forward(self, inputs_NTI: Tensor) -> Tensor:
-        candidates = self.weight_ROI.shape[0]
-        rows_RNI = inputs_NTI.reshape(candidates, -1, inputs_NTI.shape[-1])
-        output_RNO = torch.bmm(rows_RNI, self.weight_ROI.transpose(1, 2))
-        if self.bias_O is not None:
-            output_RNO += self.bias_O
-        return output_RNO.view(*inputs_NTI.shape[:-1], -1)
 
 
 def _mean_by(channel_I: Tensor, value_I: Tensor) -> Tensor:

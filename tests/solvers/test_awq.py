@@ -4,6 +4,7 @@ import errno
 import json
 import signal
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from quantkit.pipeline import build
 from quantkit.progress import Progress
 from quantkit.quantize import AwqSection
 from quantkit.recipe import Recipe
-from quantkit.solvers import awq as module
-from quantkit.solvers.awq import ChannelScaling, folded, producer_channels
+from quantkit.solvers.awq import ChannelScaling, Feedback, folded, producer_channels
+from quantkit.solvers.gptq import visiting_order
 from quantkit.stream import Calibration, stream
 from tests.test_kill import Builds
 from tests.test_pipeline import hashes
@@ -58,8 +59,12 @@ def uneven(checkpoint, decoder) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return tensors, decoder.embed(checkpoint.read("embedding"), tokens()) * 30
 
 
-def scaling(**options) -> ChannelScaling:
-    return ChannelScaling(AffineRule(4, symmetric=False), **({"group_size": 32, "steps": 8, "windows": 3} | options))
+ROUNDED, SOLVED = None, Feedback("group-aware", 0.01)
+
+
+def scaling(feedback: Feedback | None = ROUNDED, **options) -> ChannelScaling:
+    rule = AffineRule(4, symmetric=False)
+    return ChannelScaling(rule, **({"group_size": 32, "steps": 8, "windows": 3} | options), feedback=feedback)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -91,15 +96,29 @@ def test_query_heads_that_read_one_value_head_share_a_scale(tmp_path):
     assert producer_channels(layer, fold).tolist() == expected
 
 
-def brute_force(layer, fold, inputs, rope, search: ChannelScaling) -> tuple[torch.Tensor, list[float]]:
+def cost_of_errors(rows: torch.Tensor, search: ChannelScaling) -> list[float]:
+    """What a channel's squared error costs: its mean square, or what later channels do not make up for."""
+    hessian = rows.T @ rows / len(rows)
+    if search.feedback is None:
+        return hessian.diagonal().tolist()
+    hessian += search.feedback.damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    order = visiting_order(hessian.diagonal(), search.feedback.order, search.group_size).tolist()
+    found = [0.0] * len(order)
+    for place, channel in enumerate(order):
+        # the variance of a channel given all that come after it
+        found[channel] = 1 / float(torch.linalg.inv(hessian[order[place:]][:, order[place:]])[0, 0])
+    return found
+
+
+def brute_force(layer, fold, inputs, search: ChannelScaling) -> tuple[torch.Tensor, list[float]]:
     """The best scales [P] and all losses: one candidate, one group of one row at a time, by the formulas."""
     stage = next(stage for stage in layer.family.stages if stage.name == fold.stage)
-    weights = {name: layer.linears[name].weight.clone() for name in stage.linears}
+    weights = [layer.linears[name].weight for name in stage.linears]
     behind = producer_channels(layer, fold).tolist()
     size, num_made = search.group_size, max(behind) + 1
     x_sum, w_sum, count = [0.0] * num_made, [0.0] * num_made, [0] * num_made
     rows = inputs.flatten(0, -2)
-    every_row = torch.cat(list(weights.values()))
+    every_row = torch.cat(weights)
     for channel, made in enumerate(behind):
         group = every_row[:, channel // size * size : (channel // size + 1) * size].abs()
         x_sum[made] += float(rows[:, channel].abs().mean())
@@ -110,9 +129,10 @@ def brute_force(layer, fold, inputs, rope, search: ChannelScaling) -> tuple[torc
     exponents = [step / search.steps for step in range(search.steps + 1)]
     tried = [x**a for a in exponents] + [x**a / w ** (1 - a) for a in exponents[:-1]]
     tried = [t / (t.max() * t.min()) ** 0.5 for t in tried]
-    expected, losses = layer.block_output(stage, inputs, rope), []
+    cost, losses = torch.tensor(cost_of_errors(rows, search), dtype=torch.float64), []
     for t in tried:
-        for name, weight in weights.items():
+        loss = 0.0
+        for weight in weights:
             scaled = weight * t[behind]
             for row in range(len(scaled)):
                 for start in range(0, scaled.shape[1], size):
@@ -121,28 +141,61 @@ def brute_force(layer, fold, inputs, rope, search: ChannelScaling) -> tuple[torc
                     scale = float(torch.tensor((high - low) / 15).half())
                     zero = min(15, max(0, round(-low / scale)))
                     group.copy_(((group / scale).round() + zero).clamp(0, 15).sub(zero) * scale)
-            layer.linears[name].weight.data = scaled / t[behind]
-        losses.append(float((layer.block_output(stage, inputs, rope) - expected).square().mean()))
-    for name, weight in weights.items():
-        layer.linears[name].weight.data = weight
+            loss += float(((scaled / t[behind] - weight).square() * cost).sum())
+        losses.append(loss)
     return tried[losses.index(min(losses))], losses
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen3"])
-@pytest.mark.parametrize("stack", [1 << 28, 1 << 15])
-def test_the_search_finds_what_brute_force_finds(model_type, stack, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LARGEST_STACK", stack)
+@pytest.mark.parametrize("feedback", [ROUNDED, SOLVED, Feedback("natural", 0.05)])
+def test_the_search_finds_what_brute_force_finds(model_type, feedback, tmp_path):
     checkpoint, decoder = opened(tmp_path, model_type)
     tensors, hidden = uneven(checkpoint, decoder)
     layer, rope = decoder.layer(0, tensors), decoder.rope(hidden.shape[1])
-    search = scaling(steps=3)
+    search = scaling(feedback, steps=3)
     gains = {}
-    for (stage, inputs), fold in zip(layer.walk(hidden[:2], rope), layer.family.folds, strict=True):
+    for (stage, inputs), fold in zip(layer.walk(hidden, rope), layer.family.folds, strict=True):
         assert stage.name == fold.stage
-        expected, losses = brute_force(layer, fold, inputs, rope, search)
-        torch.testing.assert_close(search.search(layer, fold, inputs, rope), expected, rtol=1e-9, atol=0)
+        expected, losses = brute_force(layer, fold, inputs, search)
+        torch.testing.assert_close(search.search(layer, fold, inputs), expected, rtol=1e-9, atol=0)
         gains[fold.stage] = min(losses) / losses[0]
     assert min(gains.values()) < 0.8, "scaling has something to gain here"
+
+
+def test_channels_that_others_make_up_for_cost_less(tmp_path):
+    """A channel that is a mixture of others is nothing to GPTQ, and as much as any to who rounds."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1, 4000, 64, generator=generator, dtype=torch.float64)
+    inputs[..., 0] = inputs[..., 40] - inputs[..., 50]
+    rounded, solved = (
+        scaling(feedback).importance(inputs, where="a linear") for feedback in (ROUNDED, Feedback("natural", 1e-6))
+    )
+    assert rounded[0] == pytest.approx(2, rel=0.1)
+    assert solved[0] < 1e-3
+    assert solved[1] == pytest.approx(1, rel=0.1)
+
+
+def test_what_is_compared_with_the_unquantized_stream_was_divided_as_it_is(tmp_path):
+    """With a solver that changes nothing the streams are the same, so nothing has moved, scaled or not."""
+    checkpoint, decoder = opened(tmp_path, "qwen2")
+    method = awq(AwqSection(group_size=32, scaling_steps=4, asymmetric_every=1), {})
+    seen = []
+
+    class Exact:
+        needs = method.solvers.layers.needs
+
+        def solve(self, weights, statistics):
+            seen.append(float(statistics.deviation().abs().max() / statistics.hessian().abs().max()))
+            return iter(())
+
+    solvers = replace(method.solvers, layers=Exact())
+    items = list(
+        stream(checkpoint, solvers, Calibration(tokens(), 2, False), decoder=decoder, stored_dtype=torch.float64)
+    )
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(items[1].tensors[norm], checkpoint.read("layers.0")[norm].double()), "it was folded"
+    assert len(seen) == 4 * checkpoint.num_layers
+    assert max(seen) < 1e-12
 
 
 def test_the_search_leaves_the_layer_as_it_was(tmp_path):
@@ -150,7 +203,8 @@ def test_the_search_leaves_the_layer_as_it_was(tmp_path):
     tensors, hidden = uneven(checkpoint, decoder)
     layer, rope = decoder.layer(0, tensors), decoder.rope(hidden.shape[1])
     before = layer.forward(hidden, rope)
-    scaling().prepare(layer, hidden, rope)
+    for feedback in (ROUNDED, SOLVED):
+        scaling(feedback).prepare(layer, hidden, rope)
     assert torch.equal(layer.forward(hidden, rope), before)
 
 
@@ -160,12 +214,16 @@ def test_a_channel_that_is_never_active_and_numbers_that_overflow_do_no_harm(tmp
     tensors["model.layers.0.input_layernorm.weight"][7] = 0
     tensors["model.layers.0.self_attn.v_proj.weight"][:, 3] = 0
     rope = decoder.rope(hidden.shape[1])
-    prepared = scaling().prepare(decoder.layer(0, tensors), hidden, rope)
-    assert prepared
-    assert all(torch.isfinite(tensor).all() for tensor in prepared.values())
+    for feedback in (ROUNDED, SOLVED):
+        prepared = scaling(feedback).prepare(decoder.layer(0, tensors), hidden, rope)
+        assert prepared.tensors
+        assert all(torch.isfinite(tensor).all() for tensor in prepared.tensors.values())
     tensors["model.layers.0.post_attention_layernorm.weight"][:] = 1e30
-    prepared = scaling().prepare(decoder.layer(0, tensors), hidden, rope)
-    assert not [name for name in prepared if "mlp" in name or "post" in name], "what cannot be judged is not scaled"
+    loud = decoder.layer(0, tensors)
+    prepared = scaling().prepare(loud, hidden, rope)
+    assert not [name for name in prepared.tensors if "mlp" in name or "post" in name], "what cannot be judged is not"
+    with pytest.raises(RunFailedError, match=r"(?s)are not finite.*at: +model\.layers\.0\.mlp\.gate_proj"):
+        scaling(SOLVED).prepare(loud, hidden, rope)
 
 
 def test_linears_that_stay_dense_are_folded_but_not_rounded(tmp_path):
@@ -173,7 +231,7 @@ def test_linears_that_stay_dense_are_folded_but_not_rounded(tmp_path):
     tensors, hidden = uneven(checkpoint, decoder)
     rope = decoder.rope(hidden.shape[1])
     layer = decoder.layer(0, tensors)
-    part = scaling(skip=("mlp.gate_proj", "self_attn.o_proj")).prepare(layer, hidden, rope)
+    part = scaling(skip=("mlp.gate_proj", "self_attn.o_proj")).prepare(layer, hidden, rope).tensors
     assert "model.layers.0.self_attn.v_proj.weight" in part  # reads the norm, which is divided
     assert "model.layers.0.self_attn.o_proj.weight" not in part  # nobody gains
     after = decoder.layer(0, tensors | part).forward(hidden, rope)
@@ -187,7 +245,7 @@ def test_a_linear_that_stays_dense_in_one_layer_is_rounded_in_the_others(tmp_pat
 
     def prepared(*skip: str) -> dict[str, list]:
         found = scaling(skip=skip).prepare(decoder.layer(0, tensors), hidden, rope)
-        return {name: tensor.tolist() for name, tensor in found.items()}
+        return {name: tensor.tolist() for name, tensor in found.tensors.items()}
 
     everywhere, nowhere = prepared("self_attn.o_proj"), prepared()
     assert everywhere != nowhere
@@ -204,7 +262,7 @@ def layer_error(checkpoint, decoder, section: AwqSection) -> float:
     seen, unseen = hidden[:4], hidden[4:]
     prepared = tensors
     if method.solvers.preparation is not None:
-        prepared = tensors | method.solvers.preparation.prepare(decoder.layer(0, tensors), seen, rope)
+        prepared = tensors | method.solvers.preparation.prepare(decoder.layer(0, tensors), seen, rope).tensors
     layer = decoder.layer(0, prepared)
     for stage, inputs in layer.walk(seen, rope):
         statistics = Statistics(method.solvers.layers.needs)
@@ -217,10 +275,13 @@ def layer_error(checkpoint, decoder, section: AwqSection) -> float:
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_layers_output_is_nearer_with_scales_than_without(model_type, tmp_path):
+@pytest.mark.parametrize("solver", ["gptq", "round-to-nearest"])
+def test_the_layers_output_is_nearer_with_scales_than_without(solver, model_type, tmp_path):
     checkpoint, decoder = opened(tmp_path, model_type)
-    plain = layer_error(checkpoint, decoder, AwqSection(group_size=32, scaling_steps=0))
-    scaled = layer_error(checkpoint, decoder, AwqSection(group_size=32))
+    plain, scaled = (
+        layer_error(checkpoint, decoder, AwqSection(group_size=32, scaling_steps=steps, solver=solver, asymmetric=0.0))
+        for steps in (0, 20)
+    )
     assert scaled < plain
 
 
@@ -241,7 +302,7 @@ def dense(model_folder, items) -> torch.nn.Module:
 def test_the_whole_models_logits_stay_near(model_type, from_float, tmp_path):
     """The folded, quantized model in transformers' own code is the source but for the rounding."""
     checkpoint, decoder = opened(tmp_path, model_type, torch.float32)
-    method = awq(AwqSection(group_size=32, scaling_steps=6), {})
+    method = awq(AwqSection(group_size=32, scaling_steps=6, asymmetric=0.0 if from_float else 0.5), {})
     items = list(
         stream(
             checkpoint,
@@ -259,15 +320,19 @@ def test_the_whole_models_logits_stay_near(model_type, from_float, tmp_path):
     assert not torch.equal(norm, checkpoint.read("layers.0")["model.layers.0.input_layernorm.weight"].half())
 
 
-@pytest.mark.parametrize(("activations", "whole_process"), [("quantized", False), ("float", True)])
-def test_a_killed_build_ends_in_the_same_bytes(activations, whole_process, tiny_mistral, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("activations", "asymmetric", "whole_process"), [("quantized", 0.5, False), ("float", 0.0, True)]
+)
+def test_a_killed_build_ends_in_the_same_bytes(
+    activations, asymmetric, whole_process, tiny_mistral, tmp_path, monkeypatch
+):
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
     recipe = Recipe.of(
         {
             "format": "awq",
             "model": {"id": str(tiny_mistral)},
-            "quantize": {"group_size": 32, "scaling_steps": 4, "scale_candidates": 4},
+            "quantize": {"group_size": 32, "scaling_steps": 4, "scale_candidates": 4, "asymmetric": asymmetric},
             "calibration": {"texts": {str(text): 8}, "window_tokens": 16, "activations": activations},
             "validation": {"texts": (str(text),), "window_tokens": 32, "generated_tokens": 4},
         }
