@@ -36,7 +36,7 @@ from quantkit.solvers.contract import Prepared
 from quantkit.solvers.gptq import factorize
 
 SMALLEST = 1e-4  # of a mean: a channel that is never active must not be divided by nothing
-COPIES = 4  # of the weights that are tried, while one candidate is
+COPIES = 4  # of a stage's weights, while candidates are made of them and tried
 
 
 @dataclass(frozen=True)
