@@ -1,6 +1,6 @@
 """The [quantize] table of a recipe: one closed class per format, and the table that names them."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -11,6 +11,57 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
     files: ClassVar[tuple[str, ...]] = ()
     """Keys that name local files."""
+
+
+# keys that several formats have
+Damping = Annotated[
+    float,
+    Field(
+        gt=0,
+        lt=1,
+        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
+    ),
+]
+ScaleCandidates = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=200,
+        description="Shrunken ranges the scale search tries per group, weighted by the Hessian's diagonal; 0 is none.",
+    ),
+]
+Asymmetric = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
+        "one stream instead of two.",
+    ),
+]
+AsymmetricEvery = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=64,
+        description="Of each batch, one window in so many goes through the unquantized model for that; 1 is all.",
+    ),
+]
+RefineSweeps = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=20,
+        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
+    ),
+]
+Skip = Annotated[
+    tuple[str, ...],
+    Field(
+        strict=False,
+        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
+    ),
+]
 
 
 class GptqSection(Section):
@@ -28,42 +79,12 @@ class GptqSection(Section):
         description="Order in which input channels are solved. `group-aware` has the gain of activation order with a "
         "trivial g_idx; `activation` writes desc_act, which vLLM refuses with groups.",
     )
-    damping: float = Field(
-        default=0.01,
-        gt=0,
-        lt=1,
-        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
-    )
-    scale_candidates: int = Field(
-        default=20,
-        ge=0,
-        le=200,
-        description="Shrunken ranges the scale search tries per group, weighted by the Hessian's diagonal; 0 is none.",
-    )
-    asymmetric: float = Field(
-        default=0.5,
-        ge=0,
-        le=1,
-        description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
-        "one stream instead of two.",
-    )
-    asymmetric_every: int = Field(
-        default=2,
-        ge=1,
-        le=64,
-        description="Of each batch, one window in so many goes through the unquantized model for that; 1 is all.",
-    )
-    refine_sweeps: int = Field(
-        default=1,
-        ge=0,
-        le=20,
-        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
-    )
-    skip: tuple[str, ...] = Field(
-        default=(),
-        strict=False,
-        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
-    )
+    damping: Damping = 0.01
+    scale_candidates: ScaleCandidates = 20
+    asymmetric: Asymmetric = 0.5
+    asymmetric_every: AsymmetricEvery = 2
+    refine_sweeps: RefineSweeps = 1
+    skip: Skip = ()
 
 
 class HqqSection(Section):
@@ -87,20 +108,11 @@ class HqqSection(Section):
         le=200,
         description="Shrunken ranges the scale search tries per group beside the full one.",
     )
-    refine_sweeps: int = Field(
-        default=1,
-        ge=0,
-        le=20,
-        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
-    )
+    refine_sweeps: RefineSweeps = 1
     qmodel_pt: bool = Field(
         default=False, description="Also write `qmodel.pt`, the pickle that hqq's own `from_quantized` opens."
     )
-    skip: tuple[str, ...] = Field(
-        default=(),
-        strict=False,
-        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
-    )
+    skip: Skip = ()
 
     @model_validator(mode="after")
     def _gptq_needs_rows(self) -> "HqqSection":
@@ -130,12 +142,7 @@ class MlxSection(Section):
         le=200,
         description="Shrunken ranges the scale search of `gptq` tries per group beside the full one.",
     )
-    refine_sweeps: int = Field(
-        default=1,
-        ge=0,
-        le=20,
-        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
-    )
+    refine_sweeps: RefineSweeps = 1
     dtype: Literal["float16", "bfloat16"] = Field(
         default="float16", description="Of scales, biases and what stays dense; float16 keeps scales finer."
     )
@@ -264,23 +271,9 @@ class AwqSection(Section):
         description="Of `gptq`: share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain "
         "GPTQ and runs one stream instead of two.",
     )
-    asymmetric_every: int = Field(
-        default=2,
-        ge=1,
-        le=64,
-        description="Of each batch, one window in so many goes through the unquantized model for that; 1 is all.",
-    )
-    refine_sweeps: int = Field(
-        default=1,
-        ge=0,
-        le=20,
-        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
-    )
-    skip: tuple[str, ...] = Field(
-        default=(),
-        strict=False,
-        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
-    )
+    asymmetric_every: AsymmetricEvery = 2
+    refine_sweeps: RefineSweeps = 1
+    skip: Skip = ()
 
 
 class CompressedTensorsSection(Section):
@@ -294,45 +287,15 @@ class CompressedTensorsSection(Section):
     order: Literal["natural", "group-aware"] = Field(
         default="group-aware", description="Order in which input channels are solved; the file does not tell."
     )
-    damping: float = Field(
-        default=0.01,
-        gt=0,
-        lt=1,
-        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
-    )
-    scale_candidates: int = Field(
-        default=20,
-        ge=0,
-        le=200,
-        description="Shrunken ranges the scale search tries per group, weighted by the Hessian's diagonal; 0 is none.",
-    )
-    asymmetric: float = Field(
-        default=0.0,
-        ge=0,
-        le=1,
-        description="Share of the correction towards the unquantized model's outputs (GPTAQ); 0 is plain GPTQ and runs "
-        "one stream instead of two.",
-    )
-    asymmetric_every: int = Field(
-        default=2,
-        ge=1,
-        le=64,
-        description="Of each batch, one window in so many goes through the unquantized model for that; 1 is all.",
-    )
-    refine_sweeps: int = Field(
-        default=1,
-        ge=0,
-        le=20,
-        description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
-    )
+    damping: Damping = 0.01
+    scale_candidates: ScaleCandidates = 20
+    asymmetric: Asymmetric = 0.0
+    asymmetric_every: AsymmetricEvery = 2
+    refine_sweeps: RefineSweeps = 1
     dtype: Literal["bfloat16", "float16"] = Field(
         default="bfloat16", description="Of scales and of what is not quantized; bfloat16 keeps a bf16 source as it is."
     )
-    skip: tuple[str, ...] = Field(
-        default=(),
-        strict=False,
-        description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
-    )
+    skip: Skip = ()
 
 
 class Exl2Section(Section):
@@ -346,12 +309,7 @@ class Exl2Section(Section):
         'one folder each. Several need `calibration.activations = "float"`.',
     )
     head_bits: Literal[2, 3, 4, 5, 6, 8] = Field(default=6, description="About so many bits for the head.")
-    damping: float = Field(
-        default=0.01,
-        gt=0,
-        lt=1,
-        description="Fraction of the Hessian's mean diagonal added to it; doubled, and recorded, when too little.",
-    )
+    damping: Damping = 0.01
     scale_candidates: int = Field(
         default=12, ge=1, le=200, description="Scales tried per column and group, weighted by the Hessian's diagonal."
     )

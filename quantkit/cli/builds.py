@@ -19,6 +19,7 @@ from quantkit.cli.output import (
     write_junit,
 )
 from quantkit.cli.processes import is_one_of, start_ranks, together
+from quantkit.errors import RefusedError
 
 
 def build(
@@ -38,7 +39,6 @@ def build(
 ) -> None:
     """Build an artifact by recipe, or all of a model in one pass, then judge it on Polish text."""
     from quantkit.display import Display
-    from quantkit.errors import RefusedError
     from quantkit.machine import choose_device
     from quantkit.pipeline import build_all as run
     from quantkit.recipe import require_pinned

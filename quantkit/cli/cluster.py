@@ -9,6 +9,7 @@ import typer
 from quantkit.cli.named import recipe_of
 from quantkit.cli.options import Json, Model, Set
 from quantkit.cli.output import print_document, say
+from quantkit.errors import RefusedError
 
 if TYPE_CHECKING:
     from quantkit.cluster.jobs import BuildJob
@@ -62,7 +63,6 @@ def submit(
     from quantkit.cluster.status import wait as ended
     from quantkit.cluster.submit import LOGS, requests
     from quantkit.cluster.submit import submit as run
-    from quantkit.errors import RefusedError
     from quantkit.recipe import recipes_named, require_pinned
 
     named = [each for recipe in recipes for each in recipes_named(recipe)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from quantkit.errors import QuantkitError, worst
+from quantkit.errors import GateError, QuantkitError, worst
 
 INTERRUPTED = "interrupted; finished layers are kept, the same command goes on"
 
@@ -90,8 +90,6 @@ def _write_below(path: Path, text: str) -> None:
 
 def gate_error(validation: dict[str, Any], where: Path) -> QuantkitError | None:
     """The error that a gate which failed ends with; None if all passed."""
-    from quantkit.errors import GateError
-
     if validation["gate"]["passed"]:
         return None
     return GateError(

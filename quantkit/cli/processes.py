@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from quantkit.cli.output import say
-from quantkit.errors import QuantkitError, worst
+from quantkit.errors import QuantkitError, RefusedError, worst
 
 if TYPE_CHECKING:
     from quantkit.ranks import Ranks
@@ -22,7 +22,6 @@ def is_one_of(size: int) -> bool:
     Raises:
         RefusedError: it is one of another number.
     """
-    from quantkit.errors import RefusedError
     from quantkit.launch import launched
 
     if launched() not in (1, size):

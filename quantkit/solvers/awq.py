@@ -31,7 +31,8 @@ from quantkit.checkpoint.families import Fold, Stage
 from quantkit.checkpoint.layer import DecoderLayer
 from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, StageWork, total
 from quantkit.grids.affine import AffineRule
-from quantkit.kernels import rounding_errors
+from quantkit.grids.blocks import rows_together
+from quantkit.machine import side_by_side
 from quantkit.solvers.contract import Prepared
 from quantkit.solvers.gptq import factorize
 
@@ -137,21 +138,18 @@ class ChannelScaling:
             importance_I: of its errors, before it is scaled.
             scale_RI: of the input channels.
         """
-        whole, every_K = [], weight_OI.new_ones(self.group_size)
-        weight_IO = weight_OI.t().contiguous()
-        for scale_I in scale_RI:
-            lost = []
-            for weight_KO, scale_K, importance_K in zip(
-                *(part.split(self.group_size) for part in (weight_IO, scale_I, importance_I / scale_I.square())),
-                strict=True,
-            ):
-                scaled_KO = weight_KO * scale_K.unsqueeze(1)
-                scale_O, zero_O = self.rule.fit(scaled_KO, every_K)
-                lost.append(
-                    rounding_errors(scaled_KO, importance_K, scale_O[None], zero_O[None], self.rule.highest_code).sum()
-                )
-            whole.append(torch.stack(lost).sum())
-        return torch.stack(whole)
+        pieces = ((part_OI, importance_I, scale_RI) for part_OI in weight_OI.split(rows_together(weight_OI)))
+        return torch.stack(side_by_side(self._losses_of_rows, pieces, weight_OI.device)).sum(0)
+
+    def _losses_of_rows(self, weight_OI: Tensor, importance_I: Tensor, scale_RI: Tensor) -> Tensor:
+        return torch.stack([self._loss_of_rows(weight_OI, importance_I, scale_I) for scale_I in scale_RI])
+
+    def _loss_of_rows(self, weight_OI: Tensor, importance_I: Tensor, scale_I: Tensor) -> Tensor:
+        scaled_OGK = (weight_OI * scale_I).unflatten(1, (-1, self.group_size))
+        low_OG1, high_OG1 = scaled_OGK.amin(2, keepdim=True), scaled_OGK.amax(2, keepdim=True)
+        scale_OG1, zero_OG1 = self.rule.within(low_OG1.clamp_(max=0), high_OG1.clamp_(min=0))
+        error_OGK = self.rule.encode(scaled_OGK, scale_OG1, zero_OG1).sub_(zero_OG1).mul_(scale_OG1).sub_(scaled_OGK)
+        return error_OGK.flatten(1).square_().sum(0) @ (importance_I / scale_I.square())
 
     def candidates(self, weights: Sequence[Tensor], inputs_BTI: Tensor, channel_I: Tensor) -> Tensor:
         """Scales [R, P] to be tried, the first all ones; each has sqrt(max * min) = 1.
