@@ -151,6 +151,8 @@ def brute_force(layer, fold, inputs, search: ChannelScaling) -> tuple[torch.Tens
 def test_the_search_finds_what_brute_force_finds(model_type, feedback, tmp_path):
     checkpoint, decoder = opened(tmp_path, model_type)
     tensors, hidden = uneven(checkpoint, decoder)
+    # grids hold 0 even where every weight of a group is below it
+    tensors["model.layers.0.self_attn.o_proj.weight"] = -0.3 - tensors["model.layers.0.self_attn.o_proj.weight"].abs()
     layer, rope = decoder.layer(0, tensors), decoder.rope(hidden.shape[1])
     search = scaling(feedback, steps=3)
     gains = {}
@@ -158,6 +160,12 @@ def test_the_search_finds_what_brute_force_finds(model_type, feedback, tmp_path)
         assert stage.name == fold.stage
         expected, losses = brute_force(layer, fold, inputs, search)
         torch.testing.assert_close(search.search(layer, fold, inputs), expected, rtol=1e-9, atol=0)
+        weights = [layer.linears[name].weight for name in stage.linears]
+        behind = producer_channels(layer, fold)
+        scales = search.candidates(weights, inputs, behind)[:, behind]
+        importance = search.importance(inputs, where=stage.name)
+        found = sum(search.losses(weight, importance, scales) for weight in weights)
+        torch.testing.assert_close(found, torch.tensor(losses, dtype=torch.float64), rtol=1e-9, atol=0)
         gains[fold.stage] = min(losses) / losses[0]
     assert min(gains.values()) < 0.8, "scaling has something to gain here"
 
