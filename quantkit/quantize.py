@@ -289,7 +289,7 @@ class CompressedTensorsSection(Section):
     )
     damping: Damping = 0.01
     scale_candidates: ScaleCandidates = 20
-    asymmetric: Asymmetric = 0.0
+    asymmetric: Asymmetric = 0.5
     asymmetric_every: AsymmetricEvery = 2
     refine_sweeps: RefineSweeps = 1
     dtype: Literal["bfloat16", "float16"] = Field(

@@ -24,11 +24,11 @@ STAGES = ("forward", "statistics", "factorise", "substitute", "solve", "loops")
 COUNTED = {
     # two streams; scales are told apart by a sum and a factor of their own
     "awq": dict(zip(STAGES, (6224.35, 2768.24, 2804.59, 1010.83, 3581.94, 464.98), strict=True)),
-    "compressed-tensors": dict(zip(STAGES, (1107.3, 2382.36, 1402.3, 138.41, 3389.0, 464.98), strict=True)),
     # with the measurement
     "exl2": dict(zip(STAGES, (19720.04, 4781.51, 2805.29, 1040.97, 1164.71, 2606.81), strict=True)),
     "gguf": dict(zip(STAGES, (1107.3, 2399.14, 1402.99, 109.58, 1044.38, 71.02), strict=True)),
     # two streams, of which one has half the windows, as MLX has them, which has the ends besides
+    "compressed-tensors": dict(zip(STAGES, (1660.94, 2768.24, 1402.3, 1010.83, 3581.94, 464.98), strict=True)),
     "gptq": dict(zip(STAGES, (1660.94, 2768.24, 1402.3, 1010.83, 3581.94, 464.98), strict=True)),
     "gptq plain": dict(zip(STAGES, (1107.3, 2382.36, 1402.3, 138.41, 3389.0, 464.98), strict=True)),
     # refits are in the loops with all they do; as torch did them, 24 of 56 operations a weight were in the loops, 16 in
@@ -37,7 +37,7 @@ COUNTED = {
     "mlx": dict(zip(STAGES, (1660.94, 2793.41, 1402.99, 948.96, 3235.91, 272.99), strict=True)),
 }
 QUANTIZE = {"gptq plain": {"asymmetric": 0.0}, "gguf": {"solver": "gptq", "types": ["Q4_K_M"]}}
-FROM_QUANTIZED = ("awq", "gptq", "mlx")  # their default compares two streams
+FROM_QUANTIZED = ("awq", "compressed-tensors", "gptq", "mlx")  # their default compares two streams
 SOLVERS = {
     "awq": "quantkit.solvers.gptq.GptqSolver",
     "compressed-tensors": "quantkit.solvers.gptq.GptqSolver",
