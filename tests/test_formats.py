@@ -140,7 +140,7 @@ def test_a_linear_may_be_skipped_in_one_layer_only(name, source, tmp_path):
         "calibration": {"texts": {str(text): 4}, "window_tokens": 16},
     }
     out = build(Recipe.of(content), out=tmp_path / "out", device=CPU, validated=False).out
-    found, checkpoint = READERS[name].open(out), open_checkpoint(source)
+    (found,), checkpoint = READERS[name].variants(out).values(), open_checkpoint(source)
     dense = []
     for item in ("layers.0", "layers.1"):
         (module,) = (key for key in checkpoint.read(item) if key.endswith("mlp.down_proj.weight"))
@@ -189,7 +189,7 @@ def formats_named(code: str) -> set[str]:
     """What of a module's text is a format's: its name, an import of its module, a class of it by whatever way."""
     own = set()
     for reading in READERS.values():
-        package = reading.open.__module__.removesuffix(".read")
+        package = reading.recognizes.__module__.removesuffix(".read")
         own |= {name for name, module in sys.modules.items() if name == package or name.startswith(f"{package}.")}
     classes = {
         each.__name__

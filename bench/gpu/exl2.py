@@ -39,7 +39,8 @@ from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.engines.env import environment_python, find_engine, has_cuda, own_variables
 from quantkit.engines.runtime import RUNNERS, require, variables
 from quantkit.errors import UnavailableError
-from quantkit.formats.exl2 import Exl2Artifact, decode_linear, open_variants
+from quantkit.formats.exl2 import decode_linear, open_variants
+from quantkit.formats.parts import PartsArtifact
 from quantkit.grids.exl2 import Exl2Grid
 from quantkit.machine import environment
 from quantkit.pipeline import build
@@ -69,7 +70,7 @@ def make_artifact(folder: Path) -> Path:
     return build(recipe, out=folder / "artifact", device=torch.device("cpu"), validated=False).out
 
 
-def windows_for(artifact: Exl2Artifact) -> dict[str, list[list[int]]]:
+def windows_for(artifact: PartsArtifact) -> dict[str, list[list[int]]]:
     """Token windows by what they are for."""
     draw = np.random.default_rng(0)
     vocabulary = int(artifact.config["vocab_size"])
@@ -87,7 +88,7 @@ def windows_for(artifact: Exl2Artifact) -> dict[str, list[list[int]]]:
     }
 
 
-def our_logits(artifact: Exl2Artifact, windows: Sequence[Sequence[int]], device: torch.device) -> list[np.ndarray]:
+def our_logits(artifact: PartsArtifact, windows: Sequence[Sequence[int]], device: torch.device) -> list[np.ndarray]:
     """float32 [T, V] of every window, by quantkit's decode in transformers' code."""
     decoder = Decoder(artifact.config, artifact.family, device=device, dtype=torch.float32)
     embedding, *layers, _ = item_names(artifact.num_layers)
@@ -101,7 +102,7 @@ def our_logits(artifact: Exl2Artifact, windows: Sequence[Sequence[int]], device:
     return [(decoder.normed(ends, states)[0] @ head_VD.t()).cpu().numpy() for states in hidden]
 
 
-def loaded_weights(artifact: Exl2Artifact) -> dict[str, Tensor]:
+def loaded_weights(artifact: PartsArtifact) -> dict[str, Tensor]:
     """float16 [in, out] of every quantized linear as exllamav2 holds it once it is loaded.
 
     It takes the permutation out of down_proj and permutes the columns of gate_proj and up_proj instead.
@@ -124,7 +125,7 @@ def loaded_weights(artifact: Exl2Artifact) -> dict[str, Tensor]:
 
 
 def their_reading(
-    artifact: Exl2Artifact, windows: list[list[int]], modules: list[str], options: argparse.Namespace, scratch: Path
+    artifact: PartsArtifact, windows: list[list[int]], modules: list[str], options: argparse.Namespace, scratch: Path
 ) -> tuple[list[np.ndarray], dict[str, np.ndarray], dict[str, Any]]:
     """Logits, weights and versions of exllamav2."""
     out = scratch / "read"
@@ -186,7 +187,7 @@ def differing(ours: dict[str, Tensor], theirs: dict[str, np.ndarray]) -> dict[st
     return {name: count for name, count in counts.items() if count}
 
 
-def judged(artifact: Exl2Artifact, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def judged(artifact: PartsArtifact, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Everything that is asked of one variant."""
     by_use = windows_for(artifact)
     flat = [ids for windows in by_use.values() for ids in windows]

@@ -169,22 +169,43 @@ def side_lengths(config: dict, family: Family, *, where: str) -> dict[str, int]:
     Raises:
         RefusedError: config.json does not say it, or says something that is no size.
     """
-    # null is as good as nothing, but not to a family with a value of its own
-    defaults = {"head_dim": family.head_dim, "num_key_value_heads": family.key_value_heads}
-    config = {key: default for key, default in defaults.items() if default} | config
-    hidden, heads = (length_of(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
-    head, keys = (
-        length_of(config, key, where=where) if config.get(key) is not None else otherwise
-        for key, otherwise in (("head_dim", hidden // heads), ("num_key_value_heads", heads))
-    )
+    heads, keys, head = attention_sizes(config, family, where=where)
     return {
-        "hidden": hidden,
+        "hidden": length_of(config, "hidden_size", where=where),
         "inner": length_of(config, "intermediate_size", where=where),
         "vocabulary": length_of(config, "vocab_size", where=where),
         "head": head,
         "queries": heads * head,
         "keys": keys * head,
     }
+
+
+def attention_sizes(config: dict, family: Family, *, where: str) -> tuple[int, int, int]:
+    """Query heads, key heads, and the width of one head; the family's own values where config.json has none.
+
+    Raises:
+        RefusedError: config.json does not say it, or says something that is no size.
+    """
+    # null is as good as nothing, but not to a family with a value of its own
+    defaults = {"head_dim": family.head_dim, "num_key_value_heads": family.key_value_heads}
+    config = {key: default for key, default in defaults.items() if default} | config
+    hidden, heads = (length_of(config, key, where=where) for key in ("hidden_size", "num_attention_heads"))
+    keys, head = (
+        length_of(config, key, where=where) if config.get(key) is not None else otherwise
+        for key, otherwise in (("num_key_value_heads", heads), ("head_dim", hidden // heads))
+    )
+    return heads, keys, head
+
+
+def weight_shapes(config: dict, family: Family, *, where: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a model of this config.json may have by checkpoint name, a tied head's among them.
+
+    Raises:
+        RefusedError: config.json does not say a size, or says something that is none.
+    """
+    lengths = side_lengths(config, family, where=where)
+    sides = {f"{END_MODULES[HEAD]}.weight": ("vocabulary", "hidden")} | weight_sides(config, family, where=where)
+    return {name: tuple(lengths[side] for side in named) for name, named in sides.items()}
 
 
 def length_of(config: dict, key: str, *, where: str) -> int:

@@ -6,7 +6,7 @@ from quantkit.checkpoint.index import Checkpoint, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats import awq, compressed_tensors, exl2, gguf, gptq, hqq, mlx
 from quantkit.formats.contract import Artifact, Reading
-from quantkit.formats.parts import require_weights
+from quantkit.formats.fit import require_weights
 
 READERS: dict[str, Reading] = {
     module.NAME: module.READING for module in (gptq, awq, compressed_tensors, hqq, mlx, gguf, exl2)
@@ -51,8 +51,7 @@ def open_variants(name: str, folder: Path) -> dict[str, Artifact]:
     Raises:
         RefusedError: a tensor that the model needs is missing, or whatever the format's own reader refuses.
     """
-    reading = READERS[name]
-    found = dict(reading.variants(folder)) if reading.variants else {name: reading.open(folder)}
+    found = dict(READERS[name].variants(folder))
     for artifact in found.values():
         where = str(artifact.tensors.folder / artifact.tensors.files[0])
         require_weights(artifact.weights, artifact.config, artifact.family, where=where)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.families import Family, family_of, in_layer, item_of, shortened
-from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json, weights_stem
+from quantkit.checkpoint.families import family_of, shortened
+from quantkit.checkpoint.index import Checkpoint, open_tensors, read_json, weights_stem
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
-from quantkit.formats.parts import FLOATS, WORDS, Layout, Shape, groups_of, number_of, require_fit
+from quantkit.formats.fit import number_of, require_fit
+from quantkit.formats.parts import FLOATS, WORDS, Layout, PartsArtifact, Shape, encoded, groups_of, unstorable
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
@@ -26,7 +27,7 @@ NATIVE_ENGINE = "gptqmodel"
 BITS = 4  # the layout has no other width
 STORED = torch.float16  # of scales and of every dense tensor
 PARTS = ("qweight", "qzeros", "scales")
-LAYOUT = Layout(PARTS, {"qweight": WORDS, "qzeros": WORDS, "scales": FLOATS})
+LAYOUT = Layout(PARTS, "qzeros", {"qweight": WORDS, "qzeros": WORDS, "scales": FLOATS})
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 CODES_PER_WORD = 32 // BITS
 SETTINGS_FILE = "quant_config.json"  # of artifacts from before config.json carried the settings
@@ -124,18 +125,15 @@ class AwqFormat:
 
     def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
         """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
-        found = []
-        for name, rows, columns in shapes:
-            if name.endswith(self.skip):
-                continue
+
+        def reason(rows: int, columns: int) -> str | None:
             if columns % self.group_size:
-                reason = f"in_features {columns} is not divisible by group_size {self.group_size}"
-            elif rows % CODES_PER_RUN:
-                reason = f"out_features {rows} is not divisible by {CODES_PER_RUN}, which the kernels need"
-            else:
-                continue
-            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{in_layer(name)}"]')
-        return found
+                return f"in_features {columns} is not divisible by group_size {self.group_size}"
+            if rows % CODES_PER_RUN:
+                return f"out_features {rows} is not divisible by {CODES_PER_RUN}, which the kernels need"
+            return None
+
+        return unstorable(shapes, self.skip, reason)
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file: codes, scales and zeros."""
@@ -143,10 +141,7 @@ class AwqFormat:
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
-        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
-        for name, linear in item.linears.items():
-            tensors |= encode_linear(name, linear)
-        return tensors
+        return encoded(item, encode_linear)
 
     def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Dense tensors by checkpoint name."""
@@ -176,54 +171,12 @@ class AwqFormat:
         """Weights, config.json and the source's tokenizer files."""
         written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES)
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
-        write_sidecars(checkpoint.folder, folder, quantized_config(checkpoint.config, settings, "float16"), {})
+        config = quantized_config(checkpoint.config, settings, self.stored_dtype)
+        write_sidecars(checkpoint.folder, folder, config, {})
         return {NAME: [path.name for path in written]}
 
 
-@dataclass(frozen=True)
-class AwqArtifact:
-    """An AWQ folder as dense weights by item, ours or anybody's.
-
-    Attributes:
-        tensors: the stored tensors.
-        config: config.json.
-        settings: its quantization_config (or quant_config.json).
-        family: the architecture's row.
-    """
-
-    tensors: TensorFolder
-    config: dict
-    settings: dict[str, Any]
-    family: Family
-
-    @property
-    def folder(self) -> Path:
-        return self.tensors.folder
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of the quantized linears, scales and all, over their number of weights."""
-        infos = self.tensors.tensors
-        modules = LAYOUT.modules(infos)
-        stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS)
-        return 8 * stored / sum(infos[f"{module}.qweight"].num_elements * 32 // BITS for module in modules)
-
-    @property
-    def weights(self) -> frozenset[str]:
-        """Checkpoint names of what `read` gives."""
-        return LAYOUT.weights(self.tensors.tensors)
-
-    def read(self, item: str) -> dict[str, Tensor]:
-        """Dense tensors of an item by checkpoint name, on the CPU."""
-        names = [name for name in self.tensors.tensors if item_of(name) == item]
-        return decode_item(self.tensors.read(names))
-
-
-def open_artifact(folder: Path) -> AwqArtifact:
+def open_artifact(folder: Path) -> PartsArtifact:
     """A reader of an AWQ folder.
 
     Raises:
@@ -240,7 +193,7 @@ def open_artifact(folder: Path) -> AwqArtifact:
     group_size = number_of(settings, key, GROUP_SIZES, where=where)
     tensors, family = open_tensors(folder, weights_stem(folder)), family_of(config, where=where)
     require_fit(LAYOUT, tensors, config, family, lambda _, rows, columns: expected_shapes(rows, columns, group_size))
-    return AwqArtifact(tensors, config, settings, family)
+    return PartsArtifact(tensors, config, settings, family, LAYOUT, decode_item)
 
 
 def require_gemm(settings: dict[str, Any]) -> None:
@@ -269,5 +222,10 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
 
 
 READING = Reading(
-    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "transformers", lambda repo, *_: USE.format(repo=repo)
+    recognizes,
+    lambda folder: {NAME: open_artifact(folder)},
+    NATIVE_ENGINE,
+    (NAME,),
+    "transformers",
+    lambda repo, *_: USE.format(repo=repo),
 )

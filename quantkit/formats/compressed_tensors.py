@@ -5,6 +5,7 @@ Shape legend: O out features, I in features, G groups.
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quantkit.checkpoint.families import Family, family_of, in_layer, item_of
-from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
+from quantkit.checkpoint.families import family_of
+from quantkit.checkpoint.index import Checkpoint, open_tensors, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, pack_rows, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
-from quantkit.formats.parts import (
-    AGAIN,
-    FLOATS,
-    WORDS,
-    Layout,
-    Shape,
-    groups_of,
-    number_of,
-    require_fit,
-    require_groups,
-)
+from quantkit.formats.fit import number_of, require_fit, require_groups
+from quantkit.formats.parts import AGAIN, FLOATS, WORDS, Layout, PartsArtifact, Shape, encoded, groups_of, unstorable
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
 from quantkit.qtensor import Item, QuantizedLinear
 
 NAME = "compressed-tensors"
-LAYOUT = "pack-quantized"
+PACKING = "pack-quantized"
 NATIVE_ENGINE = "llm-compressor"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 SHAPE_BITS = 2 * 64
-STORED = Layout(
+LAYOUT = Layout(
     PARTS[:3],
+    "weight_packed",
     {
         "weight_packed": WORDS,
         "weight_scale": FLOATS,
@@ -179,7 +172,7 @@ def expected_shapes(rows: int, columns: int, bits: int, group_size: int) -> dict
 
 def decode_item(tensors: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Tensor]:
     """Dense tensors by checkpoint name: decoded linears in float32, everything else as stored."""
-    return STORED.decoded(tensors, lambda name: decode_linear(name, tensors, settings))
+    return LAYOUT.decoded(tensors, lambda name: decode_linear(name, tensors, settings))
 
 
 @dataclass(frozen=True)
@@ -201,30 +194,24 @@ class CompressedTensorsFormat:
 
     def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
         """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
-        found = []
-        for name, rows, columns in shapes:
-            if name.endswith(self.skip):
-                continue
+
+        def reason(rows: int, columns: int) -> str | None:
             if self.group_size != -1 and columns % self.group_size:
-                reason = f"in_features {columns} is not divisible by group_size {self.group_size}"
-            elif columns % CODES_PER_RUN or (rows % CODES_PER_RUN and not self.symmetric):
-                reason = f"[{rows}, {columns}] is not in multiples of {CODES_PER_RUN}, which the packing needs"
-            else:
-                continue
-            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{in_layer(name)}"]')
-        return found
+                return f"in_features {columns} is not divisible by group_size {self.group_size}"
+            if columns % CODES_PER_RUN or (rows % CODES_PER_RUN and not self.symmetric):
+                return f"[{rows}, {columns}] is not in multiples of {CODES_PER_RUN}, which the packing needs"
+            return None
+
+        return unstorable(shapes, self.skip, reason)
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file: codes, scales, zeros and its shape."""
-        groups = 1 if self.group_size == -1 else -(-columns // self.group_size)
+        groups = groups_of(columns, self.group_size)
         return rows * columns * self.bits + groups * rows * (16 + (not self.symmetric) * self.bits) + SHAPE_BITS
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
-        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
-        for name, linear in item.linears.items():
-            tensors |= encode_linear(name, linear, symmetric=self.symmetric, dtype=self.stored_dtype)
-        return tensors
+        return encoded(item, partial(encode_linear, symmetric=self.symmetric, dtype=self.stored_dtype))
 
     def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Dense tensors by checkpoint name."""
@@ -248,7 +235,7 @@ class CompressedTensorsFormat:
         group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
         return {
             "quant_method": NAME,
-            "format": LAYOUT,
+            "format": PACKING,
             "quantization_status": "compressed",
             "config_groups": {"group_0": group},
             "ignore": ["lm_head", *(module for module in modules if module.endswith(self.skip))],
@@ -260,58 +247,12 @@ class CompressedTensorsFormat:
         """Weights, config.json and the source's tokenizer files."""
         written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES)
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
-        config = quantized_config(checkpoint.config, settings, str(self.stored_dtype).removeprefix("torch."))
+        config = quantized_config(checkpoint.config, settings, self.stored_dtype)
         write_sidecars(checkpoint.folder, folder, config, {})
         return {NAME: [path.name for path in written]}
 
 
-@dataclass(frozen=True)
-class CompressedTensorsArtifact:
-    """A pack-quantized folder as dense weights by item, ours or anybody's.
-
-    Attributes:
-        tensors: the stored tensors.
-        config: config.json.
-        settings: its quantization_config.
-        family: the architecture's row.
-    """
-
-    tensors: TensorFolder
-    config: dict
-    settings: dict[str, Any]
-    family: Family
-
-    @property
-    def folder(self) -> Path:
-        return self.tensors.folder
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of the quantized linears, scales and all, over their number of weights."""
-        infos = self.tensors.tensors
-        modules = STORED.modules(infos)
-        stored = sum(
-            infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS if f"{module}.{part}" in infos
-        )
-        shapes = self.tensors.read([f"{module}.weight_shape" for module in modules])
-        return 8 * stored / sum(int(shape.prod()) for shape in shapes.values())
-
-    @property
-    def weights(self) -> frozenset[str]:
-        """Checkpoint names of what `read` gives."""
-        return STORED.weights(self.tensors.tensors)
-
-    def read(self, item: str) -> dict[str, Tensor]:
-        """Dense tensors of an item by checkpoint name, on the CPU."""
-        names = [name for name in self.tensors.tensors if item_of(name) == item]
-        return decode_item(self.tensors.read(names), self.settings)
-
-
-def open_artifact(folder: Path) -> CompressedTensorsArtifact:
+def open_artifact(folder: Path) -> PartsArtifact:
     """A reader of a pack-quantized folder.
 
     Raises:
@@ -323,19 +264,19 @@ def open_artifact(folder: Path) -> CompressedTensorsArtifact:
     layouts = {settings.get("format")} | {
         group.get("format") or settings.get("format") for group in settings.get("config_groups", {}).values()
     }
-    if layouts != {LAYOUT}:
+    if layouts != {PACKING}:
         raise RefusedError(
             f"the layout is {' and '.join(sorted(map(str, layouts)))}",
             where=str(folder / "config.json"),
-            fix=f"quantkit reads {LAYOUT} (integer weights of up to 8 bits)",
+            fix=f"quantkit reads {PACKING} (integer weights of up to 8 bits)",
         )
     tensors, family = open_tensors(folder), family_of(config, where=str(folder / "config.json"))
 
     def expected(name: str, rows: int, columns: int) -> dict[str, Shape]:
         return expected_shapes(rows, columns, *module_settings(name, settings))
 
-    require_fit(STORED, tensors, config, family, expected)
-    return CompressedTensorsArtifact(tensors, config, settings, family)
+    require_fit(LAYOUT, tensors, config, family, expected)
+    return PartsArtifact(tensors, config, settings, family, LAYOUT, partial(decode_item, settings=settings))
 
 
 def recognizes(folder: Path, config: dict[str, Any]) -> bool:
@@ -344,5 +285,10 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
 
 
 READING = Reading(
-    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "transformers", lambda repo, *_: USE.format(repo=repo)
+    recognizes,
+    lambda folder: {NAME: open_artifact(folder)},
+    NATIVE_ENGINE,
+    (NAME,),
+    "transformers",
+    lambda repo, *_: USE.format(repo=repo),
 )

@@ -169,13 +169,12 @@ class Reading:
 
     Attributes:
         recognizes: whether a folder with this config.json is of the format.
-        open: the folder as dense weights by item.
+        variants: what the folder holds as dense weights by item, by variant; one under the format's name for most.
         native_engine: the engine whose reader is the format's own.
         tags: for the model card.
         library: `library_name` of the model card; None where no library of the Hub's list loads it.
         use: how the card says it is loaded, given the repository's name, the recipe's [quantize], and the variants
             that are to be had there, one at least.
-        variants: the folder's variants by name, where it may hold several; None where the folder is the one variant.
         differences: what an artifact says otherwise than the checkpoint it is held against, one line each; None where
             it says nothing that config.json does not.
         retell: where files beside the weights name some of them: given the artifact's folder and the weight files of
@@ -183,12 +182,11 @@ class Reading:
     """
 
     recognizes: Callable[[Path, dict[str, Any]], bool]
-    open: Callable[[Path], "Artifact"]
+    variants: Callable[[Path], "Mapping[str, Artifact]"]
     native_engine: str
     tags: tuple[str, ...]
     library: str | None
     use: Callable[[str, dict[str, Any], Sequence[str]], str]
-    variants: "Callable[[Path], Mapping[str, Artifact]] | None" = None
     differences: "Callable[[Any, Checkpoint], list[str]] | None" = None
     retell: Callable[[Path, dict[str, list[str]]], dict[str, str | None]] | None = None
 

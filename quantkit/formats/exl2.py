@@ -4,20 +4,23 @@ Shape legend: O out features (N where padded to 32), I in features, G groups, Q 
 """
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.families import END_MODULES, HEAD, Family, family_of, in_layer, item_of
-from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_every_file, read_json
+from quantkit.checkpoint.families import END_MODULES, HEAD, family_of, in_layer
+from quantkit.checkpoint.index import Checkpoint, open_every_file, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
-from quantkit.formats.parts import Layout
+from quantkit.formats.fit import require_fit
+from quantkit.formats.parts import Layout, PartsArtifact, Shape
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.exl2 import SCALE_BITS, UNIT, WIDTHS, Exl2Grid, Mixture, padded
@@ -39,7 +42,11 @@ DTYPES = {
 }
 PARTS = tuple(DTYPES)
 ATTENTION_LINEARS = tuple(f"{ATTENTION}.{linear}" for linear in LINEARS[ATTENTION])
-LAYOUT = Layout(PARTS, {})
+LAYOUT = Layout(
+    PARTS,
+    "q_weight",
+    {"q_weight": ("I32",), "q_scale": ("I32",), "q_scale_max": ("F16",), "q_groups": ("I16",), "q_invperm": ("I32",)},
+)
 MOST_CHANNELS = 2**16 - 1  # of an input: places are 16-bit numbers in the reader's memory
 USE = """One branch holds each size; exllamav2 0.3.2 (CUDA) or a server built on it, such as TabbyAPI, loads it:
 
@@ -130,8 +137,7 @@ def _contradiction(part: dict[str, Tensor], bias_N: Tensor | None) -> str | None
         )
     channels = sum(span // bits for span, bits in zip(spans, widths, strict=True)) * UNIT
     rows, count = words_QN.shape[1], len(widths)
-    expected = {"q_scale": (count, rows // 8), "q_scale_max": (count,), "q_invperm": (channels,)}
-    for key, shape in expected.items():
+    for key, shape in expected_shapes(rows, channels, len(words_QN), count).items():
         if tuple(part[key].shape) != shape:
             return f"{key} is {list(part[key].shape)}, where {list(shape)} belongs"
     if not torch.equal(inverse_I.long().sort().values, torch.arange(channels)):
@@ -141,6 +147,24 @@ def _contradiction(part: dict[str, Tensor], bias_N: Tensor | None) -> str | None
     if bias_N is not None and tuple(bias_N.shape) != (rows,):
         return f"bias is {list(bias_N.shape)}, where {[rows]} belongs"
     return None
+
+
+def expected_shapes(rows: int, columns: int, words: int, groups: int) -> dict[str, Shape]:
+    """Shapes of a linear's parts.
+
+    Args:
+        rows: out features; a head's are padded.
+        columns: in features.
+        words: rows of packed codes.
+        groups: of channels.
+    """
+    return {
+        "q_weight": (words, padded(rows)),
+        "q_scale": (groups, padded(rows) // 8),
+        "q_scale_max": (groups,),
+        "q_groups": (2 * groups,),
+        "q_invperm": (columns,),
+    }
 
 
 def _plain(dtype: torch.dtype) -> str:
@@ -154,13 +178,9 @@ def decode_item(tensors: dict[str, Tensor], head_rows: int) -> dict[str, Tensor]
         tensors: of one item.
         head_rows: out features of the head without its padding.
     """
-    quantized = [name.removesuffix(".q_weight") for name in tensors if name.endswith(".q_weight")]
-    parts = {f"{name}.{part}" for name in quantized for part in PARTS}
-    dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
-    for name in quantized:
-        weight_NI = decode_linear(name, tensors).dequantize()
-        dense[f"{name}.weight"] = weight_NI[:head_rows] if name == END_MODULES[HEAD] else weight_NI
-    return dense
+    dense = LAYOUT.decoded(tensors, lambda name: decode_linear(name, tensors))
+    head = f"{END_MODULES[HEAD]}.weight"
+    return dense | {head: dense[head][:head_rows]} if head in dense else dense
 
 
 @dataclass(frozen=True)
@@ -264,7 +284,8 @@ class Exl2Format:
             settings = {"quant_method": NAME, "version": VERSION, "bits": bits, "head_bits": self.head_bits}
             if self.calibration is not None:
                 settings["calibration"] = self.calibration
-            write_sidecars(checkpoint.folder, target, quantized_config(checkpoint.config, settings, "float16"), {})
+            config = quantized_config(checkpoint.config, settings, self.stored_dtype)
+            write_sidecars(checkpoint.folder, target, config, {})
             written[variant] = [f"{variant}/{path.name}" for path in files]
         if self.measurement is not None:
             (folder / MEASUREMENT).write_text(json.dumps(self.measurement, indent=1) + "\n", encoding="utf-8")
@@ -323,51 +344,7 @@ def sublayers(linears: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, tup
     return found
 
 
-@dataclass(frozen=True)
-class Exl2Artifact:
-    """One variant's folder as dense weights by item, ours or anybody's.
-
-    Attributes:
-        tensors: the stored tensors.
-        config: config.json.
-        settings: its `quantization_config`.
-        family: the architecture's row.
-    """
-
-    tensors: TensorFolder
-    config: dict
-    settings: dict[str, Any]
-    family: Family
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of the quantized linears, head, scales, tables and permutations included, over their weights."""
-        infos = self.tensors.tensors
-        modules = [name.removesuffix(".q_weight") for name in infos if name.endswith(".q_weight")]
-        stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS)
-        return 8 * stored / sum(self._rows(module) * infos[f"{module}.q_invperm"].shape[0] for module in modules)
-
-    @property
-    def weights(self) -> frozenset[str]:
-        """Checkpoint names of what `read` gives."""
-        return LAYOUT.weights(self.tensors.tensors)
-
-    def _rows(self, module: str) -> int:
-        if module == END_MODULES[HEAD]:
-            return int(self.config["vocab_size"])
-        return int(self.tensors.tensors[f"{module}.q_weight"].shape[1])
-
-    def read(self, item: str) -> dict[str, Tensor]:
-        """Dense tensors of an item by checkpoint name, on the CPU."""
-        names = [name for name in self.tensors.tensors if item_of(name) == item]
-        return decode_item(self.tensors.read(names), int(self.config["vocab_size"]))
-
-
-def open_variants(folder: Path) -> dict[str, Exl2Artifact]:
+def open_variants(folder: Path) -> dict[str, PartsArtifact]:
     """The folder's variants, narrowest first; a folder that is one variant itself goes by its bits.
 
     Raises:
@@ -391,18 +368,19 @@ def _bits(folder: Path) -> tuple[float, str]:
     return float(bits), folder.name
 
 
-def open_artifact(folder: Path) -> Exl2Artifact:
-    """The first variant of a folder; see `open_variants`."""
-    return next(iter(open_variants(folder).values()))
-
-
-def _open(folder: Path, variant: str) -> Exl2Artifact:
+def _open(folder: Path, variant: str) -> PartsArtifact:
     path = folder / variant / "config.json"
     config = read_json(path)
-    tensors = open_every_file(folder, variant)
-    for module in LAYOUT.modules(tensors.tensors):
-        LAYOUT.require(module, tensors.tensors, str(folder / variant))
-    return Exl2Artifact(tensors, config, config["quantization_config"], family_of(config, where=str(path)))
+    tensors, family = open_every_file(folder, variant), family_of(config, where=str(path))
+
+    def expected(name: str, rows: int, columns: int) -> dict[str, Shape]:
+        """What the mixture leaves open is told by the parts themselves; their values are looked at in decoding."""
+        words, groups = (math.prod(tensors.tensors[f"{name}.{part}"].shape[:1]) for part in ("q_weight", "q_scale_max"))
+        return expected_shapes(rows, columns, words, groups)
+
+    require_fit(LAYOUT, tensors, config, family, expected)
+    decode = partial(decode_item, head_rows=int(config["vocab_size"]))
+    return PartsArtifact(tensors, config, config["quantization_config"], family, LAYOUT, decode)
 
 
 def recognizes(folder: Path, config: dict[str, Any]) -> bool:
@@ -416,4 +394,4 @@ def _use(repo: str, quantize: dict[str, Any], variants: Sequence[str]) -> str:
     return USE.format(repo=repo, branch=variants[0])
 
 
-READING = Reading(recognizes, open_artifact, NATIVE_ENGINE, (NAME, "exllamav2"), None, _use, open_variants)
+READING = Reading(recognizes, open_variants, NATIVE_ENGINE, (NAME, "exllamav2"), None, _use)

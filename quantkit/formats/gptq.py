@@ -5,6 +5,7 @@ Shape legend: O out features, I in features, G groups.
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 from torch import Tensor
 
 from quantkit import __version__
-from quantkit.checkpoint.families import Family, family_of, in_layer, item_of, shortened
-from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json, weights_stem
+from quantkit.checkpoint.families import family_of, shortened
+from quantkit.checkpoint.index import Checkpoint, open_tensors, read_json, weights_stem
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
-from quantkit.formats.parts import FLOATS, WORDS, Layout, Shape, groups_of, number_of, require_fit, require_groups
+from quantkit.formats.fit import number_of, require_fit, require_groups
+from quantkit.formats.parts import FLOATS, WORDS, Layout, PartsArtifact, Shape, encoded, groups_of, unstorable
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
@@ -29,7 +31,10 @@ STORED = torch.float16  # of scales and of every dense tensor
 LOWEST_ASYMMETRIC_ZERO = 1  # version 1 stores zero - 1, and readers disagree on a stored -1
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 LAYOUT = Layout(
-    PARTS[:3], {"qweight": WORDS, "qzeros": WORDS, "scales": FLOATS, "g_idx": ("I32", "I64")}, optional=PARTS[3:]
+    PARTS[:3],
+    "qzeros",
+    {"qweight": WORDS, "qzeros": WORDS, "scales": FLOATS, "g_idx": ("I32", "I64")},
+    optional=PARTS[3:],
 )
 WIDTHS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
@@ -156,30 +161,24 @@ class GptqFormat:
 
     def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
         """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
-        found = []
-        for name, rows, columns in shapes:
-            if name.endswith(self.skip):
-                continue
+
+        def reason(rows: int, columns: int) -> str | None:
             if self.group_size != -1 and columns % self.group_size:
-                reason = f"in_features {columns} is not divisible by group_size {self.group_size}"
-            elif columns % CODES_PER_RUN or rows % CODES_PER_RUN:
-                reason = f"[{rows}, {columns}] is not in multiples of {CODES_PER_RUN}, which the packing needs"
-            else:
-                continue
-            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{in_layer(name)}"]')
-        return found
+                return f"in_features {columns} is not divisible by group_size {self.group_size}"
+            if columns % CODES_PER_RUN or rows % CODES_PER_RUN:
+                return f"[{rows}, {columns}] is not in multiples of {CODES_PER_RUN}, which the packing needs"
+            return None
+
+        return unstorable(shapes, self.skip, reason)
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file: codes, scales, zeros and g_idx."""
-        groups = 1 if self.group_size == -1 else -(-columns // self.group_size)
+        groups = groups_of(columns, self.group_size)
         return rows * columns * self.bits + groups * rows * (16 + self.bits) + columns * 32
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
-        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
-        for name, linear in item.linears.items():
-            tensors |= encode_linear(name, linear)
-        return tensors
+        return encoded(item, encode_linear)
 
     def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Dense tensors by checkpoint name."""
@@ -219,62 +218,12 @@ class GptqFormat:
         """Weights, config.json, quantize_config.json and the source's tokenizer files."""
         written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES)
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
-        config = quantized_config(checkpoint.config, settings, "float16")
+        config = quantized_config(checkpoint.config, settings, self.stored_dtype)
         write_sidecars(checkpoint.folder, folder, config, {"quantize_config.json": settings})
         return {NAME: [path.name for path in written]}
 
 
-@dataclass(frozen=True)
-class GptqArtifact:
-    """A GPTQ folder as dense weights by item, ours or anybody's.
-
-    Attributes:
-        tensors: the stored tensors.
-        config: config.json.
-        settings: its quantization_config (or quantize_config.json).
-        family: the architecture's row.
-    """
-
-    tensors: TensorFolder
-    config: dict
-    settings: dict[str, Any]
-    family: Family
-
-    @property
-    def folder(self) -> Path:
-        return self.tensors.folder
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of the quantized linears, scales and all, over their number of weights."""
-        infos = self.tensors.tensors
-        modules = LAYOUT.modules(infos)
-        stored = sum(
-            infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS if f"{module}.{part}" in infos
-        )
-        return 8 * stored / sum(self._num_weights(module) for module in modules)
-
-    def _num_weights(self, module: str) -> int:
-        words, rows = self.tensors.tensors[f"{module}.qweight"].shape
-        bits, _ = module_settings(module, self.settings)
-        return rows * (words * 32 // bits)
-
-    @property
-    def weights(self) -> frozenset[str]:
-        """Checkpoint names of what `read` gives."""
-        return LAYOUT.weights(self.tensors.tensors)
-
-    def read(self, item: str) -> dict[str, Tensor]:
-        """Dense tensors of an item by checkpoint name, on the CPU."""
-        names = [name for name in self.tensors.tensors if item_of(name) == item]
-        return decode_item(self.tensors.read(names), self.settings)
-
-
-def open_artifact(folder: Path) -> GptqArtifact:
+def open_artifact(folder: Path) -> PartsArtifact:
     """A reader of a GPTQ folder.
 
     Raises:
@@ -292,7 +241,7 @@ def open_artifact(folder: Path) -> GptqArtifact:
         return expected_shapes(rows, columns, *module_settings(name, settings))
 
     require_fit(LAYOUT, tensors, config, family, expected)
-    return GptqArtifact(tensors, config, settings, family)
+    return PartsArtifact(tensors, config, settings, family, LAYOUT, partial(decode_item, settings=settings))
 
 
 def recognizes(folder: Path, config: dict[str, Any]) -> bool:
@@ -302,5 +251,10 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
 
 
 READING = Reading(
-    recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "transformers", lambda repo, *_: USE.format(repo=repo)
+    recognizes,
+    lambda folder: {NAME: open_artifact(folder)},
+    NATIVE_ENGINE,
+    (NAME,),
+    "transformers",
+    lambda repo, *_: USE.format(repo=repo),
 )

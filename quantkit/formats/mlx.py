@@ -5,18 +5,20 @@ Shape legend: O out features, I in features, G groups.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.families import Family, family_of, in_layer, item_of
-from quantkit.checkpoint.index import Checkpoint, TensorFolder, open_tensors, read_json
+from quantkit.checkpoint.families import family_of
+from quantkit.checkpoint.index import Checkpoint, open_tensors, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import pack_rows, unpack_rows
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
-from quantkit.formats.parts import FLOATS, Layout, Shape, number_of, require_fit
+from quantkit.formats.fit import number_of, require_fit
+from quantkit.formats.parts import FLOATS, Layout, PartsArtifact, Shape, encoded, unstorable
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import BiasGrid
@@ -27,7 +29,7 @@ NATIVE_ENGINE = "mlx-lm"
 AFFINE = "affine"  # the mode with a scale and a bias per group; others have tensors of their own
 METADATA = {"format": "mlx"}
 PARTS = ("weight", "scales", "biases")
-LAYOUT = Layout(PARTS, {"weight": ("U32",), "scales": FLOATS, "biases": FLOATS})
+LAYOUT = Layout(PARTS, "scales", {"weight": ("U32",), "scales": FLOATS, "biases": FLOATS})
 WIDTHS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 USE = """```python
@@ -137,12 +139,13 @@ class MlxFormat:
 
     def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
         """Why matrices of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
-        return [
-            f"{name}: in_features {columns} is not divisible by group_size {self.group_size}; leave it in 16 bits "
-            f'with quantize.skip = ["{in_layer(name)}"]'
-            for name, _, columns in shapes
-            if columns % self.group_size and not name.endswith(self.skip)
-        ]
+
+        def reason(rows: int, columns: int) -> str | None:
+            if columns % self.group_size:
+                return f"in_features {columns} is not divisible by group_size {self.group_size}"
+            return None
+
+        return unstorable(shapes, self.skip, reason)
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized matrix takes in the file: codes, scales and biases."""
@@ -150,10 +153,7 @@ class MlxFormat:
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
-        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
-        for name, linear in item.linears.items():
-            tensors |= encode_linear(name, linear, self.stored_dtype)
-        return tensors
+        return encoded(item, partial(encode_linear, dtype=self.stored_dtype))
 
     def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Dense tensors by checkpoint name."""
@@ -185,56 +185,12 @@ class MlxFormat:
             index={"total_parameters": parameters},
         )
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes(ends=True)])
-        dtype = str(self.stored_dtype).removeprefix("torch.")
-        config = quantized_config(checkpoint.config, settings, dtype) | {"quantization": settings}
+        config = quantized_config(checkpoint.config, settings, self.stored_dtype) | {"quantization": settings}
         write_sidecars(checkpoint.folder, folder, config, {})
         return {NAME: [path.name for path in written]}
 
 
-@dataclass(frozen=True)
-class MlxArtifact:
-    """An MLX folder as dense weights by item, ours or anybody's.
-
-    Attributes:
-        tensors: the stored tensors.
-        config: config.json.
-        settings: its `quantization`.
-        family: the architecture's row.
-    """
-
-    tensors: TensorFolder
-    config: dict
-    settings: dict[str, Any]
-    family: Family
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Stored bits of the quantized matrices, scales and biases included, over their number of weights."""
-        infos = self.tensors.tensors
-        modules = LAYOUT.modules(infos)
-        stored = sum(infos[f"{module}.{part}"].size_bytes for module in modules for part in PARTS)
-        sizes = (module_settings(module, self.settings)[1] for module in modules)
-        weights = sum(
-            infos[f"{module}.scales"].num_elements * size for module, size in zip(modules, sizes, strict=True)
-        )
-        return 8 * stored / weights
-
-    @property
-    def weights(self) -> frozenset[str]:
-        """Checkpoint names of what `read` gives."""
-        return LAYOUT.weights(self.tensors.tensors)
-
-    def read(self, item: str) -> dict[str, Tensor]:
-        """Dense tensors of an item by checkpoint name, on the CPU."""
-        names = [name for name in self.tensors.tensors if item_of(name) == item]
-        return decode_item(self.tensors.read(names), self.settings)
-
-
-def open_artifact(folder: Path) -> MlxArtifact:
+def open_artifact(folder: Path) -> PartsArtifact:
     """A reader of an MLX folder.
 
     Raises:
@@ -251,7 +207,7 @@ def open_artifact(folder: Path) -> MlxArtifact:
         return expected_shapes(rows, columns, *module_settings(name, settings))
 
     require_fit(LAYOUT, tensors, config, family, expected)
-    return MlxArtifact(tensors, config, settings, family)
+    return PartsArtifact(tensors, config, settings, family, LAYOUT, partial(decode_item, settings=settings))
 
 
 def recognizes(folder: Path, config: dict[str, Any]) -> bool:
@@ -259,4 +215,11 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     return {"group_size", "bits"} <= (config.get("quantization") or {}).keys()
 
 
-READING = Reading(recognizes, open_artifact, NATIVE_ENGINE, (NAME,), "mlx", lambda repo, *_: USE.format(repo=repo))
+READING = Reading(
+    recognizes,
+    lambda folder: {NAME: open_artifact(folder)},
+    NATIVE_ENGINE,
+    (NAME,),
+    "mlx",
+    lambda repo, *_: USE.format(repo=repo),
+)

@@ -1,20 +1,16 @@
-"""What readers of folders with several tensors per linear share: which are there, and whether they fit the model.
+"""What formats with several tensors per linear share: how these are named, gathered, encoded and read."""
 
-Everything is told from the files' headers and config.json; nothing is decoded before it is known to fit.
-
-Shape legend: I in features.
-"""
-
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from quantkit.checkpoint.families import Family, side_lengths, weight_sides
+from quantkit.checkpoint.families import Family, in_layer, item_of, weight_shapes
 from quantkit.checkpoint.index import TensorFolder, TensorInfo
 from quantkit.errors import RefusedError
-from quantkit.qtensor import QuantizedLinear
+from quantkit.qtensor import Item, QuantizedLinear
 
 FLOATS = ("F32", "F16", "BF16")
 WORDS = ("I32", "U32")
@@ -27,14 +23,18 @@ class Layout:
     """The tensors of a quantized linear, by the last part of their names.
 
     Attributes:
-        needed: always there; the second is in no dense tensor's name.
-        optional: those that may be.
+        needed: always there.
+        mark: the one of these that ends no dense tensor's name.
         dtypes: what each may be stored in, in safetensors' spelling; a part that is not named may be anything.
+        optional: those that may be.
+        notes: those among both that tell how to read the others; a linear's size is told without them.
     """
 
     needed: tuple[str, ...]
+    mark: str
     dtypes: Mapping[str, tuple[str, ...]]
     optional: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -55,6 +55,11 @@ class Layout:
         dense = {name for name, info in infos.items() if not self._is_part(info)}
         return frozenset(dense | {f"{module}.weight" for module in self.modules(infos)})
 
+    def stored_bits(self, infos: Mapping[str, TensorInfo]) -> int:
+        """What all linears take together, scales and all but notes."""
+        names = (f"{module}.{part}" for module in self.modules(infos) for part in self.parts if part not in self.notes)
+        return 8 * sum(infos[name].size_bytes for name in names if name in infos)
+
     def require(self, module: str, infos: Mapping[str, TensorInfo], where: str) -> None:
         """Stop where a part of a linear is missing.
 
@@ -72,118 +77,84 @@ class Layout:
             tensors: of one item.
             decode: a linear by its full name.
         """
-        modules = [name.removesuffix(f".{self.needed[1]}") for name in tensors if name.endswith(f".{self.needed[1]}")]
+        modules = [name.removesuffix(f".{self.mark}") for name in tensors if name.endswith(f".{self.mark}")]
         parts = {f"{module}.{part}" for module in modules for part in self.parts}
         dense = {name: tensor for name, tensor in tensors.items() if name not in parts}
         return dense | {f"{module}.weight": decode(module).dequantize() for module in modules}
 
 
-def require_fit(
-    layout: Layout,
-    tensors: TensorFolder,
-    config: dict[str, Any],
-    family: Family,
-    expected: Callable[[str, int, int], Mapping[str, Shape]],
-) -> None:
-    """Stop at a folder whose tensors do not fit each other, their settings or the model.
+@dataclass(frozen=True)
+class PartsArtifact:
+    """A folder with several tensors per linear as dense weights by item, ours or anybody's.
 
-    Args:
-        layout: of its linears.
-        tensors: the folder's.
-        config: its config.json, with the model's sizes.
+    Attributes:
+        tensors: the stored tensors.
+        config: config.json.
+        settings: the format's own, as the folder states them.
         family: the architecture's row.
-        expected: the shape of each part of a linear by its (full name, out features, in features); parts that it does
-            not name may have any.
-
-    Raises:
-        RefusedError: a part of a linear is missing or of another shape or dtype, a dense tensor of the model is, or
-            nothing is quantized.
+        layout: of its linears.
+        decode: dense tensors by checkpoint name, from the stored ones of an item.
     """
-    infos, where = tensors.tensors, str(tensors.folder)
-    lengths = side_lengths(config, family, where=where)
-    modules = layout.modules(infos)
-    if not modules:
-        raise RefusedError("no linear is quantized there", where=where, fix=AGAIN)
-    sides = weight_sides(config, family, where=where)
-    # a head that is stored though it is tied
-    sides.setdefault("lm_head.weight", ("vocabulary", "hidden"))
-    for module in modules:
-        layout.require(module, infos, where)
-        shape = tuple(lengths[side] for side in sides.pop(f"{module}.weight", ()))
-        if len(shape) != 2:
-            raise RefusedError(f"{module} is no linear of a {family.architecture}", where=where, fix=AGAIN)
-        wanted = expected(module, *shape)
-        found = {part: infos[f"{module}.{part}"] for part in layout.parts if f"{module}.{part}" in infos}
-        for part, info in found.items():
-            _require_one(info, wanted.get(part, info.shape), layout.dtypes.get(part, (info.dtype,)), where)
-    for name, named in sides.items():
-        if name in infos:
-            _require_one(infos[name], tuple(lengths[side] for side in named), FLOATS, where)
+
+    tensors: TensorFolder
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    family: Family
+    layout: Layout
+    decode: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the quantized linears, scales and all, over their number of weights."""
+        infos, where = self.tensors.tensors, str(self.tensors.folder)
+        shapes = weight_shapes(self.config, self.family, where=where)
+        weights = sum(math.prod(shapes[f"{module}.weight"]) for module in self.layout.modules(infos))
+        return self.layout.stored_bits(infos) / weights
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Checkpoint names of what `read` gives."""
+        return self.layout.weights(self.tensors.tensors)
+
+    def read(self, item: str) -> dict[str, Tensor]:
+        """Dense tensors of an item by checkpoint name, on the CPU."""
+        return self.decode(self.tensors.read([name for name in self.tensors.tensors if item_of(name) == item]))
 
 
-def _require_one(info: TensorInfo, shape: Shape, dtypes: tuple[str, ...], where: str) -> None:
-    if info.shape != shape or info.dtype not in dtypes:
-        raise RefusedError(
-            f"{info.name} is {info.dtype} {list(info.shape)}, where {' or '.join(dtypes)} {list(shape)} belongs",
-            where=where,
-            fix="config.json and weights are of different conversions; download both again",
-        )
-
-
-def number_of(settings: Mapping[str, Any], key: str, possible: Iterable[int], *, where: str) -> int:
-    """A whole number of an artifact's settings.
+def encoded(item: Item, encode: Callable[[str, QuantizedLinear], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """All tensors of an item as they stand in the file: dense ones as they are, linears in parts.
 
     Args:
-        settings: what the folder says.
-        key: of the number.
-        possible: what it may be.
-        where: for the error.
-
-    Raises:
-        RefusedError: it is missing or anything else.
+        item: what was quantized and what stays dense.
+        encode: the tensors of a linear by (full name, linear).
     """
-    value, allowed = settings.get(key), tuple(possible)
-    if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
-        raise RefusedError(
-            f"the settings say {key} = {value!r}, which is none of {', '.join(map(str, allowed))}",
-            where=where,
-            fix="take config.json from the artifact's own repository",
-        )
-    return value
+    tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
+    for name, linear in item.linears.items():
+        tensors |= encode(name, linear)
+    return tensors
+
+
+def unstorable(
+    shapes: list[tuple[str, int, int]], skip: tuple[str, ...], reason: Callable[[int, int], str | None]
+) -> list[str]:
+    """One line for each linear that cannot be stored, with what mends it.
+
+    Args:
+        shapes: (full name, out features, in features) of all.
+        skip: name endings of those that stay dense.
+        reason: why a linear of (out features, in features) cannot be; None where it can.
+    """
+    return [
+        f'{name}: {why}; leave it in 16 bits with quantize.skip = ["{in_layer(name)}"]'
+        for name, rows, columns in shapes
+        if not name.endswith(skip) and (why := reason(rows, columns))
+    ]
 
 
 def groups_of(columns: int, group_size: int) -> int:
     """How many groups a row has; -1 is one for the whole row."""
     return 1 if group_size == -1 else -(-columns // group_size)
-
-
-def require_groups(name: str, group_I: Tensor, groups: int) -> None:
-    """Stop at input channels that belong to groups that are not there.
-
-    Raises:
-        RefusedError: some do.
-    """
-    if int(group_I.min()) < 0 or int(group_I.max()) >= groups:
-        raise RefusedError(f"{name} puts input channels into groups beyond its {groups}", where=name, fix=AGAIN)
-
-
-def require_weights(given: Iterable[str], config: dict[str, Any], family: Family, *, where: str) -> None:
-    """Stop where a folder lacks tensors that the model needs.
-
-    Args:
-        given: checkpoint names of what reading it gives.
-        config: its config.json, or what its metadata says in the same keys.
-        family: the architecture's row.
-        where: for the error.
-
-    Raises:
-        RefusedError: naming the first that is missing.
-    """
-    needed = weight_sides(config, family, where=where)
-    missing = sorted(needed.keys() - set(given))
-    if missing:
-        raise RefusedError(
-            f"{missing[0]} is missing ({len(missing)} of the model's {len(needed)} tensors are)",
-            where=where,
-            fix=f"the folder is incomplete: {AGAIN}",
-        )

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from quantkit.formats.shards import copy_file
 
 # copied as they are when the source has them
@@ -31,7 +33,9 @@ PRIVATE_KEYS = ("_name_or_path", "transformers_version")
 DEFAULT_THETA = 10000.0
 
 
-def quantized_config(source: dict[str, Any], settings: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+def quantized_config(
+    source: dict[str, Any], settings: dict[str, Any] | None, dtype: torch.dtype | str
+) -> dict[str, Any]:
     """config.json of the artifact: the source's, readable by old and new readers, with the quantization's settings.
 
     transformers 5 keeps rope_theta inside `rope_parameters` and calls the dtype `dtype`; older readers look for
@@ -41,7 +45,7 @@ def quantized_config(source: dict[str, Any], settings: dict[str, Any] | None, dt
     Args:
         source: the source's config.json; not modified.
         settings: quantization_config; None where the format keeps its settings elsewhere.
-        dtype: of the dense tensors, such as "float16".
+        dtype: of the dense tensors, or what config.json calls it.
     """
     config = {key: value for key, value in copy.deepcopy(source).items() if key not in PRIVATE_KEYS}
     for key in ("rope_parameters", "rope_scaling"):
@@ -55,7 +59,7 @@ def quantized_config(source: dict[str, Any], settings: dict[str, Any] | None, dt
     elif "rope_theta" in config:
         scaling = config.get("rope_scaling") or {"rope_type": "default"}
         config["rope_parameters"] = {**scaling, "rope_theta": config["rope_theta"]}
-    config |= {"dtype": dtype, "torch_dtype": dtype}
+    config |= dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))
     return config if settings is None else config | {"quantization_config": settings}
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from bench.gpu.exl2 import loaded_weights, unpack
 from quantkit.engines.runtime import RUNNERS
-from quantkit.formats.exl2 import decode_linear, encode_linear, open_artifact
+from quantkit.formats.exl2 import decode_linear, encode_linear, open_variants
 from quantkit.grids.exl2 import Exl2Grid
 from quantkit.qtensor import QuantizedLinear
 
@@ -85,11 +85,11 @@ def test_weights_as_exllamav2_holds_them_make_the_same_mlp(tmp_path):
     tensors = {key: part for name, linear in linears.items() for key, part in encode_linear(name, linear).items()}
     save_file(tensors, tmp_path / "output.safetensors")
     settings = {"quant_method": "exl2", "bits": 4.0}
-    config = {"model_type": "mistral", "num_hidden_layers": 1, "quantization_config": settings}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 64}
+    config = sizes | {"model_type": "mistral", "num_hidden_layers": 1, "quantization_config": settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    held = {
-        name.rpartition(".")[2]: weight.double() for name, weight in loaded_weights(open_artifact(tmp_path)).items()
-    }
+    (artifact,) = open_variants(tmp_path).values()
+    held = {name.rpartition(".")[2]: weight.double() for name, weight in loaded_weights(artifact).items()}
     plain = {name.rpartition(".")[2]: decode_linear(name, tensors).dequantize().double().t() for name in linears}
     inputs = torch.randn(5, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     outputs = [

@@ -96,6 +96,11 @@ def recipe_of(name: str, source: Path, quantize: dict, folder: Path, **keys) -> 
     )
 
 
+def opened(name: str, folder: Path) -> Artifact:
+    (artifact,) = READERS[name].variants(folder).values()
+    return artifact
+
+
 def windows() -> list[SimpleNamespace]:
     ids = torch.randint(3, 384, (2, 40), generator=torch.Generator().manual_seed(0)).tolist()
     return [SimpleNamespace(inputs=row[:-1], targets=row[1:]) for row in ids]
@@ -126,7 +131,7 @@ def test_the_native_reader_sees_what_quantkit_decodes(case, sources, kept_engine
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
     engine = kept_engine(reader)
     found = list(runtime.evaluate(engine, out, windows()))
-    difference = largest_difference(found, decoded_logits(sources[kind], READERS[name].open(out)))
+    difference = largest_difference(found, decoded_logits(sources[kind], opened(name, out)))
     print(f"{named(case)}: {difference:.6f} of the largest logit")
     assert difference <= TOLERANCE[engine.name]
 
@@ -136,7 +141,7 @@ def test_16_bits_in_one_layer_only_are_read_by_gptqmodel_and_refused_by_autoawq(
     recipe = recipe_of("awq", sources["mistral"], quantize, tmp_path)
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
     found = list(runtime.evaluate(kept_engine("gptqmodel"), out, windows()))
-    expected = decoded_logits(sources["mistral"], READERS["awq"].open(out))
+    expected = decoded_logits(sources["mistral"], opened("awq", out))
     assert largest_difference(found, expected) <= TOLERANCE["gptqmodel"]
     with pytest.raises(RunFailedError, match=r"in some layers only for packed ones: model\.layers\.1\.mlp\.down_proj"):
         list(runtime.evaluate(kept_engine("autoawq"), out, windows()))
@@ -146,7 +151,7 @@ def test_hqqs_own_loader_opens_the_pickle(sources, kept_engine, tmp_path):
     quantize = {"group_size": 32, "bits": 3, "qmodel_pt": True}
     recipe = recipe_of("hqq", sources["mistral"], quantize, tmp_path)
     out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
-    expected = decoded_logits(sources["mistral"], READERS["hqq"].open(out))
+    expected = decoded_logits(sources["mistral"], opened("hqq", out))
     for path in out.glob("*.safetensors"):
         path.unlink()
     found = list(runtime.evaluate(kept_engine("hqq"), out, windows()))
@@ -208,7 +213,7 @@ def test_pickles_with_quantized_zeros_and_scales_decode_as_hqq_decodes_them(quan
     done = inside(kept_engine("hqq"), OLD_HQQ, tmp_path, quantized)
     assert done.returncode == 0, done.stderr[-2000:]
     (tmp_path / "config.json").write_text((sources["mistral"] / "config.json").read_text())
-    found = READERS["hqq"].open(tmp_path).read("layers.0")
+    found = opened("hqq", tmp_path).read("layers.0")
     expected = torch.load(tmp_path / "expected.pt", weights_only=True)
     assert len(expected) == 2
     for name, weight in expected.items():
@@ -226,7 +231,7 @@ def test_half_quadratic_codes_lose_no_more_than_the_packages(bits, axis, sources
         keys = {key: value for key, value in quantize.items() if engine == "quantkit" or key != "solver"}
         recipe = recipe_of("hqq", sources["mistral"], keys, tmp_path, engine=engine)
         out = build(recipe, out=tmp_path / engine, device=CPU, validated=False).out
-        weights = READERS["hqq"].open(out).read("layers.0")
+        weights = opened("hqq", out).read("layers.0")
         lost[engine] = {name: tensor.float() for name, tensor in weights.items() if name.endswith("_proj.weight")}
     model = AutoModelForCausalLM.from_pretrained(sources["mistral"], dtype=torch.float32)
     assert len(lost["quantkit"]) == 7

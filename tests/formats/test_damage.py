@@ -50,6 +50,17 @@ def beyond(name: str) -> Change:
     return lambda tensors: tensors[name].fill_(100)
 
 
+def swapped(one: str, other: str) -> Change:
+    """Every part of a linear under the other's name."""
+
+    def change(tensors: dict) -> None:
+        for name in [name for name in tensors if name.startswith(f"{one}.")]:
+            twin = name.replace(one, other)
+            tensors[name], tensors[twin] = tensors[twin], tensors[name]
+
+    return change
+
+
 # format, what is done to its tensors, what to its config.json, and the line that says so
 DAMAGES = [
     ("awq", cut(f"{DOWN}.qzeros", rows=2), None, f"{DOWN}.qzeros is I32 [2, 8], where I32 or U32 [3, 8] belongs"),
@@ -101,6 +112,11 @@ DAMAGES = [
     ("hqq", beyond(f"{DOWN}.shape"), None, f"{DOWN}.shape says [100, 100], where [64, 96] belongs"),
     ("hqq", cut(f"{DOWN}.W_q", rows=4), None, f"{DOWN}: W_q is [4, 32], where [96, 32] belongs"),
     ("hqq", without(f"{DOWN}.W_q"), None, f"{DOWN}.W_q is missing"),
+    ("exl2", without(f"{UP}.q_invperm"), None, f"{UP}.q_invperm is missing"),
+    ("exl2", cut(f"{UP}.q_weight", columns=64), None, f"{UP}.q_weight is I32 [.*, 64], where I32 [.*, 96] belongs"),
+    ("exl2", cut(f"{DOWN}.q_scale", columns=4), None, f"{DOWN}.q_scale is I32 [.*, 4], where I32 [.*, 8] belongs"),
+    ("exl2", beyond(f"{DOWN}.q_groups"), None, f"{DOWN} is damaged: its groups have the widths [100, 100"),
+    ("exl2", swapped(UP, DOWN), None, "q_weight is I32 [.*], where I32 [.*] belongs"),
     *(
         (name, change, None, message)
         for name in QUANTIZE
@@ -114,7 +130,7 @@ DAMAGES = [
         for name in QUANTIZE
         if name != "mlx"
     ),
-    *((name, cut("model.embed_tokens.weight", rows=9), None, "[9, 64], where") for name in ("gptq", "hqq")),
+    *((name, cut("model.embed_tokens.weight", rows=9), None, "[9, 64], where") for name in ("gptq", "hqq", "exl2")),
     *(
         (name, None, lambda config: config.pop("hidden_size"), "hidden_size = None, which is no")
         for name in ("gptq", "mlx")
@@ -204,5 +220,5 @@ def matches(message: str, error: BaseException | None) -> bool:
 
 
 def test_every_format_is_damaged():
-    # GGUF has damages of its own in test_gguf
-    assert {each[0] for each in DAMAGES} == READERS.keys() - {"gguf"}
+    # GGUF has damages of its own in test_gguf; what is missing is the same for all, shapes are each format's own
+    assert {each[0] for each in DAMAGES if "missing" not in each[3]} == READERS.keys() - {"gguf"}

@@ -22,7 +22,6 @@ from quantkit.formats.exl2 import (
     encode_linear,
     expected_biases,
     least_bits,
-    open_artifact,
     open_variants,
 )
 from quantkit.grids.exl2 import Exl2Grid, Mixture
@@ -536,12 +535,11 @@ def test_a_build_of_several_variants_that_was_killed_ends_in_the_same_bytes(
 
 
 def test_a_variants_folder_is_an_artifact_of_its_own(built):
-    artifact = open_artifact(built.out / "5.0bpw")
-    assert list(open_variants(built.out / "5.0bpw")) == ["5.0bpw"]
-    same = open_variants(built.out)["5.0bpw"]
+    alone, among = open_variants(built.out / "5.0bpw"), open_variants(built.out)
+    assert list(alone) == ["5.0bpw"]
     assert torch.equal(
-        artifact.read("layers.1")["model.layers.1.mlp.up_proj.weight"],
-        same.read("layers.1")["model.layers.1.mlp.up_proj.weight"],
+        alone["5.0bpw"].read("layers.1")["model.layers.1.mlp.up_proj.weight"],
+        among["5.0bpw"].read("layers.1")["model.layers.1.mlp.up_proj.weight"],
     )
 
 
@@ -563,10 +561,11 @@ def test_a_folder_without_a_part_is_refused_when_it_is_opened(part, tmp_path):
     del tensors[f"model.layers.0.mlp.up_proj.{part}"]
     save_file(tensors, tmp_path / "output.safetensors")
     settings = {"quant_method": "exl2", "bits": 4.0}
-    config = {"model_type": "mistral", "num_hidden_layers": 1, "quantization_config": settings}
+    sizes = {"hidden_size": 192, "intermediate_size": 32, "num_attention_heads": 4, "vocab_size": 32}
+    config = sizes | {"model_type": "mistral", "num_hidden_layers": 1, "quantization_config": settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RefusedError, match=rf"up_proj\.{part} is missing"):
-        open_artifact(tmp_path)
+        open_variants(tmp_path)
 
 
 @pytest.mark.parametrize("bits", [None, "4", True])
@@ -574,7 +573,7 @@ def test_a_folder_whose_bits_are_no_number_is_refused(bits, tmp_path):
     settings = {"quant_method": "exl2", "bits": bits}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "quantization_config": settings}))
     with pytest.raises(RefusedError, match="not a number"):
-        open_artifact(tmp_path)
+        open_variants(tmp_path)
 
 
 def test_several_targets_want_the_float_stream(source, text, tmp_path):

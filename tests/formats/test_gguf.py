@@ -100,7 +100,7 @@ def test_every_file_type_of_a_recipe_has_its_mixture():
 
 
 # what llama-quantize gives; "." stands for the base type
-NANO = Model("llama", 4, 4, 2, tied=False)
+NANO = Model("llama", 4, 4, 2, 64, tied=False)
 EXPECTED = {
     # file type: base, attn_v of each layer, ffn_down of each layer, attn_output
     "Q2_K": ("Q2_K", "Q3_K Q3_K Q3_K Q3_K", "Q3_K Q3_K Q3_K Q3_K", "Q3_K"),
@@ -219,7 +219,7 @@ SMALLEST = {
 
 @pytest.mark.parametrize("file_type", SMALLEST)
 def test_types_of_the_i_quants(file_type):
-    model = Model("llama", 8, 4, 2, tied=False)
+    model = Model("llama", 8, 4, 2, 64, tied=False)
     base, *expected = SMALLEST[file_type].split()
     names = ["lm_head", "model.embed_tokens"] + [
         f"model.layers.{name}"
@@ -239,7 +239,7 @@ def test_types_of_the_i_quants(file_type):
 
 
 def test_types_depend_on_depth_heads_and_tying():
-    deep = Model("llama", 32, 32, 8, tied=False)
+    deep = Model("llama", 32, 32, 8, 128, tied=False)
     layers = range(32)
 
     def of(file_type: str, name: str, model: Model = deep) -> list[str]:
@@ -251,9 +251,9 @@ def test_types_depend_on_depth_heads_and_tying():
     assert [i for i, kind in enumerate(of("Q4_K_S", "mlp.down_proj")) if kind == "Q5_K"] == [0, 1, 2, 3]
     assert [i for i, kind in enumerate(of("Q4_0", "mlp.down_proj")) if kind == "Q4_1"] == [0, 1, 2, 3]
     assert set(of("Q2_K", "self_attn.v_proj")) == {"Q4_K"}  # four query heads share each value head
-    seventy = Model("llama", 80, 64, 8, tied=False)
+    seventy = Model("llama", 80, 64, 8, 128, tied=False)
     assert set(of("Q4_K_S", "self_attn.v_proj", seventy)) == {"Q5_K"}
-    tied = Model("qwen2", 32, 32, 8, tied=True)
+    tied = Model("qwen2", 32, 32, 8, 128, tied=True)
     assert tensor_type("Q4_K_M", "model.embed_tokens", 4096, tied, weighted=True) == "Q6_K"
 
 
@@ -404,6 +404,26 @@ def test_llama_3_frequencies_are_those_of_transformers(sources, artifacts):
     assert len(factors.unique()) > 2
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(artifacts["llama"] / "tiny.Q8_0.gguf").tensors}
     np.testing.assert_array_equal(stored["rope_freqs.weight"].data, factors.numpy())
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "shape"),
+    [
+        ("mistral", "num_key_value_heads", {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 8}),
+        ("qwen3", "head_dim", {"hidden_size": 256, "head_dim": 128}),
+    ],
+)
+def test_what_config_json_leaves_out_has_the_familys_own_value(kind, key, shape, text, tmp_path):
+    source = make_tiny(tmp_path / "m", kind, **SHAPE | {"layers": 1} | shape)
+    config = read_json(source / "config.json")
+    files = []
+    for content in (config, {name: value for name, value in config.items() if name != key}):
+        (source / "config.json").write_text(json.dumps(content))
+        recipe = recipe_of(source, text, types=["Q8_0"])
+        out = build(recipe, out=tmp_path / f"out{len(files)}", device=CPU, validated=False).out
+        files.append((out / "tiny.Q8_0.gguf").read_bytes())
+    assert key in config
+    assert files[0] == files[1]
 
 
 def test_the_importance_matrix_is_the_mean_square_of_the_float_models_inputs(artifacts, sources, text):

@@ -51,11 +51,6 @@ class About:
     quantized_by: str | None = None
 
 
-def head_dim_of(config: dict[str, Any]) -> int:
-    """Width of one attention head."""
-    return int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
-
-
 def rope_of(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings in one place: "rope_type", "rope_theta" and what the type needs."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
@@ -69,7 +64,7 @@ def rope_factors(config: dict[str, Any]) -> Tensor | None:
     rope = rope_of(config)
     if rope["rope_type"] != "llama3":
         return None
-    width = head_dim_of(config)
+    width = Model.of(config).head_dim
     wavelengths = 2 * math.pi * rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
     original, low, high = (
         float(rope[key]) for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
@@ -126,7 +121,6 @@ def architecture_keys(config: dict[str, Any], model: Model) -> dict[str, int | f
     Raises:
         RefusedError: a rotary scaling that GGUF has no keys for.
     """
-    width = head_dim_of(config)
     return {
         "context_length": int(config["max_position_embeddings"]),
         "embedding_length": int(config["hidden_size"]),
@@ -134,11 +128,11 @@ def architecture_keys(config: dict[str, Any], model: Model) -> dict[str, int | f
         "feed_forward_length": int(config["intermediate_size"]),
         "attention.head_count": model.heads,
         "attention.head_count_kv": model.key_heads,
-        "attention.key_length": width,
-        "attention.value_length": width,
+        "attention.key_length": model.head_dim,
+        "attention.value_length": model.head_dim,
         "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
         "vocab_size": int(config["vocab_size"]),
-        "rope.dimension_count": width,
+        "rope.dimension_count": model.head_dim,
         **_rope_keys(rope_of(config)),
     }
 

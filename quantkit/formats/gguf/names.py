@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from quantkit.checkpoint.families import attention_sizes, family_of, length_of
+
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """`general.architecture` by `model_type`."""
 PERMUTED = ("llama",)
@@ -37,7 +39,7 @@ class Model:
 
     Attributes:
         architecture: `general.architecture`.
-        layers, heads, key_heads: as in config.json.
+        layers, heads, key_heads, head_dim: of config.json, or the family's own.
         tied: the head is the embedding.
     """
 
@@ -45,18 +47,21 @@ class Model:
     layers: int
     heads: int
     key_heads: int
+    head_dim: int
     tied: bool
 
     @staticmethod
     def of(config: dict[str, Any]) -> "Model":
-        """From config.json."""
-        heads = int(config["num_attention_heads"])
+        """From config.json.
+
+        Raises:
+            RefusedError: an architecture that quantkit does not know, or a size that is missing.
+        """
+        family = family_of(config, where="config.json")
+        layers = length_of(config, "num_hidden_layers", where="config.json")
+        tied = bool(config.get("tie_word_embeddings", False))
         return Model(
-            ARCHITECTURES[config["model_type"]],
-            int(config["num_hidden_layers"]),
-            heads,
-            int(config.get("num_key_value_heads") or heads),
-            bool(config.get("tie_word_embeddings", False)),
+            ARCHITECTURES[family.model_type], layers, *attention_sizes(config, family, where="config.json"), tied
         )
 
     @property

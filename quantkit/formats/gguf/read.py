@@ -258,11 +258,6 @@ def _variant(path: Path) -> str:
     return name.rsplit("." if "." in name else "-", 1)[-1]
 
 
-def open_artifact(folder: Path) -> GgufArtifact:
-    """The first model file of a folder; see `open_variants`."""
-    return next(iter(open_variants(folder).values()))
-
-
 def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     """Whether a folder holds GGUF files, or is one."""
     return folder.suffix == SUFFIX if folder.is_file() else any(folder.glob(f"*{SUFFIX}"))
@@ -275,12 +270,11 @@ def _use(repo: str, quantize: dict[str, Any], variants: Sequence[str]) -> str:
 
 READING = Reading(
     recognizes,
-    open_artifact,
+    open_variants,
     NATIVE_ENGINE,
     (NAME, "llama.cpp"),
     None,
     _use,
-    open_variants,
     differences,
     retold,
 )

@@ -35,13 +35,15 @@ FLAGS = (
 )
 GRIDS = ("scale", "zero")
 # what old releases of hqq made of a scale or a zero that was quantized itself, with settings of its own
-OF_GRIDS = ("scale", "zero", "shape", "packing", "view_as_float")
+OF_GRIDS = (*GRIDS, "shape", "packing", "view_as_float")
 NESTED = tuple(f"meta_{which}:{key}" for which in GRIDS for key in OF_GRIDS)
 RAISED = ("encoded_state_dict", "stores_quant_config", "channel_wise", "optimize")
 LAYOUT = Layout(
     ("W_q", "shape", "packing", *NUMBERS),
+    "W_q",
     {"scale": FLOATS, "zero": FLOATS},
     optional=(*GRIDS, "scale_q", "zero_q", *TEXTS[1:], *FLAGS, *NESTED),
+    notes=("shape", *TEXTS, *NUMBERS, *FLAGS, *(key for key in NESTED if not key.endswith(GRIDS))),
 )
 
 

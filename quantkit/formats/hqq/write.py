@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantkit.checkpoint.families import in_layer
 from quantkit.checkpoint.index import Checkpoint, open_tensors
 from quantkit.formats.contract import MAX_SHARD_BYTES
 from quantkit.formats.hqq.linear import CODES_PER_WORD, STORED, decode_item, encode_linear
 from quantkit.formats.hqq.pickled import PICKLE, write_pickle
+from quantkit.formats.parts import encoded, unstorable
 from quantkit.formats.shards import merge
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.qtensor import Item
@@ -83,22 +84,16 @@ class HqqFormat:
 
     def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
         """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""
-        found = []
-        for name, rows, columns in shapes:
+
+        def reason(rows: int, columns: int) -> str | None:
             grouped, side = (columns, "in_features") if self.axis == 1 else (rows, "out_features")
+            if grouped % self.group_size:
+                return f"{side} {grouped} is not divisible by group_size {self.group_size}"
             blocks = {4: 2, 2: 4}.get(self.bits, 1)
             packed_rows = rows * columns // self.group_size if self.axis == 1 else self.group_size
-            if name.endswith(self.skip):
-                continue
-            if grouped % self.group_size:
-                reason = f"{side} {grouped} is not divisible by group_size {self.group_size}"
-            elif packed_rows % blocks:
-                reason = f"{packed_rows} groups do not fill bytes of {blocks} codes"
-            else:
-                continue
-            ending = in_layer(name)
-            found.append(f'{name}: {reason}; leave it in 16 bits with quantize.skip = ["{ending}"]')
-        return found
+            return f"{packed_rows} groups do not fill bytes of {blocks} codes" if packed_rows % blocks else None
+
+        return unstorable(shapes, self.skip, reason)
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file: codes, scales and zeros."""
@@ -110,10 +105,7 @@ class HqqFormat:
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
-        tensors = {name: tensor.contiguous() for name, tensor in item.tensors.items()}
-        for name, linear in item.linears.items():
-            tensors |= encode_linear(name, linear, self.group_size)
-        return tensors
+        return encoded(item, partial(encode_linear, group_size=self.group_size))
 
     def decode_item(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Dense tensors by checkpoint name."""
@@ -149,7 +141,8 @@ class HqqFormat:
         """Weights, config.json and the source's tokenizer files."""
         written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES, stem=STEM)
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
-        write_sidecars(checkpoint.folder, folder, quantized_config(checkpoint.config, settings, "float16"), {})
+        config = quantized_config(checkpoint.config, settings, self.stored_dtype)
+        write_sidecars(checkpoint.folder, folder, config, {})
         names = [path.name for path in written]
         if self.pickled:
             write_pickle(open_tensors(folder, stem=STEM), folder / PICKLE)
