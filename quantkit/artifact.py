@@ -30,7 +30,7 @@ from quantkit.judgement import (
     judged_by,
     text_to_judge_on,
 )
-from quantkit.machine import peak_memory_bytes, use_threads
+from quantkit.machine import peak_memory_bytes, settle
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan, reads_text, require_here
 from quantkit.progress import Progress, timed
@@ -95,7 +95,7 @@ class Artifact:
         Args:
             stage: of the record's seconds.
         """
-        use_threads(self.recipe.compute.threads)
+        settle(self.recipe.compute.threads)
         spent: dict[str, float] = {}
         try:
             with timed(spent, "turn"):
@@ -115,7 +115,7 @@ class Artifact:
             reserved_bytes: of the disk, for others.
         """
         # more threads than cores, and a trial tells nothing
-        use_threads(min(self.recipe.compute.threads, os.cpu_count() or 1))
+        settle(min(self.recipe.compute.threads, os.cpu_count() or 1))
         self._settle()
         model = self.recipe.model
         checkpoint = once(("described", model), partial(describe_checkpoint, model.id, model.revision, self.progress))
@@ -172,7 +172,7 @@ class Artifact:
 
     def _settle(self) -> None:
         self.recipe = settled(self.recipe)
-        use_threads(self.recipe.compute.threads)
+        settle(self.recipe.compute.threads)
 
     @property
     def _is_judged(self) -> bool:

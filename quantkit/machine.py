@@ -7,7 +7,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from importlib.util import find_spec
@@ -15,6 +15,7 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from quantkit import __version__
@@ -23,6 +24,12 @@ from quantkit.errors import RefusedError, UnavailableError
 DECIDING_PACKAGES = ("torch", "numba", "transformers", "tokenizers", "safetensors")
 ON_A_GPU = ("triton",)
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
+# of either version of Linux's control groups: what /proc/self/cgroup calls the controller, its folder, the files with
+# limit and use, and what of the use gives way
+CONTROL_GROUPS = (
+    ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("", "", "memory.max", "memory.current", "inactive_file"),
+)
 Result = TypeVar("Result")
 CPU_FACTS = Path("/proc/cpuinfo")
 SIXTEEN_BIT = re.compile("bf16|fp16|asimdhp")  # in the names of x86's and Arm's instructions
@@ -47,6 +54,9 @@ def choose_device(name: str) -> torch.device:
             fix="use --device cpu, or install a CUDA build of torch and a driver (`quantkit doctor` says more)",
         )
     cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    if cuda and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # read when the first tensor comes there: what was freed between tensors that stay is there for larger ones, too
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -147,6 +157,42 @@ def peak_memory_bytes(device: torch.device, *, engine: bool = False) -> dict[str
     return facts
 
 
+def host_free_bytes(system: Path = Path("/")) -> int:
+    """Memory that is free for new tensors: of the machine, or of what a container or a Slurm job leaves this process.
+
+    Args:
+        system: root of the file system.
+    """
+    return min([int(psutil.virtual_memory().available), *_left_by_groups(system)])
+
+
+def _left_by_groups(system: Path) -> Iterator[int]:
+    """What each control group that this process is in, or that one is in, still allows."""
+    try:
+        memberships = (system / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in memberships):
+        for controller, root, limit, use, gives_way in CONTROL_GROUPS:
+            if controller not in controllers.split(","):
+                continue
+            top = system / "sys/fs/cgroup" / root
+            group = top / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(top) and (folder / limit).is_file():
+                    yield from _left_by_group(folder / limit, folder / use, folder / "memory.stat", gives_way)
+
+
+def _left_by_group(limit: Path, use: Path, stat: Path, gives_way: str) -> Iterator[int]:
+    try:
+        allowed, used = limit.read_text(encoding="utf-8").strip(), int(use.read_text(encoding="utf-8"))
+        held = dict(line.split() for line in stat.read_text(encoding="utf-8").splitlines())
+    except OSError:
+        return
+    if allowed != "max":
+        yield max(int(allowed) - used + int(held[gives_way]), 0)
+
+
 def release_freed_memory() -> None:
     """Give freed memory back to the system, where the C library can: glibc keeps up to a third of a build's peak."""
     library = ctypes.CDLL(None)
@@ -154,10 +200,18 @@ def release_freed_memory() -> None:
         library.malloc_trim(0)
 
 
-def use_threads(threads: int) -> None:
-    """Fix torch's threads, as the recipe says."""
+def settle(threads: int) -> None:
+    """Fix how this process computes: on so many threads of the CPU, and on a GPU the same each time.
+
+    There float32 factors stay whole, where the environment may have them cut to TF32's 10 bits
+    (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`, as some containers do), and attention is not cuDNN's, which torch itself takes
+    for not deterministic, and which plans anew for every length.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)
+    # the older of torch's two switches: it moves the newer one along, and torch refuses to multiply where they differ
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def pieces_at_a_time() -> int:

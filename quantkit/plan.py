@@ -84,7 +84,8 @@ class Plan:
         """Whether memory suffices, the host's for what can wait there."""
         if self.memory_bytes <= self.memory_free_bytes:
             return True
-        on_host = self.ranks * self.waiting_bytes
+        # torch rounds page-locked blocks up to a power of two
+        on_host = 2 * self.ranks * self.waiting_bytes
         return 0 < self.reserve_bytes <= self.memory_free_bytes and on_host <= self.host_free_bytes
 
     def facts(self) -> dict[str, Any]:

@@ -62,6 +62,44 @@ def test_a_system_that_tells_nothing_of_its_processor_has_a_name_all_the_same(mo
     assert machine.device_model(CPU).endswith(f"({torch.backends.cpu.get_cpu_capability()})")
 
 
+def test_no_container_cuts_products_to_tf32_and_attention_is_not_cudnns():
+    switches = "matmul.fp32_precision, matmul.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()"
+    code = f"""
+import torch
+from quantkit.machine import settle
+matmul = torch.backends.cuda.matmul
+print({switches})
+settle(1)
+print({switches})
+"""
+    cut = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=cut, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["tf32 True True", "ieee False False"]
+
+
+@pytest.mark.parametrize(
+    ("membership", "root", "limit", "use", "gives_way"),
+    [
+        ("0::/jobs/mine", "", "memory.max", "memory.current", "inactive_file"),
+        ("4:cpu,memory:/jobs/mine", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_free_memory_is_what_the_narrowest_group_leaves(membership, root, limit, use, gives_way, tmp_path):
+    group = tmp_path / "sys/fs/cgroup" / root / "jobs/mine"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"9:pids:/\n{membership}\n")
+    plenty = machine.host_free_bytes(tmp_path)
+    assert plenty > 5000
+    for folder, allowed in ((group, "max"), (group.parent, "9000")) if not root else ((group.parent, "9000"),):
+        (folder / limit).write_text(f"{allowed}\n")
+        (folder / use).write_text("5000\n")
+        (folder / "memory.stat").write_text(f"anon 17\n{gives_way} 700\n")
+    assert machine.host_free_bytes(tmp_path) == 4700
+    (group.parent / limit).write_text("4000")
+    assert machine.host_free_bytes(tmp_path) == 0
+
+
 def test_pieces_are_worked_on_side_by_side_each_on_one_thread(monkeypatch):
     """Two that wait for each other: one after the other they would wait for ever."""
     monkeypatch.setattr("quantkit.machine.os.cpu_count", lambda: 2)

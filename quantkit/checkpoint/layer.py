@@ -230,8 +230,9 @@ class Decoder:
 
     def embed(self, tensors: dict[str, Tensor], tokens_BT: Tensor) -> Tensor:
         """Hidden states [B, T, D] of int64 token ids [B, T] on the decoder's device."""
-        table = self.place(tensors["model.embed_tokens.weight"])
-        return nn.functional.embedding(tokens_BT.to(self.device), table)
+        table = tensors["model.embed_tokens.weight"]
+        # looked up where the table lies: what is moved and cast is a batch's rows
+        return self.place(nn.functional.embedding(tokens_BT.to(table.device), table))
 
     def layer(self, index: int, tensors: dict[str, Tensor]) -> DecoderLayer:
         """A decoder layer with `tensors` (by checkpoint name) as its weights, cast to the compute dtype."""
@@ -261,10 +262,11 @@ class Decoder:
         return self.place(tensors[key])
 
     def place(self, tensor: Tensor) -> Tensor:
-        """A weight on the decoder's device, in the compute dtype."""
-        return tensor.to(device=self.device, dtype=self.dtype)
+        """A tensor on the decoder's device, in the compute dtype."""
+        # moved first: in one step torch would cast on the CPU, and move what became wide
+        return tensor.to(self.device).to(self.dtype)
 
     def place_to_solve(self, tensor: Tensor) -> Tensor:
         """A weight on the decoder's device, in the compute dtype, or as it is where that loses nothing by widening."""
         widened = torch.promote_types(tensor.dtype, self.dtype) == self.dtype
-        return tensor.to(device=self.device, dtype=tensor.dtype if widened else self.dtype)
+        return tensor.to(self.device) if widened else self.place(tensor)

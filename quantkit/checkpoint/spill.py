@@ -6,10 +6,11 @@ recipe says.
 
 from dataclasses import dataclass, field
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from quantkit.machine import host_free_bytes
 
 
 def free_bytes(device: torch.device) -> int:
@@ -17,7 +18,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
-    return int(psutil.virtual_memory().available)
+    return host_free_bytes()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ C candidates.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -275,7 +276,13 @@ def _fit_offset(x_LM: Tensor, w_LM: Tensor, kind: BlockType) -> Tensor:
         # 127 on either side as every writer does it; the gain of a search is below what float16 loses
         return x_LM.abs().amax(0) / (most - 1)
     largest_M = x_LM.gather(0, x_LM.abs().argmax(0, keepdim=True)).squeeze(0)
-    return fit_offset(x_LM, w_LM, largest_M, x_LM.new_tensor(_tried_codes(kind)), most, kind.top)
+    return fit_offset(x_LM, w_LM, largest_M, _tried(kind, x_LM.device), most, kind.top)
+
+
+@cache
+def _tried(kind: BlockType, device: torch.device) -> Tensor:
+    """`_tried_codes` in float32, copied to a device once."""
+    return torch.tensor(_tried_codes(kind), device=device)
 
 
 def _tried_codes(kind: BlockType) -> list[float]:

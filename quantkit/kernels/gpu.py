@@ -81,6 +81,8 @@ def _over_columns(
     grids: int = 1,
 ) -> None:
     """Launch a kernel that goes through one group's channels, for every row and each of several grids."""
+    # how threads share a tile follows the strides, and with it the order of sums
+    weight_IO = weight_IO.contiguous()
     channels, rows = weight_IO.shape
     kernel[(triton.cdiv(rows, COLUMNS), grids)](
         weight_IO,

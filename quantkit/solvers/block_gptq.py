@@ -41,9 +41,9 @@ def solve_blocks(
     ]
     shift_1O = weight_IO.new_full((1, rows), kind.offset)
     lost, energy = weight_IO.new_zeros(()), weight_IO.new_zeros(())
-    for start in range(0, columns, kind.block):
+    for start, column in zip(range(0, columns, kind.block), order_I[:: kind.block].tolist(), strict=True):
         inside = slice(start, start + kind.block)
-        block, place_I = int(order_I[start]) // kind.block, order_I[inside] % kind.block
+        block, place_I = column // kind.block, order_I[inside] % kind.block
         feedback_IO = upper_II[:start, inside].t() @ error_IO[:start]
         free_IO = torch.empty_like(feedback_IO)
         free_IO[place_I] = updated(weight_IO[inside], feedback_IO, upper_II[inside, inside])

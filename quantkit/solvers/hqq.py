@@ -47,7 +47,9 @@ class HalfQuadratic:
         Args:
             weight_KN: [K, N], float32 or float64; not modified.
         """
-        parts = [self._fitted(part.contiguous()) for part in weight_KN.split(CHUNK_GROUPS, dim=1)]
+        # a GPU has no such cache, and the host, which asks at every step what still moves, waits for it each time
+        chunk = CHUNK_GROUPS if weight_KN.device.type == "cpu" else weight_KN.shape[1]
+        parts = [self._fitted(part.contiguous()) for part in weight_KN.split(chunk, dim=1)]
         scale_N, zero_N = (torch.cat(values) for values in zip(*parts, strict=True))
         return scale_N, zero_N
 

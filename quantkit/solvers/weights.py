@@ -20,6 +20,7 @@ from quantkit.solvers.contract import Solver
 WORKING_COPIES = 2  # float32 numbers for each weight of the linear that is being solved
 CHUNK_WEIGHTS = 1 << 19  # 2 MB of float32
 CHUNK_GROUPS = 1 << 13  # groups solved together: bounds memory, and keeps the working set in cache
+GPU_CHUNK_GROUPS = 1 << 17  # enough for a GPU to have something to do at every step
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class WeightSolver:
         groups = [
             whole_OI.view(size, -1).t() if across else whole_OI.view(-1, size) for whole_OI in (weight_OI, codes_OI)
         ]
-        parts = (values.split(CHUNK_GROUPS) for values in (*groups, scale_N, zero_N))
+        chunk = CHUNK_GROUPS if weight_OI.device.type == "cpu" else GPU_CHUNK_GROUPS
+        parts = (values.split(chunk) for values in (*groups, scale_N, zero_N))
         side_by_side(self._fill, zip(*parts, strict=True), weight_OI.device)
         if across:
             shape = (rows // size, columns)

@@ -5,7 +5,6 @@ Shape legend: N predicted tokens, D hidden size, V vocabulary, B windows, T toke
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -143,20 +142,7 @@ def _chunks(states_ND: Tensor, targets: list[int], device: torch.device) -> Iter
 
 def _log_softmax(states_ND: Tensor, head_VD: Tensor) -> Tensor:
     """Log-probabilities float32 [N, V]: a product in bf16 would round the logits before they are compared."""
-    with _full_float32_products():
-        return torch.log_softmax(states_ND.float() @ head_VD.float().t(), dim=-1)
-
-
-@contextmanager
-def _full_float32_products() -> Iterator[None]:
-    """Keep CUDA from cutting float32 factors to TF32's 10 bits, whatever the process has asked for."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    return torch.log_softmax(states_ND.float() @ head_VD.float().t(), dim=-1)
 
 
 def _loss(log_probabilities_NV: Tensor, wanted_N: Tensor) -> Tensor:

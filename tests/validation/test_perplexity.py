@@ -112,23 +112,6 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_before_they_are_compared():
     assert compare_logits(pair[0], logits, wanted.tolist()).divergence == pytest.approx(found.divergence, abs=1e-6)
 
 
-def test_tf32_is_off_while_logits_are_made_and_as_it_was_afterwards(monkeypatch):
-    matmul, plain, seen = torch.backends.cuda.matmul, torch.log_softmax, []
-
-    def spy(*arguments, **keywords):
-        seen.append(matmul.fp32_precision)
-        return plain(*arguments, **keywords)
-
-    monkeypatch.setattr(torch, "log_softmax", spy)
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-    try:
-        losses(torch.randn(3, 8), torch.randn(5, 8), [0, 1, 2])
-        assert seen == ["ieee"]
-        assert matmul.fp32_precision == "tf32"
-    finally:
-        matmul.fp32_precision = before
-
-
 def test_perplexities_are_taken_over_tokens_words_and_bytes(models):
     text, _ = text_of(models[0])
     nats = torch.full((text.tokens,), 2.0, dtype=torch.float64)
