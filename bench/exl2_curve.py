@@ -42,7 +42,8 @@ from quantkit.machine import environment
 from quantkit.quantize import Exl2Section
 from quantkit.solvers.exl2 import Exl2Solver
 from quantkit.solvers.exl2_measure import Allocation, Measured, OptionTrial, allocate, mixture_of
-from quantkit.stream import Calibration, Solvers, stream
+from quantkit.source_pass import Calibration, SourcePass
+from quantkit.stream import Solvers, stream
 from quantkit.survey import survey
 from quantkit.texts import load_text_set
 from quantkit.validation.perplexity import compare, final_states
@@ -143,8 +144,9 @@ def shapes_of(checkpoint: Checkpoint) -> Shapes:
 def measure(judge: Judge, calibration: Calibration) -> Measured:
     """Errors of every option of every sub-layer."""
     trial = OptionTrial(SETTINGS.damping, SETTINGS.scale_candidates, SETTINGS.measure_tokens)
-    layers = survey(judge.source, calibration, trial, decoder=judge.decoder)
-    return {key: rows for _, found in filter(None, layers) for key, rows in found["measured"].items()}
+    with SourcePass(judge.source) as shared:
+        layers = survey(shared, calibration, trial, decoder=judge.decoder)
+        return {key: rows for _, found in filter(None, layers) for key, rows in found["measured"].items()}
 
 
 def solved(judge: Judge, calibration: Calibration, chosen: list[dict[str, Mixture]]) -> list[Dense]:
@@ -157,14 +159,16 @@ def solved(judge: Judge, calibration: Calibration, chosen: list[dict[str, Mixtur
     made = [Dense(source.config, source.family, source.num_layers) for _ in chosen]
     solvers = Solvers(solver, ends=solver, unties_head=True)
     stored, skip = Exl2Format.stored_dtype, Exl2Format.skip
-    for item in stream(source, solvers, calibration, decoder=judge.decoder, stored_dtype=stored, skip=skip):
-        if item is None:
-            continue
-        for place, dense in enumerate(made):
-            linears = {name: (linear, *linear.others)[place] for name, linear in item.linears.items() if linear.others}
-            alike = {name: linear for name, linear in item.linears.items() if not linear.others}
-            weights = {f"{name}.weight": linear.dequantize() for name, linear in (linears | alike).items()}
-            dense.items[item.name] = item.tensors | weights
+    with SourcePass(source) as shared:
+        items = stream(shared, solvers, calibration, decoder=judge.decoder, stored_dtype=stored, skip=skip)
+        for item in filter(None, items):
+            for place, dense in enumerate(made):
+                alternatives = {name: (linear, *linear.others) for name, linear in item.linears.items()}
+                weights = {
+                    f"{name}.weight": each[place if len(each) > 1 else 0].dequantize()
+                    for name, each in alternatives.items()
+                }
+                dense.items[item.name] = item.tensors | weights
     return made
 
 

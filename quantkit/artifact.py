@@ -246,13 +246,12 @@ class Artifact:
         found: Iterator[tuple[str, dict[str, Any]] | None] = iter(())
         if any(work.noted(name) is None for name in names):
             found = survey(
-                checkpoint,
+                shared,
                 self._calibration,
                 wanted.measuring,
                 decoder=self._decoder,
                 known=lambda name: work.noted(name) is not None,
                 told=told,
-                shared=shared,
             )
 
         def go_through() -> Iterator[None]:
@@ -289,7 +288,7 @@ class Artifact:
             taken=partial(self._keep_linear, behind) if at_once else None,
         )
         solved = stream(
-            checkpoint,
+            shared,
             _dealt(self.method.solvers, self.ranks),
             self._calibration,
             decoder=self._decoder,
@@ -297,7 +296,6 @@ class Artifact:
             skip=form.skip,
             finished=finished,
             sinks=sinks,
-            shared=shared,
         )
 
         def go_through() -> Iterator[None]:

@@ -18,6 +18,7 @@ from quantkit.formats.compressed_tensors import CompressedTensorsFormat
 from quantkit.formats.contract import Format
 from quantkit.formats.exl2 import Exl2Format, expected_biases, sublayers
 from quantkit.formats.gguf.metadata import About
+from quantkit.formats.gguf.mixtures import is_sensitive
 from quantkit.formats.gguf.names import Model
 from quantkit.formats.gguf.write import GgufFormat
 from quantkit.formats.gptq import LOWEST_ASYMMETRIC_ZERO, GptqFormat
@@ -46,7 +47,7 @@ from quantkit.solvers.ggml import ENGINE as GGML
 from quantkit.solvers.gptq import GptqSolver
 from quantkit.solvers.hqq import HalfQuadratic
 from quantkit.solvers.rtn import RoundToNearest
-from quantkit.solvers.weights import ByWidth, WeightSolver, WhereCalibrated
+from quantkit.solvers.weights import ByWidth, GroupFit, WeightSolver, WhereCalibrated
 from quantkit.stream import Solvers
 from quantkit.survey import Measuring
 
@@ -92,6 +93,12 @@ class Method:
     allotments: Mapping[str, dict[str, float]] = field(default_factory=dict)
 
 
+def _by_gptq(section: GptqSection | AwqSection | CompressedTensorsSection, rule: AffineRule) -> GptqSolver:
+    return GptqSolver(
+        rule, section.group_size, section.order, section.damping, section.asymmetric, section.refine_sweeps
+    )
+
+
 def gptq(section: GptqSection, config: dict[str, Any]) -> Method:
     """GPTQ codes in the GPTQ container."""
     rule = AffineRule(
@@ -102,9 +109,7 @@ def gptq(section: GptqSection, config: dict[str, Any]) -> Method:
     )
     return Method(
         Solvers(
-            GptqSolver(
-                rule, section.group_size, section.order, section.damping, section.asymmetric, section.refine_sweeps
-            ),
+            _by_gptq(section, rule),
             compared_every=section.asymmetric_every,
         ),
         GptqFormat(section.bits, section.group_size, section.symmetric, section.order, section.damping, section.skip),
@@ -115,13 +120,16 @@ def hqq(section: HqqSection, config: dict[str, Any]) -> Method:
     """Codes on grids with float zeros, in the HQQ container."""
     rule = FloatZeroRule(section.bits, candidates=section.scale_candidates)
     equal_K = torch.ones(section.group_size)
-    solvers: dict[str, Solver] = {
-        "least-squares": WeightSolver(partial(_fit_blindly, rule, equal_K), rule, section.group_size, section.axis),
-        "half-quadratic": WeightSolver(HalfQuadratic(rule).fit, rule, section.group_size, section.axis),
-        "gptq": GptqSolver(
-            rule, section.group_size, "group-aware", GPTQ_DAMPING, GPTQ_ASYMMETRIC, section.refine_sweeps
-        ),
+    fits: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+        "least-squares": partial(_fit_blindly, rule, equal_K),
+        "half-quadratic": HalfQuadratic(rule).fit,
     }
+    solvers: dict[str, Solver] = {
+        name: WeightSolver(GroupFit(fit, rule, section.group_size, section.axis).quantize) for name, fit in fits.items()
+    }
+    solvers["gptq"] = GptqSolver(
+        rule, section.group_size, "group-aware", GPTQ_DAMPING, GPTQ_ASYMMETRIC, section.refine_sweeps
+    )
     written = HqqFormat(section.bits, section.group_size, section.axis, section.skip, section.qmodel_pt)
     return Method(Solvers(solvers[section.solver], compared_every=GPTQ_ASYMMETRIC_EVERY), written)
 
@@ -140,11 +148,11 @@ def mlx(section: MlxSection, config: dict[str, Any]) -> Method:
     ends: dict[int, Solver] = {}
     for bits in {low, high}:
         rule = BiasRule(bits, candidates=section.scale_candidates, stored=stored)
-        blind: Solver = WeightSolver(
-            partial(_fit_blindly, BiasRule(bits, stored=stored), equal_K), rule, section.group_size
-        )
+        fit = partial(_fit_blindly, BiasRule(bits, stored=stored), equal_K)
+        quantize = GroupFit(fit, rule, section.group_size).quantize
         if section.solver == "round-to-nearest":
-            blind = RoundToNearest(bits, section.group_size, stored)
+            quantize = RoundToNearest(bits, section.group_size, stored).quantize
+        blind = WeightSolver(quantize)
         solvers[bits] = ends[bits] = blind
         if section.solver == "gptq":
             solvers[bits] = GptqSolver(
@@ -162,12 +170,7 @@ def _fit_blindly(rule: FloatZeroRule, equal_K: Tensor, weight_KN: Tensor) -> tup
 
 def _raised_by_mlx(num_layers: int) -> frozenset[str]:
     """Modules that mlx-lm's mixtures give the high bits: those that are known to suffer most."""
-    eighth = num_layers // 8
-    sensitive = [
-        index
-        for index in range(num_layers)
-        if index < eighth or index >= 7 * num_layers // 8 or (index - eighth) % 3 == 2
-    ]
+    sensitive = [index for index in range(num_layers) if is_sensitive(index, num_layers)]
     return frozenset(
         {"lm_head"}
         | {f"model.layers.{index}.{linear}" for index in sensitive for linear in ("self_attn.v_proj", "mlp.down_proj")}
@@ -199,9 +202,7 @@ def awq(section: AwqSection, config: dict[str, Any]) -> Method:
     rule = AffineRule(AWQ_BITS, symmetric=False, candidates=section.scale_candidates)
     solvers: dict[str, tuple[Solver, Feedback | None]] = {
         "gptq": (
-            GptqSolver(
-                rule, section.group_size, section.order, section.damping, section.asymmetric, section.refine_sweeps
-            ),
+            _by_gptq(section, rule),
             Feedback(section.order, section.damping),
         ),
         "round-to-nearest": (ClippedRounding(rule, section.group_size), None),
@@ -231,9 +232,7 @@ def compressed_tensors(section: CompressedTensorsSection, config: dict[str, Any]
     rule = AffineRule(section.bits, symmetric=section.symmetric, candidates=section.scale_candidates, stored=stored)
     return Method(
         Solvers(
-            GptqSolver(
-                rule, section.group_size, section.order, section.damping, section.asymmetric, section.refine_sweeps
-            ),
+            _by_gptq(section, rule),
             compared_every=section.asymmetric_every,
         ),
         CompressedTensorsFormat(section.bits, section.group_size, section.symmetric, stored, section.skip),

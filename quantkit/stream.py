@@ -10,11 +10,9 @@ them: see `quantkit.source_pass`.
 Shape legend: W windows, T tokens per window, D hidden size.
 """
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -22,8 +20,8 @@ from torch import Tensor
 from quantkit.activations import Activations, WeightOf
 from quantkit.calibration.statistics import ACTIVATIONS, DEVIATION, Statistics
 from quantkit.checkpoint.families import EMBEDDING, END_MODULES, HEAD, Stage
-from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder
+from quantkit.checkpoint.spill import Kept
 from quantkit.errors import RefusedError
 from quantkit.machine import release_freed_memory
 from quantkit.progress import timed, timed_steps
@@ -83,7 +81,7 @@ def goes_on_quantized(calibration: Calibration | None) -> bool:
 
 
 def stream(
-    checkpoint: Checkpoint,
+    shared: SourcePass,
     solvers: Solvers,
     calibration: Calibration | None,
     *,
@@ -92,12 +90,11 @@ def stream(
     skip: tuple[str, ...] = (),
     finished: Callable[[str], dict[str, Tensor] | None] = lambda item: None,
     sinks: Sinks | None = None,
-    shared: SourcePass | None = None,
 ) -> Iterator[Item | None]:
     """Every item of the checkpoint in order, solved; None for one that is finished already.
 
     Args:
-        checkpoint: the source.
+        shared: the pass over the checkpoint, in which others may take part.
         solvers: choose the codes.
         calibration: None if and only if the solvers need no statistics.
         decoder: the model's code.
@@ -105,7 +102,6 @@ def stream(
         skip: suffixes of linears that stay dense, embedding and head included.
         finished: dense weights of a finished item as read back from disk, or None if it is still to be done.
         sinks: told of progress.
-        shared: the pass over the checkpoint that others take part in; a pass of its own if None.
 
     Raises:
         RefusedError: a weight that is not finite or does not fit the stored dtype.
@@ -113,180 +109,157 @@ def stream(
     """
     assert (calibration is None) == (not solvers.needs), "calibration is given exactly when a solver needs it"
     assert sinks is None or sinks.taken is None or not goes_on_quantized(calibration), "the stream needs the linears"
-    alone = shared is None
-    shared = shared or SourcePass(checkpoint)
     activations = _activations(shared, decoder, calibration, solvers) if calibration else None
-    sinks = sinks or Sinks()
-    return _through(checkpoint, shared, solvers, activations, decoder, stored_dtype, skip, finished, sinks, alone=alone)
+    return _Stream(shared, solvers, activations, decoder, stored_dtype, skip, sinks or Sinks()).items(finished)
 
 
-def _through(
-    checkpoint: Checkpoint,
-    shared: SourcePass,
-    solvers: Solvers,
-    activations: Activations | None,
-    decoder: Decoder,
-    stored_dtype: torch.dtype,
-    skip: tuple[str, ...],
-    finished: Callable[[str], dict[str, Tensor] | None],
-    sinks: Sinks,
-    *,
-    alone: bool,
-) -> Iterator[Item | None]:
-    names = checkpoint.items
-    with shared if alone else nullcontext(), activations.taking_part() if activations else nullcontext():
-        for name, following in zip(names, [*names[1:], None], strict=True):
-            started = time.perf_counter()
-            source = shared.read(name, following)
-            waited = time.perf_counter() - started
-            sinks.item(name)
-            if name == HEAD and solvers.unties_head and HEAD_WEIGHT not in source:
-                source = source | {HEAD_WEIGHT: checkpoint.read(EMBEDDING)[f"{END_MODULES[EMBEDDING]}.weight"]}
-            spent = {"read": waited}
-            if activations:
-                activations.at(name, source, spent)
-            replay = finished(name)
-            if replay is not None:
-                if activations:
-                    activations.advance(name, replay)
-                yield None
-                continue
-            # no variable: it would hold on to an item while others take their turns
-            yield _timed_item(
-                _solve_item(checkpoint, name, source, solvers, activations, stored_dtype, skip, sinks, decoder),
-                spent,
-            )
+@dataclass(frozen=True)
+class _Stream:
+    """One recipe on its way through a checkpoint; attributes as of `stream`."""
+
+    shared: SourcePass
+    solvers: Solvers
+    activations: Activations | None
+    decoder: Decoder
+    stored_dtype: torch.dtype
+    skip: tuple[str, ...]
+    sinks: Sinks
+
+    def items(self, finished: Callable[[str], dict[str, Tensor] | None]) -> Iterator[Item | None]:
+        """See `stream`."""
+        names = self.shared.checkpoint.items
+        with self.activations.taking_part() if self.activations else nullcontext():
+            for name, following in zip(names, [*names[1:], None], strict=True):
+                spent: dict[str, float] = {}
+                with timed(spent, "read"):
+                    source = self.shared.read(name, following)
+                self.sinks.item(name)
+                if name == HEAD and self.solvers.unties_head and HEAD_WEIGHT not in source:
+                    embedding = self.shared.checkpoint.read(EMBEDDING)
+                    source = source | {HEAD_WEIGHT: embedding[f"{END_MODULES[EMBEDDING]}.weight"]}
+                if self.activations:
+                    self.activations.at(name, source, spent)
+                replay = finished(name)
+                if replay is not None:
+                    if self.activations:
+                        self.activations.advance(name, replay)
+                    yield None
+                    continue
+                # no variable: it would hold on to an item while others take their turns
+                yield _timed_item(
+                    self._end(name, source) if name in (EMBEDDING, HEAD) else self._layer(name, source), spent
+                )
+
+    def _layer(self, name: str, source: dict[str, Tensor]) -> Item:
+        """A decoder layer: rewritten where the recipe prepares it, and its linears solved stage by stage."""
+        index, family, activations = int(name.removeprefix("layers.")), self.decoder.family, self.activations
+        hidden = activations.hidden() if activations is not None and not activations.shares_sums else []
+        seconds: dict[str, float] = {}
+        prepared = self._prepared(index, source, hidden, seconds)
+        rewritten = source | prepared.tensors
+        full_names = (f"model.layers.{index}.{linear}" for linear in family.linears)
+        linears = {full for full in full_names if not full.endswith(self.skip)}
+        solved = {f"{linear}.weight": rewritten[f"{linear}.weight"] for linear in linears}
+        for key, tensor in solved.items():
+            _require_storable(key, tensor, self.stored_dtype)
+        dense = {key: tensor for key, tensor in rewritten.items() if key not in solved}
+        stored = {key: _as_stored(key, tensor, self.stored_dtype) for key, tensor in dense.items()}
+        # linears to be solved start from the source's own values; what stays dense is used as the file will hold it
+        working = rewritten if activations is not None and activations.from_float else stored | solved
+        item = Item(name, {}, {key: tensor for key, tensor in stored.items() if key.rsplit(".", 1)[0] not in linears})
+        item.seconds.update(seconds)
+        biases = {key.removesuffix(".bias"): stored[key] for key in stored if key.endswith(".bias")}
+
+        def solve_stage(stage: Stage, weight_of: WeightOf, statistics: Statistics) -> None:
+            named = {f"model.layers.{index}.{linear}": linear for linear in stage.linears}
+            with timed(item.seconds, "load"):
+                weights = {full: weight_of(linear) for full, linear in named.items() if full in linears}
+            # what the walks freed must not stand beside what the solver takes, nor the other way round
+            release_freed_memory()
+            self._solve(item, self.solvers.layers, weights, statistics, biases)
+            release_freed_memory()
+
+        if activations is None:
+            # nothing goes through the layer: its linears are enough, a stage's at a time
+            for stage in family.stages:
+                solve_stage(
+                    stage,
+                    lambda linear: self.decoder.place_to_solve(working[f"model.layers.{index}.{linear}.weight"]),
+                    Statistics(frozenset()),
+                )
+            return item
+        if activations.shares_sums:
+            activations.solve_shared(item, solve_stage)
+            return item
+        with timed(item.seconds, "load"):
+            layer = self.decoder.layer(index, working)
+        here = frozenset(linear for linear in family.linears if layer.linear_name(linear) in linears)
+        activations.solve_layer(layer, hidden, item, here, self.solvers.layers.needs, prepared.divided, solve_stage)
+        return item
+
+    def _prepared(
+        self, index: int, source: dict[str, Tensor], hidden: Sequence[Kept], seconds: dict[str, float]
+    ) -> Prepared:
+        """What a preparation makes of a layer; nothing where the recipe has none."""
+        preparation, activations = self.solvers.preparation, self.activations
+        if preparation is None:
+            return Prepared({}, {})
+        assert activations is not None, "a preparation needs activations"
+        with timed(seconds, "prepare"):
+            layer = self.decoder.layer(index, source)
+            sample_BTD = activations.calibration.sampled((each.tensor() for each in hidden), preparation.windows)
+            return preparation.prepare(layer, sample_BTD, activations.rope)
+
+    def _end(self, name: str, source: dict[str, Tensor]) -> Item:
+        """The embedding, or final norm and head; quantized if there is a solver for them."""
+        key, activations = f"{END_MODULES[name]}.weight", self.activations
+        solver = None if END_MODULES[name].endswith(self.skip) or key not in source else self.solvers.ends
+        if solver is not None:
+            _require_storable(key, source[key], self.stored_dtype)
+        kept = {other: tensor for other, tensor in source.items() if solver is None or other != key}
+        item = Item(name, {}, {other: _as_stored(other, tensor, self.stored_dtype) for other, tensor in kept.items()})
+        if solver is not None:
+            statistics = Statistics(frozenset())
+            if name == HEAD and activations and solver.needs:
+                with timed(item.seconds, "statistics"):
+                    statistics = activations.head_statistics(item.tensors, source, solver.needs)
+            self._solve(item, solver, {END_MODULES[name]: self.decoder.place_to_solve(source[key])}, statistics, {})
+        if activations and not activations.from_float and name == EMBEDDING:
+            decoded = {f"{full}.weight": linear.dequantize() for full, linear in item.linears.items()}
+            with timed(item.seconds, "embed"):
+                activations.advance(name, item.tensors | decoded)
+        return item
+
+    def _solve(
+        self,
+        item: Item,
+        solver: Solver,
+        weights: dict[str, Tensor],
+        statistics: Statistics,
+        biases: Mapping[str, Tensor],
+    ) -> None:
+        """Solve linears into an item; what they share counts as a stage of its own."""
+        factorised = 0.0
+        for full, quantized, facts in timed_steps(item.seconds, "solve", solver.solve(weights, statistics)):
+            linear = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
+            if self.sinks.taken is None:
+                item.linears[full] = linear
+            else:
+                self.sinks.taken(item, full, linear)
+            # else it would be there until the next is solved
+            del quantized, linear
+            item.facts.append(facts)
+            self.sinks.linear(facts)
+            factorised += facts.factorise_s
+        if factorised:
+            item.seconds["factorise"] = item.seconds.get("factorise", 0.0) + factorised
+            item.seconds["solve"] -= factorised
 
 
 def _timed_item(item: Item, spent: Mapping[str, float]) -> Item:
     """The item with what was spent on coming to it counted too."""
     for stage, seconds in spent.items():
         item.seconds[stage] = item.seconds.get(stage, 0.0) + seconds
-    return item
-
-
-def _solve_item(
-    checkpoint: Checkpoint,
-    name: str,
-    source: dict[str, Tensor],
-    solvers: Solvers,
-    activations: Activations | None,
-    stored_dtype: torch.dtype,
-    skip: tuple[str, ...],
-    sinks: Sinks,
-    decoder: Decoder,
-) -> Item:
-    if name in (EMBEDDING, HEAD):
-        ends = None if END_MODULES[name].endswith(skip) else solvers.ends
-        return _solve_end(name, source, ends, activations, stored_dtype, sinks, decoder)
-    index = int(name.removeprefix("layers."))
-    prepared = Prepared({}, {})
-    hidden = activations.hidden() if activations is not None and not activations.shares_sums else []
-    if solvers.preparation is not None:
-        assert activations is not None, "a preparation needs activations"
-        started = time.perf_counter()
-        layer = decoder.layer(index, source)
-        sample_BTD = activations.calibration.sampled((each.tensor() for each in hidden), solvers.preparation.windows)
-        prepared = solvers.preparation.prepare(layer, sample_BTD, activations.rope)
-        del sample_BTD
-        del layer
-        spent = time.perf_counter() - started
-    rewritten = source | prepared.tensors
-    full_names = (f"model.layers.{index}.{linear}" for linear in checkpoint.family.linears)
-    linears = {full for full in full_names if not full.endswith(skip)}
-    solved = {f"{linear}.weight": rewritten[f"{linear}.weight"] for linear in linears}
-    for key, tensor in solved.items():
-        _require_storable(key, tensor, stored_dtype)
-    stored = {key: _as_stored(key, tensor, stored_dtype) for key, tensor in rewritten.items() if key not in solved}
-    # linears to be solved start from the source's own values; what stays dense is used as the file will hold it
-    working = stored | solved
-    if activations is not None and activations.from_float:
-        working = rewritten
-    item = Item(name, {}, {key: tensor for key, tensor in stored.items() if key.rsplit(".", 1)[0] not in linears})
-    biases = {key.removesuffix(".bias"): stored[key] for key in stored if key.endswith(".bias")}
-
-    def solve_stage(stage: Stage, weight_of: WeightOf, statistics: Statistics) -> None:
-        named = {f"model.layers.{index}.{linear}": linear for linear in stage.linears}
-        with timed(item.seconds, "load"):
-            weights = {full: weight_of(linear) for full, linear in named.items() if full in linears}
-        # what the walks freed must not stand beside what the solver takes, nor the other way round
-        release_freed_memory()
-        _solve(item, solvers.layers, weights, statistics, sinks, biases)
-        release_freed_memory()
-
-    if solvers.preparation is not None:
-        item.seconds["prepare"] = spent
-    if activations is not None and activations.shares_sums:
-        activations.solve_shared(item, solve_stage)
-        return item
-    if activations is None:
-        # nothing goes through the layer: its linears are enough, a stage's at a time
-        for stage in checkpoint.family.stages:
-            solve_stage(
-                stage,
-                lambda linear: decoder.place_to_solve(working[f"model.layers.{index}.{linear}.weight"]),
-                Statistics(frozenset()),
-            )
-        return item
-    with timed(item.seconds, "load"):
-        layer = decoder.layer(index, working)
-    solved_here = frozenset(linear for linear in checkpoint.family.linears if layer.linear_name(linear) in linears)
-    activations.solve_layer(layer, hidden, item, solved_here, solvers.layers.needs, prepared.divided, solve_stage)
-    return item
-
-
-def _solve(
-    item: Item,
-    solver: Solver,
-    weights: dict[str, Tensor],
-    statistics: Statistics,
-    sinks: Sinks,
-    biases: Mapping[str, Tensor] = MappingProxyType({}),
-) -> None:
-    """Solve linears into an item; what they share counts as a stage of its own."""
-    factorised = 0.0
-    for full, quantized, facts in timed_steps(item.seconds, "solve", solver.solve(weights, statistics)):
-        linear = replace(quantized, bias_O=biases.get(full, quantized.bias_O))
-        if sinks.taken is None:
-            item.linears[full] = linear
-        else:
-            sinks.taken(item, full, linear)
-        # else it would be there until the next is solved
-        del quantized, linear
-        item.facts.append(facts)
-        sinks.linear(facts)
-        factorised += facts.factorise_s
-    if factorised:
-        item.seconds["factorise"] = item.seconds.get("factorise", 0.0) + factorised
-        item.seconds["solve"] -= factorised
-
-
-def _solve_end(
-    name: str,
-    source: dict[str, Tensor],
-    solver: Solver | None,
-    activations: Activations | None,
-    stored_dtype: torch.dtype,
-    sinks: Sinks,
-    decoder: Decoder,
-) -> Item:
-    """The embedding, or final norm and head; quantized if there is a solver for them."""
-    key = f"{END_MODULES[name]}.weight"
-    solved = solver is not None and key in source
-    if solved:
-        _require_storable(key, source[key], stored_dtype)
-    kept = {other: tensor for other, tensor in source.items() if not (solved and other == key)}
-    item = Item(name, {}, {other: _as_stored(other, tensor, stored_dtype) for other, tensor in kept.items()})
-    if solver is not None and solved:
-        statistics = Statistics(frozenset())
-        if name == HEAD and activations and solver.needs:
-            with timed(item.seconds, "statistics"):
-                statistics = activations.head_statistics(item.tensors, source, solver.needs)
-        _solve(item, solver, {END_MODULES[name]: decoder.place_to_solve(source[key])}, statistics, sinks)
-    if activations and not activations.from_float and name == EMBEDDING:
-        decoded = {f"{full}.weight": linear.dequantize() for full, linear in item.linears.items()}
-        with timed(item.seconds, "embed"):
-            activations.advance(name, item.tensors | decoded)
     return item
 
 

@@ -4,18 +4,16 @@ Shape legend: T tokens per window, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from quantkit.calibration.statistics import Statistics
 from quantkit.checkpoint.families import EMBEDDING
-from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder, DecoderLayer
 from quantkit.costs import Cost, LayerWork
 from quantkit.machine import release_freed_memory
-from quantkit.source_pass import Calibration, FloatStream, SourcePass, Taken
+from quantkit.source_pass import Calibration, SourcePass, Taken
 
 
 class Measuring(Protocol):
@@ -54,60 +52,45 @@ class Measuring(Protocol):
 
 
 def survey(
-    checkpoint: Checkpoint,
+    shared: SourcePass,
     calibration: Calibration,
     measuring: Measuring,
     *,
     decoder: Decoder,
     known: Callable[[str], bool] = lambda item: False,
     told: Callable[[str], None] = lambda item: None,
-    shared: SourcePass | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]] | None]:
     """What is found out about every decoder layer, by its name; None for an item of which nothing is, or known already.
 
     Args:
-        checkpoint: the source.
+        shared: the pass over the checkpoint, in which others may take part.
         calibration: the windows; what they are in the unquantized model is looked at.
         measuring: looks.
         decoder: the model's code.
         known: whether a layer was measured before.
         told: of every item that is come to.
-        shared: as for `stream`.
     """
-    alone = shared is None
-    shared = shared or SourcePass(checkpoint)
     exact = shared.float_stream(decoder, calibration)
     # two recipes may measure in the same way: each takes part for itself
     place = object()
     exact.join(place, Taken(measuring.needs, hidden=True))
-    return _measured(checkpoint, shared, exact, calibration, place, measuring, known, told, alone=alone)
 
+    def measured() -> Iterator[tuple[str, dict[str, Any]] | None]:
+        names = shared.checkpoint.items[:-1]
+        with exact.taking_part(place):
+            for name, following in zip(names, [*names[1:], None], strict=True):
+                source = shared.read(name, following)
+                told(name)
+                exact.at(name, source, {})
+                if name == EMBEDDING or known(name):
+                    yield None
+                    continue
+                hidden_BTD = calibration.sampled((each.tensor() for each in exact.hidden()), measuring.windows)
+                spent: dict[str, float] = {}
+                statistics = {stage.name: exact.statistics(stage, spent) for stage in decoder.family.stages}
+                release_freed_memory()
+                layer = exact.decoder.layer(int(name.removeprefix("layers.")), source)
+                yield name, measuring.measure(layer, statistics, hidden_BTD, exact.rope)
+                del statistics, layer, hidden_BTD
 
-def _measured(
-    checkpoint: Checkpoint,
-    shared: SourcePass,
-    exact: FloatStream,
-    calibration: Calibration,
-    place: object,
-    measuring: Measuring,
-    known: Callable[[str], bool],
-    told: Callable[[str], None],
-    *,
-    alone: bool,
-) -> Iterator[tuple[str, dict[str, Any]] | None]:
-    names = checkpoint.items[:-1]
-    with shared if alone else nullcontext(), exact.taking_part(place):
-        for name, following in zip(names, [*names[1:], None], strict=True):
-            source = shared.read(name, following)
-            told(name)
-            exact.at(name, source, {})
-            if name == EMBEDDING or known(name):
-                yield None
-                continue
-            hidden_BTD = calibration.sampled((each.tensor() for each in exact.hidden()), measuring.windows)
-            spent: dict[str, float] = {}
-            statistics = {stage.name: exact.statistics(stage, spent) for stage in checkpoint.family.stages}
-            release_freed_memory()
-            layer = exact.decoder.layer(int(name.removeprefix("layers.")), source)
-            yield name, measuring.measure(layer, statistics, hidden_BTD, exact.rope)
-            del statistics, layer, hidden_BTD
+    return measured()

@@ -113,13 +113,12 @@ def prepare(
     assert isinstance(form, InPlace), "a file of 16 bits is one whose tensors have their places"
     places = form.lay_out(checkpoint, folder)
     solved = stream(
-        checkpoint,
+        shared,
         method.solvers,
         calibration,
         decoder=decoder,
         stored_dtype=form.stored_dtype,
         sinks=sinks,
-        shared=shared,
     )
     paths = prepared_items(checkpoint, folder)
 

@@ -23,7 +23,7 @@ from quantkit.recipe import Recipe
 from quantkit.workdir import work_folder
 from tests.commands import run
 from tests.test_formats import CASES, hashes
-from tests.tiny import WORDS, make_tiny
+from tests.tiny import make_text, make_tiny
 
 CPU = torch.device("cpu")
 FURTHER = {
@@ -39,8 +39,7 @@ FURTHER = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("source")
-    text = folder / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    text = make_text(folder / "text.jsonl")
     return make_tiny(folder / "m", "qwen2", vocab_size=416), text
 
 

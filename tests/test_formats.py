@@ -1,7 +1,6 @@
 """What holds for every format alike: built, judged, resumed, the same bytes again, read back by the record's word."""
 
 import ast
-import json
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from quantkit.workdir import work_folder
 from tests.interruption import interrupted
 from tests.pretended_gpu import NAME as PRETENDED
 from tests.test_pipeline import changed
-from tests.tiny import WORDS, make_tiny
+from tests.tiny import WORDS, make_text, make_tiny
 
 CPU = torch.device("cpu")
 NOT_REPRODUCIBLE = ("quantkit.json", "README.md")
@@ -67,8 +66,7 @@ def source(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=CASES)
 def recipe(request, source, tmp_path) -> Recipe:
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    text = make_text(tmp_path / "text.jsonl")
     name, quantize = CASES[request.param]
     return Recipe.of(
         {

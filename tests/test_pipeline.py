@@ -21,7 +21,7 @@ from quantkit.progress import Progress
 from quantkit.recipe import Recipe
 from quantkit.report.record import read_record, write_record
 from quantkit.workdir import work_folder
-from tests.tiny import WORDS
+from tests.tiny import WORDS, make_text
 
 CPU = torch.device("cpu")
 NOT_REPRODUCIBLE = ("quantkit.json", "README.md")
@@ -29,10 +29,7 @@ NOT_REPRODUCIBLE = ("quantkit.json", "README.md")
 
 @pytest.fixture
 def text_file(tmp_path) -> Path:
-    path = tmp_path / "text.jsonl"
-    documents = [{"text": f"{number}. {WORDS * 3}"} for number in range(12)]
-    path.write_text("\n".join(json.dumps(document) for document in documents))
-    return path
+    return make_text(tmp_path / "text.jsonl")
 
 
 @pytest.fixture

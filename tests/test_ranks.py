@@ -24,7 +24,7 @@ from quantkit.workdir import work_folder
 from tests.commands import COMMAND, ROOT, quantkit
 from tests.test_build_all import FURTHER
 from tests.test_formats import CASES, hashes
-from tests.tiny import WORDS, make_tiny
+from tests.tiny import make_text, make_tiny
 
 CPU = torch.device("cpu")
 PATIENCE_S = 240
@@ -72,8 +72,7 @@ if os.environ.get("RANK") == "1":
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("source")
-    text = folder / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    text = make_text(folder / "text.jsonl")
     # sums of several blocks, the last of them a short one
     return make_tiny(folder / "m", "qwen2", vocab_size=416, intermediate_size=2 * BLOCK + 96), text
 

@@ -18,8 +18,8 @@ from quantkit.grids.affine import AffineRule
 from quantkit.methods import awq
 from quantkit.quantize import AwqSection
 from quantkit.solvers.gptq import GptqSolver, factorize, in_file_order, solve_gptq
-from quantkit.source_pass import FloatStream, Taken
-from quantkit.stream import Calibration, Solvers, stream
+from quantkit.source_pass import Calibration, FloatStream, SourcePass, Taken
+from quantkit.stream import Solvers, stream
 from tests.tiny import VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
@@ -34,15 +34,11 @@ def decoder_of(checkpoint, dtype=torch.float32, spill=STAY) -> Decoder:
 
 
 def run_stream(checkpoint, solver, calibration, *, dtype=torch.float32, spill=STAY, **options):
-    found = stream(
-        checkpoint,
-        solver if isinstance(solver, Solvers) else Solvers(solver),
-        calibration,
-        decoder=decoder_of(checkpoint, dtype, spill),
-        stored_dtype=torch.float16,
-        **options,
-    )
-    return [item for item in found if item is not None]
+    solvers = solver if isinstance(solver, Solvers) else Solvers(solver)
+    decoder = decoder_of(checkpoint, dtype, spill)
+    with SourcePass(checkpoint) as shared:
+        found = stream(shared, solvers, calibration, decoder=decoder, stored_dtype=torch.float16, **options)
+        return [item for item in found if item is not None]
 
 
 def test_every_family_has_a_variant():

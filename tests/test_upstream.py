@@ -21,7 +21,7 @@ from quantkit.report.record import read_record
 from quantkit.source_pass import Calibration, SourcePass
 from quantkit.stream import Sinks
 from quantkit.upstream import adopt, prepare, settled
-from tests.tiny import WORDS, make_tiny
+from tests.tiny import make_text, make_tiny
 
 CPU = torch.device("cpu")
 SHORT = {"calibration": {"window_tokens": 64}, "validation": {"window_tokens": 64}}
@@ -282,8 +282,7 @@ def test_an_engine_for_cuda_is_refused_without_it(tiny_mistral, tmp_path, monkey
 def test_a_recipe_that_names_an_engine_gives_an_artifact_like_any_other(engine, tmp_path, kept_engine):
     kept_engine(engine)
     source = make_tiny(tmp_path / "source", "mistral", vocab_size=416, hidden_size=128, intermediate_size=256)
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    text = make_text(tmp_path / "text.jsonl")
     recipe = Recipe.of(
         {
             "format": "gptq",

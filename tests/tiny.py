@@ -60,6 +60,12 @@ def make_tokenizer(folder: Path, *, vocab_size: int = 384, chatml: bool = False)
     fast.save_pretrained(folder)
 
 
+def make_text(path: Path) -> Path:
+    """A JSONL file of twelve documents."""
+    path.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    return path
+
+
 def make_tiny(
     folder: Path,
     model_type: str,

@@ -1,4 +1,4 @@
-"""What the pipeline asks of a format; a new one is a file beside this and a row in `quantkit/methods.py`."""
+"""What the pipeline asks of a format, see docs/add-a-format.md."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -61,9 +61,6 @@ class AffineGrid:
         for scale_RG, zero_RG in zip(self.scale_OG.split(rows), self.zero_OG.split(rows), strict=True):
             yield replace(self, scale_OG=scale_RG, zero_OG=zero_RG)
 
-    def to(self, device: torch.device | str) -> "AffineGrid":
-        return AffineGrid(self.bits, self.scale_OG.to(device), self.zero_OG.to(device), self.group_I.to(device))
-
 
 @dataclass(frozen=True)
 class BiasGrid(AffineGrid):

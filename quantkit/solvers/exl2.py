@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from quantkit.calibration.statistics import BLOCK, HESSIAN, Statistics
+from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.costs import Cost, StageWork
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import Exl2Grid, Groups, Mixture, column_scales, fit
@@ -21,7 +21,7 @@ from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
-from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost, updated
+from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost, output_energy, updated
 
 LARGEST = torch.finfo(torch.float16).max
 
@@ -136,17 +136,6 @@ def blocks(groups: Groups) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
             start, found = begin + size, []
 
 
-def output_energy(weight_OI: Tensor, factor: Factor) -> float:
-    """tr(W H W^T), what `solve_exl2`'s error is a share of; the same for every mixture."""
-    weight_IO = weight_OI.t()[factor.order_I]
-    columns = len(weight_IO)
-    total = weight_IO.new_zeros(())
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        total += (factor.upper_II[:stop, start:stop].t() @ weight_IO[:stop]).square_().sum()
-    return float(total)
-
-
 @dataclass(frozen=True)
 class Exl2Solver:
     """Adaptive GPTQ as the stream's solver: one factorization serves every linear of a stage in every variant.
@@ -183,7 +172,7 @@ class Exl2Solver:
                 for mixture in dict.fromkeys(wanted)
             }
             linear, lost = solved[wanted[0]]
-            energy = output_energy(weight_OI, factor)
+            energy = output_energy(weight_OI.t()[factor.order_I], factor.upper_II)
             others = tuple(solved[mixture][0] for mixture in wanted[1:])
             finished = time.perf_counter()
             share = lost / energy if energy else 0.0

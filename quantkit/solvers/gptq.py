@@ -104,8 +104,8 @@ def factorize(hessian_II: Tensor, *, order: str, group_size: int, damping: float
     """The upper factor of the damped Hessian in visiting order.
 
     Damping starts at `damping` and doubles, at most six times, until the matrix is numerically positive definite;
-    the value that worked is in the result and goes into the record. Channels that were never active get a
-    diagonal of 1 after damping of an all-zero matrix only; otherwise damping alone carries them.
+    the value that worked is in the result and goes into the record. Channels that were never active are carried by
+    damping alone; a matrix of zeros is damped as if its mean were 1.
 
     Args:
         hessian_II: [I, I], the sum over calibration tokens of x x^T; not modified.

@@ -3,19 +3,15 @@
 Shape legend: O out features, R of them, I in features, G groups of K.
 """
 
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from quantkit.calibration.statistics import Statistics
-from quantkit.costs import Cost, StageWork
 from quantkit.grids.affine import BiasGrid
 from quantkit.machine import side_by_side
-from quantkit.qtensor import LinearFacts, QuantizedLinear
-from quantkit.solvers.weights import relative_error, rows_of, search_cost
+from quantkit.qtensor import QuantizedLinear
+from quantkit.solvers.weights import rows_of
 
 SMALLEST_SCALE = 1e-7
 
@@ -33,24 +29,6 @@ class RoundToNearest:
     bits: int
     group_size: int
     stored: torch.dtype
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset()
-
-    def solve(
-        self, weights: dict[str, Tensor], statistics: Statistics
-    ) -> Iterator[tuple[str, QuantizedLinear, LinearFacts]]:
-        """Rounded linears, one by one, with the loss of their weights; see `quantkit.solvers.contract.Solver`."""
-        for name, weight in weights.items():
-            started = time.perf_counter()
-            quantized = self.quantize(weight)
-            lost = relative_error(weight, quantized)
-            yield name, quantized, LinearFacts(name, lost, None, time.perf_counter() - started)
-
-    def cost(self, work: StageWork) -> Cost:
-        """See `quantkit.solvers.weights.search_cost`."""
-        return search_cost(work)
 
     def quantize(self, weight_OI: Tensor) -> QuantizedLinear:
         """Codes and grid of one matrix [O, I], I in multiples of the group size."""

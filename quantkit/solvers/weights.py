@@ -25,19 +25,13 @@ GPU_CHUNK_GROUPS = 1 << 17  # enough for a GPU to have something to do at every 
 
 @dataclass(frozen=True)
 class WeightSolver:
-    """Codes from the weights alone, all groups of a linear at once.
+    """Codes from the weights alone.
 
     Attributes:
-        fit: chooses scale and zero [N] for groups [K, N]: `HalfQuadratic.fit`, or a rule's with equal importances.
-        rule: encodes on that grid.
-        group_size: K.
-        axis: 1 groups consecutive inputs of a row; 0 groups rows r with equal r mod (O / K) of a column.
+        quantize: codes and grid of one linear [O, I]: `GroupFit.quantize`, or `RoundToNearest.quantize`.
     """
 
-    fit: Callable[[Tensor], tuple[Tensor, Tensor]]
-    rule: FloatZeroRule
-    group_size: int
-    axis: int = 1
+    quantize: Callable[[Tensor], QuantizedLinear]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -56,6 +50,23 @@ class WeightSolver:
     def cost(self, work: StageWork) -> Cost:
         """Memory alone: the search is elementwise."""
         return search_cost(work)
+
+
+@dataclass(frozen=True)
+class GroupFit:
+    """A grid for every group of a linear, each by itself.
+
+    Attributes:
+        fit: chooses scale and zero [N] for groups [K, N]: `HalfQuadratic.fit`, or a rule's with equal importances.
+        rule: encodes on that grid.
+        group_size: K.
+        axis: 1 groups consecutive inputs of a row; 0 groups rows r with equal r mod (O / K) of a column.
+    """
+
+    fit: Callable[[Tensor], tuple[Tensor, Tensor]]
+    rule: FloatZeroRule
+    group_size: int
+    axis: int = 1
 
     def quantize(self, weight_OI: Tensor) -> QuantizedLinear:
         """Codes and grid of one linear.

@@ -30,12 +30,13 @@ from quantkit.job import Build
 from quantkit.judgement import validate
 from quantkit.pipeline import build
 from quantkit.progress import Progress
+from quantkit.quantize import NEED_IMPORTANCE
 from quantkit.recipe import Recipe, find_recipe, fingerprint, load_recipe
 from quantkit.report.record import read_record
 from quantkit.solvers import ggml
 from quantkit.texts import load_text_set
 from tests.formats.test_gguf import byte_level, rewritten
-from tests.tiny import VARIANTS, WORDS, make_tiny
+from tests.tiny import VARIANTS, WORDS, make_text, make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -150,9 +151,7 @@ def engine(kept_engine):
 
 @pytest.fixture
 def text(tmp_path) -> Path:
-    path = tmp_path / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
-    return path
+    return make_text(tmp_path / "text.jsonl")
 
 
 def within(engine, script: str, *arguments: str) -> str:
@@ -265,7 +264,7 @@ def test_ggmls_encoder_writes_what_llama_quantize_writes(shape, weighted, engine
     """Types and bytes, tensor by tensor, for every file type and for rows that make types fall back."""
     sizes = {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 416, "sharded": False} | SHAPES[shape]
     source = make_tiny(tmp_path / "model", "mistral", layers=9, **sizes)
-    names = [name for name, mixture in MIXTURES.items() if weighted or not mixture.needs_importance]
+    names = [name for name in MIXTURES if weighted or name not in NEED_IMPORTANCE]
     recipe = Recipe.of(
         {
             "format": "gguf",

@@ -1,7 +1,6 @@
 """Each format's own package: reads what quantkit wrote, runs the card's snippet, and builds what quantkit reads."""
 
 import itertools
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -23,7 +22,7 @@ from quantkit.pipeline import build
 from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
 from quantkit.solvers.rtn import RoundToNearest
-from tests.tiny import VARIANTS, WORDS, make_tiny
+from tests.tiny import VARIANTS, make_text, make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -83,8 +82,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
 
 
 def recipe_of(name: str, source: Path, quantize: dict, folder: Path, **keys) -> Recipe:
-    text = folder / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    text = make_text(folder / "text.jsonl")
     return Recipe.of(
         {
             "format": name,

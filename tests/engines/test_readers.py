@@ -27,7 +27,7 @@ from quantkit.formats.gptq import open_artifact
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
 from quantkit.upstream import adopt
-from tests.tiny import VARIANTS, WORDS, make_tiny
+from tests.tiny import VARIANTS, make_text, make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -113,8 +113,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
 def artifacts(sources, tmp_path_factory) -> dict[Case, Path]:
     """Our artifacts, one of each case."""
     folder = tmp_path_factory.mktemp("artifacts")
-    text = folder / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    text = make_text(folder / "text.jsonl")
     built = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTKIT_HOME", str(folder / "home"))

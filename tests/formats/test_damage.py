@@ -14,7 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats import READERS
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
-from tests.tiny import WORDS, make_tiny
+from tests.tiny import make_text, make_tiny
 
 DOWN, UP = "model.layers.0.mlp.down_proj", "model.layers.1.mlp.up_proj"
 NORM = "model.layers.1.input_layernorm.weight"
@@ -148,8 +148,7 @@ def source(tmp_path_factory) -> Path:
 def artifacts(source, tmp_path_factory) -> Callable[[str], Path]:
     """Each format's artifact, built when it is first asked for, without a record so that no hash speaks first."""
     folder = tmp_path_factory.mktemp("artifacts")
-    text = folder / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    text = make_text(folder / "text.jsonl")
 
     def artifact(name: str) -> Path:
         if not (folder / name).exists():

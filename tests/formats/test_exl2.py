@@ -33,7 +33,7 @@ from quantkit.report.record import artifact_files
 from quantkit.solvers.exl2_measure import OptionTrial
 from quantkit.workdir import Workdir
 from tests.interruption import interrupted
-from tests.tiny import WORDS, make_tiny
+from tests.tiny import make_text, make_tiny
 
 CPU = torch.device("cpu")
 THETA = 500000.0  # not what a reader takes that finds none
@@ -332,9 +332,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
-    return path
+    return make_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ from quantkit.units import size_text
 from quantkit.validation.perplexity import final_states
 from quantkit.validation.text import EvaluationText, Window
 from quantkit.workdir import work_folder
-from tests.tiny import VARIANTS, WORDS, make_tiny
+from tests.tiny import VARIANTS, WORDS, make_text, make_tiny
 
 CPU = torch.device("cpu")
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "vocab_size": 416, "sharded": False}
@@ -66,9 +66,7 @@ def recipe_of(source: Path, text: Path, **quantize: object) -> Recipe:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
-    return path
+    return make_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +93,7 @@ def test_every_file_type_of_a_recipe_has_its_mixture():
     (inner,) = GgufSection.model_fields["types"].annotation.__args__[:1]
     assert set(inner.__args__) == MIXTURES.keys()
     assert all(gguf.LlamaFileType(row.number).name == f"MOSTLY_{name}" for name, row in MIXTURES.items())
-    assert {name for name, row in MIXTURES.items() if row.needs_importance} == set(NEED_IMPORTANCE)
+    assert set(NEED_IMPORTANCE) < MIXTURES.keys()
     assert len(GgufSection().types) == 10
 
 

@@ -17,7 +17,7 @@ from quantkit.qtensor import QuantizedLinear
 from quantkit.recipe import Recipe
 from quantkit.solvers.rtn import RoundToNearest
 from quantkit.texts import load_text_set
-from tests.tiny import WORDS, make_tiny
+from tests.tiny import make_text, make_tiny
 
 CPU = torch.device("cpu")
 
@@ -151,9 +151,7 @@ def test_in_features_that_no_group_divides_are_named():
 
 @pytest.fixture
 def text(tmp_path):
-    path = tmp_path / "text.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
-    return path
+    return make_text(tmp_path / "text.jsonl")
 
 
 def recipe_of(source, text, **quantize) -> Recipe:

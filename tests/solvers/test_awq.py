@@ -1,7 +1,6 @@
 """Channel scales against slow, obvious versions: folding changes nothing, and the search finds brute force's best."""
 
 import errno
-import json
 import signal
 from contextlib import closing
 from dataclasses import replace
@@ -24,10 +23,11 @@ from quantkit.quantize import AwqSection
 from quantkit.recipe import Recipe
 from quantkit.solvers.awq import ChannelScaling, Feedback, folded, producer_channels
 from quantkit.solvers.gptq import visiting_order
-from quantkit.stream import Calibration, stream
+from quantkit.source_pass import Calibration, SourcePass
+from quantkit.stream import stream
 from tests.test_kill import Builds
 from tests.test_pipeline import hashes
-from tests.tiny import VARIANTS, WORDS, make_tiny
+from tests.tiny import VARIANTS, make_text, make_tiny
 
 CPU = torch.device("cpu")
 # grouped-query attention with four query heads per value head; biases wherever a family may have them
@@ -197,9 +197,9 @@ def test_what_is_compared_with_the_unquantized_stream_was_divided_as_it_is(tmp_p
             return iter(())
 
     solvers = replace(method.solvers, layers=Exact())
-    items = list(
-        stream(checkpoint, solvers, Calibration(tokens(), 2, False), decoder=decoder, stored_dtype=torch.float64)
-    )
+    with SourcePass(checkpoint) as shared:
+        calibration = Calibration(tokens(), 2, False)
+        items = list(stream(shared, solvers, calibration, decoder=decoder, stored_dtype=torch.float64))
     norm = "model.layers.0.input_layernorm.weight"
     assert not torch.equal(items[1].tensors[norm], checkpoint.read("layers.0")[norm].double()), "it was folded"
     assert len(seen) == 4 * checkpoint.num_layers
@@ -311,15 +311,9 @@ def test_the_whole_models_logits_stay_near(model_type, from_float, tmp_path):
     """The folded, quantized model in transformers' own code is the source but for the rounding."""
     checkpoint, decoder = opened(tmp_path, model_type, torch.float32)
     method = awq(AwqSection(group_size=32, scaling_steps=6, asymmetric=0.0 if from_float else 0.5), {})
-    items = list(
-        stream(
-            checkpoint,
-            method.solvers,
-            Calibration(tokens(), 2, from_float),
-            decoder=decoder,
-            stored_dtype=torch.float16,
-        )
-    )
+    with SourcePass(checkpoint) as shared:
+        calibration = Calibration(tokens(), 2, from_float)
+        items = list(stream(shared, method.solvers, calibration, decoder=decoder, stored_dtype=torch.float16))
     source = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         expected, found = source(tokens()).logits, dense(tmp_path, items)(tokens()).logits
@@ -334,8 +328,7 @@ def test_the_whole_models_logits_stay_near(model_type, from_float, tmp_path):
 def test_a_killed_build_ends_in_the_same_bytes(
     activations, asymmetric, whole_process, tiny_mistral, tmp_path, monkeypatch
 ):
-    text = tmp_path / "text.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"{number}. {WORDS * 3}"}) for number in range(12)))
+    text = make_text(tmp_path / "text.jsonl")
     recipe = Recipe.of(
         {
             "format": "awq",

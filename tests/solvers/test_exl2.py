@@ -6,8 +6,8 @@ import torch
 from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import Mixture
-from quantkit.solvers.exl2 import Exl2Solver, blocks, output_energy, solve_exl2
-from quantkit.solvers.gptq import PANEL, factorize
+from quantkit.solvers.exl2 import Exl2Solver, blocks, solve_exl2
+from quantkit.solvers.gptq import PANEL, factorize, output_energy
 from tests.oracles import correlated_layer, oracle_exl2
 
 DAMPING = 0.01
@@ -17,7 +17,7 @@ MIXTURES = ["8:1/32", "4:.1/32 3:.9/64", "8:.05/32 4:.1/32 3:.85/128", "6:.05/32
 def solve(weight, hessian, mixture, *, candidates=12):
     factor = factorize(hessian, order="activation", group_size=-1, damping=DAMPING)
     linear, lost = solve_exl2(weight, factor, Mixture.of(mixture), candidates=candidates)
-    energy = output_energy(weight, factor)
+    energy = output_energy(weight.t()[factor.order_I], factor.upper_II)
     return linear, lost / energy if energy else 0.0
 
 

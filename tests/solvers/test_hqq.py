@@ -9,7 +9,7 @@ from quantkit.calibration.statistics import Statistics
 from quantkit.grids.affine import FloatZeroRule
 from quantkit.kernels import code_moments, rounding_errors
 from quantkit.solvers.hqq import HalfQuadratic, _still_moving
-from quantkit.solvers.weights import WeightSolver
+from quantkit.solvers.weights import GroupFit, WeightSolver
 
 
 def published(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +170,7 @@ def test_groups_of_one_value_stay_finite(value):
 def test_a_linear_is_solved_group_by_group(axis):
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     rule = FloatZeroRule(3)
-    solver = WeightSolver(lambda w: rule.fit(w, torch.ones(32)), rule, 32, axis)
+    solver = WeightSolver(GroupFit(lambda w: rule.fit(w, torch.ones(32)), rule, 32, axis).quantize)
     ((name, quantized, facts),) = solver.solve({"p": weight}, Statistics(frozenset()))
     assert name == facts.name == "p"
     found = quantized.dequantize()
@@ -189,7 +189,7 @@ def test_a_large_linear_is_solved_as_its_parts_are(axis):
     """More groups than are gone through together, and more rows than are decoded together for the loss."""
     weight = torch.randn(768, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     rule = FloatZeroRule(3)
-    solver = WeightSolver(lambda w: rule.fit(w, torch.ones(16)), rule, 16, axis)
+    solver = WeightSolver(GroupFit(lambda w: rule.fit(w, torch.ones(16)), rule, 16, axis).quantize)
     ((_, quantized, facts),) = solver.solve({"p": weight}, Statistics(frozenset()))
     found = quantized.dequantize()
     parts = [solver.quantize(part.contiguous()).dequantize() for part in weight.split(64, dim=1 - axis)]

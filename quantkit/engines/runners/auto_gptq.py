@@ -4,11 +4,10 @@
 import os
 import shutil
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import torch
-from start import causal_logits, read_json
+from start import causal_logits, read_json, versions
 
 KNOWN_ROPES = ("default", "linear", "dynamic")
 
@@ -33,7 +32,7 @@ def load(request):
         inject_fused_mlp=False,
     )
 
-    return causal_logits(model, request["device"]), facts()
+    return causal_logits(model, request["device"]), versions("auto-gptq", "torch", "transformers")
 
 
 def refuse_what_it_misreads(folder):
@@ -101,7 +100,7 @@ def build(request):
     generation = os.path.join(request["checkpoint"], "generation_config.json")
     if os.path.exists(generation):
         shutil.copy(generation, request["out"])
-    return facts()
+    return versions("auto-gptq", "torch", "transformers")
 
 
 def old_config(folder):
@@ -118,12 +117,3 @@ def old_config(folder):
     if kind != "default":
         config.rope_scaling = {"type": kind, "factor": rope["factor"]}
     return config
-
-
-def facts():
-    return {
-        "package": "auto-gptq",
-        "version": version("auto-gptq"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }

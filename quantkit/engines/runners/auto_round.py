@@ -3,11 +3,10 @@
 
 import os
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import torch
-from start import causal_logits, read_json
+from start import causal_logits, read_json, versions
 
 
 def load(request):
@@ -32,7 +31,7 @@ def load(request):
         local_files_only=True,
     ).eval()
 
-    return causal_logits(model, request["device"]), facts()
+    return causal_logits(model, request["device"]), versions("auto-round", "torch", "transformers")
 
 
 def refuse_what_it_misreads(settings):
@@ -73,13 +72,4 @@ def build(request):
     _, inner = learner.quantize_and_save(outer, format="auto_gptq")
     os.rename(inner, request["out"])
     os.rmdir(outer)
-    return facts()
-
-
-def facts():
-    return {
-        "package": "auto-round",
-        "version": version("auto-round"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
+    return versions("auto-round", "torch", "transformers")

@@ -3,11 +3,10 @@
 
 import os
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import torch
-from start import causal_logits, read_json
+from start import causal_logits, read_json, versions
 
 
 def load(request):
@@ -26,7 +25,7 @@ def load(request):
         device_map={"": request["device"]},
     ).model.eval()
 
-    return causal_logits(model, request["device"]), facts()
+    return causal_logits(model, request["device"]), versions("autoawq", "torch", "transformers")
 
 
 def refuse_what_it_misreads(folder):
@@ -57,7 +56,7 @@ def build(request):
     )
     os.makedirs(request["out"], exist_ok=True)
     model.save_quantized(request["out"])
-    return facts()
+    return versions("autoawq", "torch", "transformers")
 
 
 def use_plain_path():
@@ -70,12 +69,3 @@ def use_plain_path():
     gemm.TRITON_AVAILABLE = False
     # asked for nothing else there
     base.get_best_device = lambda: "a device without kernels"
-
-
-def facts():
-    return {
-        "package": "autoawq",
-        "version": version("autoawq"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }

@@ -6,11 +6,10 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 
 import numpy as np
 import torch
-from start import read_json
+from start import read_json, versions
 
 CONVERTER = "exllamav2.conversion.convert_exl2"
 MEASURED_WINDOWS = 16  # the converter's own default
@@ -118,9 +117,4 @@ def set_attention():
 
 
 def facts():
-    return {
-        "package": "exllamav2",
-        "version": version("exllamav2"),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
+    return versions("exllamav2", "torch") | {"cuda": torch.version.cuda}

@@ -4,11 +4,10 @@
 import os
 import shutil
 import sys
-from importlib.metadata import version
 
 import numpy as np
 import torch
-from start import causal_logits, read_json
+from start import causal_logits, read_json, versions
 
 
 def load(request):
@@ -32,7 +31,7 @@ def load(request):
         local_files_only=True,
     ).eval()
 
-    return causal_logits(model, request["device"]), facts()
+    return causal_logits(model, request["device"]), versions("gptqmodel", "torch", "transformers")
 
 
 def build(request):
@@ -63,7 +62,7 @@ def build(request):
     log = os.path.join(request["out"], "quant_log.csv")
     if os.path.exists(log):
         os.remove(log)
-    return facts()
+    return versions("gptqmodel", "torch", "transformers")
 
 
 def build_dtype(form, device):
@@ -101,12 +100,3 @@ def gptq_settings(settings):
 def awq_settings(settings):
     """[quantize] of an AWQ recipe in its words."""
     return {"quant_method": "awq", "format": "gemm", "bits": 4, "group_size": settings["group_size"], "sym": False}
-
-
-def facts():
-    return {
-        "package": "gptqmodel",
-        "version": version("gptqmodel"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }

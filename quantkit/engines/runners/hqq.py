@@ -3,10 +3,9 @@
 
 import glob
 import os
-from importlib.metadata import version
 
 import torch
-from start import causal_logits
+from start import causal_logits, versions
 
 
 def load(request):
@@ -37,7 +36,7 @@ def load(request):
 
     model = SafeHQQ.from_quantized(request["artifact"], compute_dtype=torch.float16, device=request["device"])
 
-    return causal_logits(model, request["device"]), facts()
+    return causal_logits(model, request["device"]), versions("hqq", "torch", "transformers")
 
 
 def build(request):
@@ -53,13 +52,4 @@ def build(request):
     config = BaseQuantizeConfig(nbits=settings["bits"], group_size=settings["group_size"], axis=settings["axis"])
     AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=torch.float16, device=request["device"])
     AutoHQQHFModel.save_quantized(model, request["out"])
-    return facts()
-
-
-def facts():
-    return {
-        "package": "hqq",
-        "version": version("hqq"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
+    return versions("hqq", "torch", "transformers")

@@ -4,9 +4,9 @@
 import ctypes
 import os
 import sys
-from importlib.metadata import version
 
 import numpy as np
+from start import versions
 
 
 def load(request):
@@ -34,7 +34,7 @@ def load(request):
         model.eval([int(token) for token in ids])
         return np.array(model.scores[: len(ids)], dtype=np.float32)
 
-    return logits, facts()
+    return logits, versions("llama-cpp-python")
 
 
 def build(request):
@@ -60,8 +60,4 @@ def build(request):
         made = os.path.join(request["out"], f"{settings['name']}.{kind}.gguf")
         if llama_cpp.llama_model_quantize(source.encode(), made.encode(), ctypes.byref(params)):
             sys.exit(f"llama.cpp did not make {kind}")
-    return facts()
-
-
-def facts():
-    return {"package": "llama-cpp-python", "version": version("llama-cpp-python")}
+    return versions("llama-cpp-python")

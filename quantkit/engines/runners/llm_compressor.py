@@ -2,11 +2,10 @@
 """llm-compressor, inside its environment; see start.py."""
 
 import os
-from importlib.metadata import version
 
 import numpy as np
 import torch
-from start import causal_logits
+from start import causal_logits, versions
 
 
 def load(request):
@@ -22,7 +21,7 @@ def load(request):
         local_files_only=True,
     ).eval()
 
-    return causal_logits(model, request["device"]), facts()
+    return causal_logits(model, request["device"]), versions("llmcompressor", "torch", "transformers")
 
 
 def build(request):
@@ -65,13 +64,4 @@ def build(request):
     left = os.path.join(request["out"], "recipe.yaml")
     if os.path.exists(left):
         os.remove(left)
-    return facts()
-
-
-def facts():
-    return {
-        "package": "llmcompressor",
-        "version": version("llmcompressor"),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-    }
+    return versions("llmcompressor", "torch", "transformers")

@@ -2,10 +2,10 @@
 """mlx-lm, inside its environment; see start.py."""
 
 import os
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from start import versions
 
 
 def load(request):
@@ -22,7 +22,7 @@ def load(request):
         found = model(mx.array(np.asarray(ids, dtype=np.int32))[None])
         return np.array(found[0].astype(mx.float32))
 
-    return logits, facts()
+    return logits, versions("mlx-lm", "transformers", "mlx")
 
 
 def build(request):
@@ -31,7 +31,7 @@ def build(request):
     readme = os.path.join(request["out"], "README.md")
     if os.path.exists(readme):
         os.remove(readme)
-    return facts()
+    return versions("mlx-lm", "transformers", "mlx")
 
 
 def build_rounded(request):
@@ -67,13 +67,3 @@ def build_gptq(request):
     model, config["quantization"] = gptq_quantize(model, tokens, bits, size, bits, size)
     model.set_dtype({"float16": mx.float16, "bfloat16": mx.bfloat16}[settings["dtype"]])
     save(request["out"], request["checkpoint"], model, tokenizer, config)
-
-
-def facts():
-    return {
-        "package": "mlx-lm",
-        "version": version("mlx-lm"),
-        "torch": "",
-        "transformers": version("transformers"),
-        "mlx": version("mlx"),
-    }

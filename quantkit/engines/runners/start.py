@@ -19,6 +19,7 @@ import os
 import sys
 import threading
 import time
+from importlib.metadata import version
 
 import numpy as np
 
@@ -93,6 +94,11 @@ def causal_logits(model, device):
         return found.logits[0].float().cpu().numpy()
 
     return logits
+
+
+def versions(package, *beside):
+    """What is told of an engine: its package and version, and the versions of those that it computes with."""
+    return {"package": package, "version": version(package)} | {name: version(name) for name in beside}
 
 
 def read_json(folder, name):
