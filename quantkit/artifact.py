@@ -16,7 +16,7 @@ import torch
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.tokenizer import Tokenizer
-from quantkit.errors import QuantkitError, RefusedError
+from quantkit.errors import QuantkitError
 from quantkit.formats import open_variants
 from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
 from quantkit.formats.shards import read_item, write_item
@@ -34,7 +34,7 @@ from quantkit.machine import peak_memory_bytes, settle
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan, reads_text, require_here
 from quantkit.progress import Progress, timed
-from quantkit.provenance import finished_record, identity_of, new_record
+from quantkit.provenance import finished_record, identity_of, new_record, refuse_other_licence
 from quantkit.qtensor import Item, QuantizedLinear
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, public_name
@@ -45,7 +45,7 @@ from quantkit.source_pass import Calibration, SourcePass
 from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
 from quantkit.stream import Sinks, Solvers, goes_on_quantized, stream
 from quantkit.survey import survey
-from quantkit.texts import TextSet, load_text_set, require_known
+from quantkit.texts import SHIPPED, TextSet, load_text_set, own_text, require_known
 from quantkit.upstream import adopt, adopt_files, prepare, prepared_items, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
 from quantkit.validation.text import EvaluationText
@@ -114,18 +114,20 @@ class Artifact:
             here: on this machine, so refuse what it cannot run or fetch.
             reserved_bytes: of the disk, for others.
         """
+        self._settle()
         # more threads than cores, and a trial tells nothing
         settle(min(self.recipe.compute.threads, os.cpu_count() or 1))
-        self._settle()
-        model = self.recipe.model
+        recipe, model = self.recipe, self.recipe.model
         checkpoint = once(("described", model), partial(describe_checkpoint, model.id, model.revision, self.progress))
-        self.method = _method(self.recipe, checkpoint, self.progress)
+        self.method = _method(recipe, checkpoint, self.progress)
         # a model that is only described has no tokenizer, and is not to be built on this machine
         here = here and not checkpoint.described
         tokenizer = None if checkpoint.described else once(("tokenizer", model), partial(tokenizer_of, checkpoint))
         self._check(checkpoint, tokenizer, once, validated=True)
         self._find_needs(checkpoint, here=here, reserved_bytes=reserved_bytes, timed=True)
         if here and tokenizer is not None:
+            texts = self._calibration_texts(once, fetched=False)
+            _tokens(recipe, texts, checkpoint.folder, tokenizer, once)
             self._held_out(tokenizer, once)
 
     def open(self, once: Once, *, fresh: bool, validated: bool, reserved_bytes: int) -> None:
@@ -141,15 +143,10 @@ class Artifact:
         recipe, model = self.recipe, self.recipe.model
         with timed(self._stages, "source"), self.ranks.first_goes_first():
             self.source = once(("source", model), partial(open_source, model.id, model.revision, self.progress))
-        _refuse_other_licence(recipe, self.source)
+        refuse_other_licence(recipe, self.source)
         self.method = _method(recipe, self.source.checkpoint, self.progress)
-        self._texts: dict[str, TextSet] = {}
-        if self._reads_text:
-            wanted = [name for name, windows in recipe.calibration.texts.items() if windows]
-            with self.ranks.first_goes_first():
-                self._texts = {
-                    name: once(("text", name), partial(load_text_set, name, "calibration")) for name in wanted
-                }
+        with self.ranks.first_goes_first():
+            self._texts = self._calibration_texts(once, fetched=True)
         engine = recipe.engine if self.method.engine is None else self.method.engine
         self._identity = identity_of(recipe, self.source, self._texts, self.device, engine, self.method.read)
         self.ranks.require_alike(self._identity)
@@ -197,6 +194,12 @@ class Artifact:
                 require_known(name, "calibration")
         if validated:
             check_validation(recipe.validation, self._decoder, tokenizer)
+
+    def _calibration_texts(self, once: Once, *, fetched: bool) -> dict[str, TextSet]:
+        """The text sets that windows are taken from, with those that would be fetched or without."""
+        texts = self.recipe.calibration.texts if self._reads_text else {}
+        wanted = [name for name, windows in texts.items() if windows and (fetched or name in SHIPPED or own_text(name))]
+        return {name: once(("text", name), partial(load_text_set, name, "calibration")) for name in wanted}
 
     def _held_out(self, tokenizer: Tokenizer, once: Once) -> EvaluationText:
         """The text to judge on: what is wrong with it is found before the work, and what was read is used after it."""
@@ -434,24 +437,6 @@ class Artifact:
         self.record = keep(self.job.out, record | judged_by(self._text, result))
 
 
-def _refuse_other_licence(recipe: Recipe, source: Source) -> None:
-    """Stop where the recipe announces another licence than the source's own repository.
-
-    Raises:
-        RefusedError: naming both.
-    """
-    sections = {"release": recipe.release, "quantize": recipe.quantize}
-    stated = {f"{name}.license": getattr(section, "license", None) for name, section in sections.items()}
-    own = source.license.get("license")
-    for key, licence in stated.items():
-        if None not in (licence, own) and licence != own:
-            raise RefusedError(
-                f"the recipe says {licence}, the model's own card {own}",
-                where=key,
-                fix="leave the key out, or state the source's licence: a quantized model keeps it",
-            )
-
-
 def _method(recipe: Recipe, checkpoint: Checkpoint, progress: Progress) -> Method:
     """The recipe's method; one whose survey was made before is settled by it at once."""
     method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
@@ -480,13 +465,23 @@ def _dealt(solvers: Solvers, ranks: Ranks) -> Solvers:
 def _calibration(
     recipe: Recipe, texts: dict[str, TextSet], source: Source, once: Once, ranks: Ranks
 ) -> Calibration | None:
+    tokens_WT = _tokens(recipe, texts, source.checkpoint.folder, source.tokenizer, once)
+    if tokens_WT is None:
+        return None
+    from_float = recipe.calibration.activations == "float"
+    return Calibration(tokens_WT, recipe.compute.windows_per_batch, from_float, ranks)
+
+
+def _tokens(
+    recipe: Recipe, texts: dict[str, TextSet], folder: Path, tokenizer: Tokenizer, once: Once
+) -> torch.Tensor | None:
+    """The calibration windows int64 [W, T] of these texts; None of none."""
     if not texts:
         return None
     section = recipe.calibration
     parts = [(text_set, section.texts[name]) for name, text_set in texts.items()]
-    key = ("windows", source.checkpoint.folder, *((name, section.texts[name]) for name in texts))
-    tokens_WT = once(
+    key = ("windows", folder, *((name, section.texts[name]) for name in texts))
+    return once(
         (*key, section.window_tokens, section.seed),
-        lambda: calibration_windows(parts, source.tokenizer, window_tokens=section.window_tokens, seed=section.seed),
+        lambda: calibration_windows(parts, tokenizer, window_tokens=section.window_tokens, seed=section.seed),
     )
-    return Calibration(tokens_WT, recipe.compute.windows_per_batch, section.activations == "float", ranks)

@@ -177,6 +177,8 @@ def check_validation(section: ValidationSection, decoder: Decoder, tokenizer: To
         tokenizer.render([("user", section.prompt)], answer=True)
     for name in section.texts:
         require_known(name, "validation")
+    for name in {*section.require} - {REFERENCE_RUNTIME}:
+        find_engine(name)
 
 
 def text_to_judge_on(

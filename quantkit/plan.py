@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,32 +124,26 @@ def make_plan(
     solved = [shape for shape in shapes if not shape[0].endswith(method.format.skip)]
     infos = checkpoint.tensors.tensors
     parameters = sum(info.num_elements for info in infos.values())
-    quantized = sum(rows * columns for _, rows, columns in solved)
-    parameters_held = parameters + sum(rows * columns for _, rows, columns in untied)
+    quantized, added = (sum(rows * columns for _, rows, columns in found) for found in (solved, untied))
     quantized_bits = sum(method.format.stored_bits(*shape) for shape in solved)
-    dense_bytes = (parameters_held - quantized) * method.format.stored_dtype.itemsize
+    dense_bytes = (parameters + added - quantized) * method.format.stored_dtype.itemsize
     beside_bytes = dense_bytes + (method.format.head_bytes(checkpoint) if isinstance(method.format, Headed) else 0)
     variants = _variants(method.format, solved, beside_bytes)
     artifact_bytes = quantized_bits // 8 + beside_bytes * max(len(variants), 1)
-    if engine is not None and not engine.takes_checkpoint:
-        _require_whole(recipe, variants)
-    tokens = 0
-    if reads_text(recipe, method):
-        tokens = sum(recipe.calibration.texts.values()) * recipe.calibration.window_tokens
+    _require_whole(recipe, variants)
+    tokens = recipe.calibration.tokens if reads_text(recipe, method) else 0
     work = work_of(recipe, checkpoint, method, solved, tokens)
-    item_bytes = artifact_bytes // checkpoint.num_layers
-    taken = (
+    of_item = artifact_bytes // checkpoint.num_layers
+    taken = partial(footprint_of, recipe, checkpoint, method, work, item_bytes=of_item, ranks=ranks)
+    footprint = (
         Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
         if engine is not None and engine.takes_checkpoint
-        else footprint_of(recipe, checkpoint, method, work, item_bytes=item_bytes, ranks=ranks)
+        else taken()
     )
-    rank_bytes = together_bytes([taken])
-    waiting_bytes = 0
-    if engine is None:
-        least = footprint_of(recipe, checkpoint, method, work, item_bytes=item_bytes, ranks=ranks, most_batches=AT_WORK)
-        waiting_bytes = rank_bytes - together_bytes([least])
+    rank_bytes = together_bytes([footprint])
+    waiting_bytes = rank_bytes - together_bytes([taken(most_batches=AT_WORK)]) if engine is None else 0
     # what is not given the checkpoint starts from a copy of it in 16 bits
-    prepared_bytes = 0 if engine is None or engine.takes_checkpoint else 2 * parameters_held
+    prepared_bytes = 0 if engine is None or engine.takes_checkpoint else 2 * (parameters + added)
     counted = operations(method, work, from_float=recipe.calibration.activations == "float")
     return Plan(
         linears=len(solved),
@@ -169,7 +164,7 @@ def make_plan(
         source_bytes=sum(info.size_bytes for info in infos.values()),
         seconds=_seconds(recipe, method, work, counted, device, ranks) if timed else None,
         variants=variants,
-        footprint=taken,
+        footprint=footprint,
     )
 
 
@@ -202,7 +197,8 @@ def require_here(
     if plan.disk_bytes + reserved_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
         beside = f", {size_text(reserved_bytes)} of them for those before it" if reserved_bytes else ""
         raise RefusedError(
-            f"the build needs {size_text(plan.disk_bytes)} of disk, {size_text(plan.disk_free_bytes)} are free{beside}",
+            f"the build needs {size_text(plan.disk_bytes)} of disk and {size_text(DISK_MARGIN_BYTES)} to spare, "
+            f"{size_text(plan.disk_free_bytes)} are free{beside}",
             where=str(out),
             fix="free some space, or choose another disk with --out",
         )
@@ -303,6 +299,13 @@ def _require_possible(
             where="calibration.activations",
             fix='set it to "quantized", or asymmetric to 0 where the format has that key',
         )
+    if method.solvers.needs and not recipe.calibration.tokens:
+        raise RefusedError(
+            "no calibration windows are asked for",
+            where="calibration.texts",
+            fix='set texts = { "polish-core" = 64 }',
+        )
+    _require_names(recipe, method, [name for name, _, _ in shapes])
     problems = method.format.problems(shapes)
     if isinstance(method.format, Particular):
         problems += method.format.tensor_problems(checkpoint.tensors.tensors)
@@ -312,6 +315,29 @@ def _require_possible(
             f"{len(problems)} linear(s) do not fit the format:\n  " + "\n  ".join(shown),
             where=str(checkpoint.folder),
             fix="change the recipe as said, or choose another group_size",
+        )
+
+
+def _require_names(recipe: Recipe, method: Method, linears: list[str]) -> None:
+    """Stop at names in the recipe that mean nothing: a linear to be skipped, a variant with gates of its own."""
+    skip = getattr(recipe.quantize, "skip", ())
+    if strange := [ending for ending in skip if not any(name.endswith(ending) for name in linears)]:
+        raise RefusedError(
+            f"no linear's name ends in {strange[0]!r}",
+            where="quantize.skip",
+            fix=f"take the end of a name such as {linears[0]}",
+        )
+    if all(name.endswith(method.format.skip) for name in linears):
+        raise RefusedError(
+            "nothing is left to be quantized", where="quantize.skip", fix="name fewer linears, or longer endings"
+        )
+    form = method.format
+    variants = form.variants if isinstance(form, SeveralVariants) else (form.name,)
+    if strange := sorted(recipe.validation.variant_gates.keys() - {*variants}):
+        raise RefusedError(
+            f"the recipe makes no variant {strange[0]!r}",
+            where="validation.variant_gates",
+            fix=f"there is {', '.join(variants)}",
         )
 
 
@@ -328,6 +354,8 @@ def _variants(form: Format, solved: list[tuple[str, int, int]], beside_bytes: in
 
 def _require_whole(recipe: Recipe, variants: dict[str, int]) -> None:
     """Stop where a file would have to be split that an engine writes whole."""
+    if recipe.upstream is None or recipe.upstream.takes_checkpoint:
+        return
     large = [name for name, size_bytes in variants.items() if size_bytes > recipe.quantize.shard_gb * 1e9]
     if large:
         raise RefusedError(

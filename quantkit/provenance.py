@@ -43,6 +43,24 @@ def identity_of(
     return identity | ({"read": dict(read)} if read else {})
 
 
+def refuse_other_licence(recipe: Recipe, source: Source) -> None:
+    """Stop where the recipe announces another licence than the source's own repository.
+
+    Raises:
+        RefusedError: naming both.
+    """
+    sections = {"release": recipe.release, "quantize": recipe.quantize}
+    stated = {f"{name}.license": getattr(section, "license", None) for name, section in sections.items()}
+    own = source.license.get("license")
+    for key, licence in stated.items():
+        if None not in (licence, own) and licence != own:
+            raise RefusedError(
+                f"the recipe says {licence}, the model's own card {own}",
+                where=key,
+                fix="leave the key out, or state the source's licence: a quantized model keeps it",
+            )
+
+
 def finished_record(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
     """The record of an artifact that is there already and is this one; None if it is to be made.
 

@@ -81,6 +81,11 @@ class CalibrationSection(Section):
         description="Statistics come from the stream as `quantized` so far, or from the unquantized model (`float`).",
     )
 
+    @property
+    def tokens(self) -> int:
+        """Of all windows together."""
+        return sum(self.texts.values()) * self.window_tokens
+
 
 class GatesSection(Section):
     """Limits that a variant must keep to be published; a limit left out is not checked."""

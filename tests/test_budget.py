@@ -16,7 +16,6 @@ LONG = {
     "footprint.py:footprint_of": 71,
     "hub.py:upload": 62,
     "kernels/compiled.py:_fit_ranges": 63,
-    "plan.py:make_plan": 66,
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

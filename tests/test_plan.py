@@ -1,6 +1,7 @@
 """What a plan says of a model that is only described, and what methods state of their memory."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -228,3 +229,36 @@ def test_what_a_rank_takes_is_what_was_planned(ranks, asymmetric, batch, tmp_pat
     }
     peak, needed = peak_and_plan(content, tmp_path, ranks)
     assert 0.88 * needed < peak < needed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("calibration.texts={}", "no calibration windows are asked for"),
+        ('calibration.texts={"polish-core"=0}', "no calibration windows are asked for"),
+        ('calibration.texts={"KEYS"=1}', "the line is not a document"),
+        ('calibration.texts={"BYTES"=1}', "not valid UTF-8 at byte"),
+        ('calibration.texts={"EMPTY"=1}', "there is no text in it"),
+        ('calibration.texts={"SHORT"=1}', "gives 0 windows of 16 tokens, not 1"),
+        ('validation.require=["gptqmodle"]', "no engine named 'gptqmodle'"),
+        ("validation.variant_gates={Q4={mean_kld=1.0}}", "the recipe makes no variant 'Q4'"),
+        ('quantize.skip=["down_prj"]', "no linear's name ends in 'down_prj'"),
+        ('quantize.skip=["_proj"]', "nothing is left to be quantized"),
+    ],
+)
+def test_what_would_fail_later_is_refused_now(change, message, own_recipe, tmp_path):
+    contents = {"KEYS": b'{"txt": "a"}', "BYTES": "zażółć".encode("cp1250"), "EMPTY": b"\n", "SHORT": b'{"text": "a"}'}
+    for name, content in contents.items():
+        path = tmp_path / f"{name.lower()}.jsonl"
+        path.write_bytes(content)
+        change = change.replace(name, str(path))
+    with pytest.raises(RefusedError, match=re.escape(message)):
+        plan(load_recipe(own_recipe, (change,)), out=tmp_path / "out", device=CPU, progress=Progress())
+
+
+def test_a_trial_takes_no_more_threads_than_there_are_cores(own_recipe, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("quantkit.plan._seconds", lambda *_: seen.append(torch.get_num_threads()))
+    recipe = load_recipe(own_recipe, (f"compute.threads={os.cpu_count() + 5}",))
+    plan(recipe, out=tmp_path / "out", device=CPU, progress=Progress())
+    assert seen == [os.cpu_count()]
