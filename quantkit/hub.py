@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from quantkit.errors import QuantkitError, RefusedError, RunFailedError, UnavailableError
 
 if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
 T = TypeVar("T")
@@ -315,7 +316,7 @@ def upload(
         RefusedError: the token may not write there.
         UnavailableError: the Hub cannot be reached, after several tries.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationDelete, HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api = HfApi()
@@ -324,28 +325,10 @@ def upload(
         if revision != "main":
             _insist(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
         parent = _insist(lambda: api.model_info(repo, revision=revision).sha, repo)
-        operations: list[CommitOperationAdd | CommitOperationDelete] = []
-        for name, (path, sha256) in files.items():
-            size_bytes = path.stat().st_size
-            small = size_bytes < SMALL_BYTES
-            if not small:
-                say(f"  {name}, {size_bytes / 1e6:.0f} MB")
-            operation = CommitOperationAdd(name, path.read_bytes() if small else str(path))
-            _insist(
-                lambda operation=operation: api.preupload_lfs_files(  # type: ignore[misc]
-                    repo, [operation], revision=revision, free_memory=False
-                ),
-                repo,
-            )
-            # the hash that the commit will name, taken from the bytes as they were sent
-            if operation.upload_info.sha256.hex() != sha256:
-                raise RunFailedError(
-                    f"{name} changed while it was being published; nothing was committed",
-                    where=str(path),
-                    fix="build the artifact again, or restore the file",
-                )
-            operations.append(operation)
-        operations += [CommitOperationDelete(name) for name in removed]
+        operations = [
+            *(_sent(api, repo, revision, name, path, sha256, say) for name, (path, sha256) in files.items()),
+            *(CommitOperationDelete(name) for name in removed),
+        ]
         try:
             return _insist(
                 lambda: str(
@@ -367,6 +350,32 @@ def upload(
             where=repo,
             fix="log in with `hf auth login` and a token with write permission, or choose another --repo",
         ) from None
+
+
+def _sent(
+    api: "HfApi", repo: str, revision: str, name: str, path: Path, sha256: str, say: Callable[[str], None]
+) -> "CommitOperationAdd":
+    """What a commit takes of a file, which goes up first if it is large.
+
+    Raises:
+        RunFailedError: it is another than the hash says.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    size_bytes = path.stat().st_size
+    small = size_bytes < SMALL_BYTES
+    if not small:
+        say(f"  {name}, {size_bytes / 1e6:.0f} MB")
+    operation = CommitOperationAdd(name, path.read_bytes() if small else str(path))
+    _insist(lambda: api.preupload_lfs_files(repo, [operation], revision=revision, free_memory=False), repo)
+    # the hash that the commit will name, taken from the bytes as they were sent
+    if operation.upload_info.sha256.hex() != sha256:
+        raise RunFailedError(
+            f"{name} changed while it was being published; nothing was committed",
+            where=str(path),
+            fix="build the artifact again, or restore the file",
+        )
+    return operation
 
 
 def collect(repo: str, title: str, *, private: bool) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from quantkit.artifact import Artifact
 from quantkit.checkpoint.spill import free_bytes
 from quantkit.errors import QuantkitError, RefusedError
 from quantkit.footprint import in_passes, together_bytes
 from quantkit.job import Build, Job, Once, Outcome
 from quantkit.launch import TOGETHER
 from quantkit.lock import locked
+from quantkit.making import Making
 from quantkit.plan import Plan
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
@@ -80,7 +80,7 @@ def plan(
     """
     job = Job("", recipe, out)
     _require_divisible([job], ranks)
-    artifact = Artifact(job, device, progress, Ranks(size=ranks))
+    artifact = Making(job, device, progress, Ranks(size=ranks))
     artifact.plan(Once(), here=here)
     return artifact.needed
 
@@ -94,7 +94,7 @@ def plan_all(jobs: Sequence[Job], *, device: torch.device, progress: Progress, r
     """
     _require_divisible(jobs, ranks)
     once, reserved_bytes = Once(), 0
-    artifacts = [Artifact(job, device, progress, Ranks(size=ranks)) for job in jobs]
+    artifacts = [Making(job, device, progress, Ranks(size=ranks)) for job in jobs]
     for artifact in artifacts:
         with artifact.turn():
             artifact.plan(once, reserved_bytes=reserved_bytes)
@@ -162,7 +162,7 @@ def build_all(
     _require_divisible(jobs, ranks.size)
     validated = validated and ranks.is_first
     progress, once, reserved_bytes = progress or Progress(), Once(), 0
-    artifacts = [Artifact(job, device, _named(progress, job) if len(jobs) > 1 else progress, ranks) for job in jobs]
+    artifacts = [Making(job, device, _named(progress, job) if len(jobs) > 1 else progress, ranks) for job in jobs]
     with ExitStack() as locks:
         for artifact in artifacts:
             with artifact.turn():
@@ -207,13 +207,13 @@ def _named(progress: Progress, job: Job) -> Progress:
     )
 
 
-def _passes(artifacts: list[Artifact], device: torch.device) -> list[list[Artifact]]:
+def _passes(artifacts: list[Making], device: torch.device) -> list[list[Making]]:
     """Artifacts that go through a checkpoint together, as many as memory allows."""
     found = in_passes([artifact.needed.footprint for artifact in artifacts], free_bytes(device))
     return [[artifacts[place] for place in places] for places in found]
 
 
-def _make(artifacts: list[Artifact], once: Once, *, fresh: bool) -> None:
+def _make(artifacts: list[Making], once: Once, *, fresh: bool) -> None:
     """Take artifacts through their passes side by side, an item each in turn; one that fails stays behind."""
     for artifact in artifacts:
         with artifact.turn("prepare"):
@@ -223,7 +223,7 @@ def _make(artifacts: list[Artifact], once: Once, *, fresh: bool) -> None:
         if not taking:
             break
         with SourcePass(taking[0].source.checkpoint) as shared:
-            walks: dict[Artifact, Iterator[None]] = {}
+            walks: dict[Making, Iterator[None]] = {}
             for artifact in taking:
                 stage, walk = artifact.passes[number]
                 with artifact.turn(stage):

@@ -14,7 +14,6 @@ LONG = {
     "cli/builds.py:build": 63,
     "cli/cluster.py:submit": 65,
     "footprint.py:footprint_of": 71,
-    "hub.py:upload": 62,
     "kernels/compiled.py:_fit_ranges": 63,
 }
 

@@ -163,7 +163,7 @@ def test_no_format_is_named_where_all_are_alike():
     root = Path(quantkit.__file__).parent
     alike = [
         "stream.py",
-        "artifact.py",
+        "making.py",
         "pipeline.py",
         "plan.py",
         "judgement.py",

@@ -15,6 +15,7 @@ import torch
 
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.index import Checkpoint
+from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.errors import QuantkitError
 from quantkit.formats import open_variants
@@ -52,8 +53,8 @@ from quantkit.validation.text import EvaluationText
 from quantkit.workdir import Behind, Workdir, open_workdir
 
 
-class Artifact:
-    """One artifact on its way from recipe to record.
+class Making:
+    """One artifact in the making, from recipe to record.
 
     Args:
         job: what to build.
@@ -62,9 +63,16 @@ class Artifact:
         ranks: who make it together.
     """
 
-    source: Source
+    # known step by step, in this order
     method: Method
     needed: Plan
+    source: Source
+    _texts: dict[str, TextSet]
+    _identity: dict[str, Any]
+    _decoder: Decoder
+    _calibration: Calibration | None
+    _work: Workdir
+    _places: LaidOut | None
 
     def __init__(self, job: Job, device: torch.device, progress: Progress, ranks: Ranks = ALONE) -> None:
         self.job, self.device, self.progress, self.ranks = job, device, progress, ranks
