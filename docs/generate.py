@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from quantkit.checkpoint.index import describe_model
 from quantkit.cli import app
+from quantkit.cli.output import INTERRUPTED_CODE
 from quantkit.methods import METHODS
 from quantkit.plan import make_plan
 from quantkit.quantize import QUANTIZE
@@ -39,6 +40,8 @@ def command_line() -> str:
         "| 2 | recipe, command line, checkpoint or plan refused |\n"
         "| 3 | a validation gate failed |\n"
         "| 4 | something needed is not installed or not reachable |\n"
+        f"| {INTERRUPTED_CODE} | interrupted (Ctrl-C, SIGINT); finished layers are kept, the same command goes on |\n"
+        "| 143 | what a shell has for a command that SIGTERM ended; the same holds |\n"
     )
     return "\n".join(parts)
 

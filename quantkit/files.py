@@ -22,6 +22,8 @@ PARTIAL = re.compile(r"\..+\.\d+\.partial")
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
+# a name that cannot be a file's, or is something else's already
+MISPLACED = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 def sha256_of(path: Path) -> str:
@@ -63,7 +65,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(where: Path, fix: str = "choose a writable folder with --out") -> Iterator[None]:
-    """Turn a full disk or a refused write into an error that says what was kept.
+    """Turn a full or failing disk, or a refused write, into an error that says what was kept.
 
     Args:
         where: what is written.
@@ -78,6 +80,22 @@ def disk_errors(where: Path, fix: str = "choose a writable folder with --out") -
                 "the disk is full; finished layers are kept",
                 where=str(where),
                 fix="free some space and run the same command again: it goes on where it stopped",
+            ) from error
+        if number == errno.EFBIG:
+            raise RunFailedError(
+                "a file may not become as large as it has to; finished layers are kept",
+                where=str(where),
+                fix="raise the limit (ulimit -f) and run the same command again, or choose another disk with --out",
+            ) from error
+        if number == errno.EIO:
+            raise RunFailedError(
+                f"the disk fails: {os.strerror(number)}",
+                where=str(where),
+                fix="look into the system's log (dmesg), or choose a folder on another disk",
+            ) from error
+        if number in MISPLACED:
+            raise RunFailedError(
+                f"cannot be written there: {os.strerror(number)}", where=str(where), fix=fix
             ) from error
         if number in FORBIDDEN:
             raise RunFailedError(f"cannot write: {os.strerror(number)}", where=str(where), fix=fix) from error

@@ -16,6 +16,8 @@ from quantkit.workdir import RECORD, beside, put_right
 
 T = TypeVar("T")
 P = ParamSpec("P")
+# another command's end takes the file or its folder away once, or a few times; not always
+ATTEMPTS = 100
 
 
 def lock_file(out: Path) -> Path:
@@ -37,12 +39,14 @@ def locked(out: Path, *, needed: bool = True) -> Iterator[None]:
         RunFailedError: somebody else holds it, or the disk cannot lock.
     """
     path = lock_file(out)
-    made = [folder for folder in path.parents if not folder.exists()] if needed else []
+    made: list[Path] = []
     try:
         with disk_errors(path):
+            made += [folder for folder in path.parents if not folder.exists()] if needed else []
             descriptor = _take(path, makes_folder=needed)
     except (RunFailedError, FileNotFoundError):
         if needed:
+            _remove_empty(made)
             raise
         yield
         return
@@ -60,9 +64,7 @@ def locked(out: Path, *, needed: bool = True) -> Iterator[None]:
         with suppress(OSError):  # who may not remove it leaves it, which harms nobody
             path.unlink()
         os.close(descriptor)
-        with suppress(OSError):  # folders made for the lock go if nothing came of it
-            for folder in made:
-                folder.rmdir()
+        _remove_empty(made)
 
 
 def alone(*, writes: bool) -> Callable[[Callable[Concatenate[Path, P], T]], Callable[Concatenate[Path, P], T]]:
@@ -93,7 +95,7 @@ def _take(path: Path, *, makes_folder: bool) -> int | None:
     A holder removes the file, so that two could hold what was one name; who gets the lock looks whether its file is
     still the one of that name, and else begins anew.
     """
-    while True:
+    for _ in range(ATTEMPTS):
         if makes_folder:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -119,6 +121,12 @@ def _take(path: Path, *, makes_folder: bool) -> int | None:
                 fix="mount it with locks (Lustre: flock), or choose a folder on another disk",
             ) from error
         os.close(descriptor)
+    # /proc takes no file and says that there is none
+    raise RunFailedError(
+        f"the lock's file was not there after {ATTEMPTS} attempts to make it",
+        where=str(path),
+        fix="choose a folder on another disk with --out",
+    )
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -140,6 +148,13 @@ def _sign(descriptor: int, path: Path) -> None:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
         os.fchmod(descriptor, path.parent.stat().st_mode & 0o666)
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Folders made for the lock go if nothing came of it; the innermost is the first."""
+    with suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 def _holder(path: Path) -> str:

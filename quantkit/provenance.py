@@ -12,7 +12,7 @@ from quantkit.errors import RefusedError
 from quantkit.judgement import stated_texts
 from quantkit.machine import deciding_versions, device_model, environment
 from quantkit.recipe import OWN_ENGINE, Recipe, fingerprint, public_name
-from quantkit.report.record import CARD, SCHEMA, read_record, require_unchanged
+from quantkit.report.record import CARD, SCHEMA, read_record, require_replaceable, require_unchanged
 from quantkit.source_pass import Calibration
 from quantkit.sources import Source
 from quantkit.texts import TextSet
@@ -65,7 +65,8 @@ def finished_record(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict
     """The record of an artifact that is there already and is this one; None if it is to be made.
 
     Raises:
-        RefusedError: the folder holds something else (`fresh` allows another build of quantkit, nothing more).
+        RefusedError: the folder holds something else (`fresh` allows another build of quantkit, nothing more), or
+            beside such a build what quantkit did not make.
         RunFailedError: it is this one, but its files were changed.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -76,6 +77,7 @@ def finished_record(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict
             f"{out} exists and is no artifact of quantkit", where=str(out), fix="choose another folder with --out"
         )
     if fresh:
+        require_replaceable(out, record)
         return None
     refuse_other(record["identity"], identity, where=out)
     # a kill may have come between card and record; publishing looks at both

@@ -177,9 +177,17 @@ def work_folder(out: Path) -> Path:
 
 
 def beside(out: Path, suffix: str) -> Path:
-    """The neighbour of a folder that is called as it is, and a suffix."""
+    """The neighbour of a folder that is called as it is, and a suffix.
+
+    Raises:
+        RefusedError: the folder is the root, which has no neighbours.
+    """
     # "." has no name
     out = Path(os.path.abspath(out))
+    if not out.name:
+        raise RefusedError(
+            f"{out} is no place for an artifact", where=str(out), fix="name a folder below it with --out"
+        )
     return out.with_name(out.name + suffix)
 
 

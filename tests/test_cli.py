@@ -1,11 +1,15 @@
 """The command line as a user sees it: exact output, exit codes, and what start-up must not load."""
 
+import errno
 import json
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -299,6 +303,10 @@ def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):
         (["inspect", str(ROOT / "docs")], 2, "error: config.json is missing"),
         (["recipes", "check", "gptq", "--set", "quantize.bit=3"], 2, "quantize.bit: unknown key; did you mean 'bits'?"),
         (["recipes", "copy", "gptq", str(ROOT / "README.md")], 2, "README.md exists"),
+        (["recipes", "copy", "gptq", str(ROOT / "README.md" / "a.toml")], 1, "error: cannot be written there: File ex"),
+        (["build", "bielik-nano/gptq", "--out", "/"], 2, "error: / is no place for an artifact"),
+        (["build", "bielik-nano/gptq", "--out", "x" * 300], 1, "error: cannot be written there: File name too long"),
+        (["build", "bielik-nano/gptq", "--out", str(ROOT / "README.md" / "a")], 1, "error: cannot be written there"),
     ],
 )
 def test_mistakes_get_one_clear_error(arguments, code, message):
@@ -307,6 +315,81 @@ def test_mistakes_get_one_clear_error(arguments, code, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_recipe_is_copied_into_a_folder_that_is_not_there_yet(tmp_path):
+    assert quantkit("recipes", "copy", "no-such", str(tmp_path / "none" / "a.toml")).returncode == 2
+    assert not (tmp_path / "none").exists()
+    own = tmp_path / "made" / "for" / "a.toml"
+    assert quantkit("recipes", "copy", "gptq", str(own)).returncode == 0
+    assert quantkit("recipes", "check", str(own)).returncode == 0
+
+
+def test_what_no_command_foresaw_on_a_disk_is_one_error(monkeypatch, capsys):
+    from quantkit import recipe
+    from quantkit.cli import main
+
+    def fail():
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "/a/file")
+
+    monkeypatch.setattr(recipe, "list_recipes", fail)
+    monkeypatch.setattr(sys, "argv", ["quantkit", "recipes", "list"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 1
+    assert capsys.readouterr() == ("", "error: Input/output error\n  at:  /a/file\n")
+
+
+LISTING = [sys.executable, "-m", "quantkit", "recipes", "list"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_an_output_that_is_full_is_one_error():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(LISTING, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+def test_a_reader_that_has_left_is_no_error_to_tell_of():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(LISTING, stdout=writer, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+# a command that says when it has begun; a shell may have told its background jobs to ignore an interrupt
+ENDLESS = """
+import signal, sys, time
+from quantkit import recipe
+from quantkit.cli import main
+
+def wait():
+    print("begun", flush=True)
+    time.sleep(600)
+
+recipe.list_recipes = wait
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv = ["quantkit", "recipes", "list"]
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("by", "code", "said"),
+    [
+        (signal.SIGINT, 130, "interrupted; finished layers are kept, the same command goes on\n"),
+        (signal.SIGTERM, -signal.SIGTERM, ""),
+    ],
+)
+def test_who_interrupts_a_command_is_told_what_is_kept(by, code, said):
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=pipe, stderr=pipe, text=True, cwd=ROOT) as process:
+        assert process.stdout, "it has a pipe"
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(by)
+        out, error = process.communicate(timeout=60)
+    assert (process.returncode, out, error) == (code, "", said)
 
 
 def test_cuda_that_is_not_there_exits_with_4(own_recipe):

@@ -237,6 +237,12 @@ def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(recipe
         f"  at:  {tmp_path / 'a'}\n"
         "  fix: choose another --out, or --fresh to throw the earlier build away"
     )
+    notes = tmp_path / "a" / "notes.md"
+    notes.write_text("of nobody's record")
+    with pytest.raises(RefusedError, match=r"not in the record:\n  notes\.md\n"):
+        build(changed(recipe, "quantize", bits=3), out=tmp_path / "a", device=CPU, fresh=True, validated=False)
+    assert notes.read_text() == "of nobody's record"
+    notes.unlink()
     fresh = build(changed(recipe, "quantize", bits=3), out=tmp_path / "a", device=CPU, fresh=True, validated=False)
     assert fresh.record["recipe"]["quantize"]["bits"] == 3
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from quantkit.errors import RunFailedError
+from quantkit.errors import RefusedError, RunFailedError
 from quantkit.files import disk_errors, shared
 from quantkit.judgement import validate
 from quantkit.lock import lock_file, locked
@@ -100,10 +102,32 @@ def test_a_full_disk_under_the_cache(recipe, small_disk, tmp_path, monkeypatch):
     assert build(recipe, out=tmp_path / "a", device=CPU).reused
 
 
-def test_who_may_not_write_is_told_where(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "what", "fix"),
+    [
+        (errno.EACCES, "cannot write: Permission denied", "choose another"),
+        (errno.ENOTDIR, "cannot be written there: Not a directory", "choose another"),
+        (errno.EEXIST, "cannot be written there: File exists", "choose another"),
+        (errno.EISDIR, "cannot be written there: Is a directory", "choose another"),
+        (errno.ENAMETOOLONG, "cannot be written there: File name too long", "choose another"),
+        (
+            errno.EFBIG,
+            "a file may not become as large as it has to; finished layers are kept",
+            "raise the limit (ulimit -f) and run the same command again, or choose another disk with --out",
+        ),
+        (
+            errno.EIO,
+            "the disk fails: Input/output error",
+            "look into the system's log (dmesg), or choose a folder on another disk",
+        ),
+    ],
+)
+def test_what_the_disk_does_not_take_is_told_with_the_place(number, what, fix, tmp_path):
     with pytest.raises(RunFailedError) as caught, disk_errors(tmp_path, "choose another"):
-        raise PermissionError(errno.EACCES, "Permission denied")
-    assert str(caught.value) == f"cannot write: Permission denied\n  at:  {tmp_path}\n  fix: choose another"
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == f"{what}\n  at:  {tmp_path}\n  fix: {fix}"
+    with pytest.raises(RunFailedError, match=re.escape(what)), disk_errors(tmp_path):
+        raise SafetensorError(f"I/O error: {os.strerror(number)} (os error {number})")
 
 
 def refusal(out: Path) -> str:
@@ -177,6 +201,49 @@ def test_a_folder_that_is_only_read_needs_no_lock_where_none_can_be_made(tmp_pat
         pass
     with pytest.raises(RunFailedError, match="cannot write: Read-only file system"), locked(tmp_path / "a"):
         pass
+
+
+def test_a_folder_that_takes_no_file_ends_in_an_error(tmp_path, monkeypatch):
+    """As /proc does: a new file is not forbidden there, it is "not found"."""
+    opened = []
+
+    def refuse(*_):
+        opened.append(1)
+        assert len(opened) < 1000
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(RunFailedError) as caught, locked(tmp_path / "made" / "a"):
+        pass
+    assert str(caught.value) == (
+        "the lock's file was not there after 100 attempts to make it\n"
+        f"  at:  {tmp_path / 'made' / 'a.lock'}\n"
+        "  fix: choose a folder on another disk with --out"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        (f"made/{'x' * 300}", "cannot be written there: File name too long"),
+        (f"{'x' * 300}/a", "cannot be written there: File name too long"),
+        ("file/a", "cannot be written there: File exists"),
+        ("file/deeper/a", "cannot be written there: Not a directory"),
+    ],
+)
+def test_what_can_be_no_folder_leaves_nothing(name, what, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunFailedError) as caught, locked(tmp_path / name):
+        pass
+    assert (caught.value.what, caught.value.where) == (what, f"{tmp_path / name}.lock")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_root_is_no_artifact():
+    with pytest.raises(RefusedError) as caught, locked(Path("/")):
+        pass
+    assert str(caught.value) == "/ is no place for an artifact\n  at:  /\n  fix: name a folder below it with --out"
 
 
 def test_a_disk_that_cannot_lock_is_no_place_to_build(tmp_path, monkeypatch):

@@ -7,17 +7,31 @@ inside the commands, so that `quantkit --help` starts without torch.
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from quantkit import __version__
 from quantkit.cli import artifacts, builds, cluster, machine, recipes
-from quantkit.cli.output import INTERRUPTED, say
-from quantkit.errors import QuantkitError
+from quantkit.cli.output import INTERRUPTED, INTERRUPTED_CODE, discard_output, say
+from quantkit.errors import QuantkitError, RunFailedError
+
+
+class _Interruptible(TyperGroup):
+    """Commands that say what an interrupt leaves; typer itself ends without a word, and `main` never sees it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say(INTERRUPTED)
+            raise typer.Exit(INTERRUPTED_CODE) from None
+
 
 app = typer.Typer(
     name="quantkit",
+    cls=_Interruptible,
     help="From a bf16 checkpoint to validated, quantized releases, by recipe.",
     no_args_is_help=True,
     add_completion=False,
@@ -95,6 +109,17 @@ def main() -> None:
     except QuantkitError as error:
         say(f"error: {error}")
         sys.exit(error.exit_code)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        known = RunFailedError(error.strerror or str(error) or type(error).__name__, where=_place(error))
+        say(f"error: {known}")
+        sys.exit(known.exit_code)
     except KeyboardInterrupt:
         say(INTERRUPTED)
-        sys.exit(1)
+        sys.exit(INTERRUPTED_CODE)
+
+
+def _place(error: OSError) -> str:
+    return "" if error.filename is None else str(error.filename)

@@ -1,6 +1,8 @@
 """What commands leave behind them: lines and tables, one JSON document, JUnit XML, an exit code."""
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,8 @@ import typer
 from quantkit.errors import GateError, QuantkitError, worst
 
 INTERRUPTED = "interrupted; finished layers are kept, the same command goes on"
+# as a shell has it for SIGINT
+INTERRUPTED_CODE = 130
 
 
 def print_document(document: Any, lines: list[str]) -> None:
@@ -24,6 +28,14 @@ def print_document(document: Any, lines: list[str]) -> None:
 def say(message: str) -> None:
     """A message, to stderr."""
     typer.echo(message, err=True)
+
+
+def discard_output() -> None:
+    """Drop what stdout does not take: Python would try again at its end, and end with another error."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_result(document: dict[str, Any], as_json: bool, *, table: dict[str, Any] | None, title: str) -> None:
@@ -83,7 +95,7 @@ def _write_below(path: Path, text: str) -> None:
     """Write a file into a folder that is made if it is not there."""
     from quantkit.files import disk_errors, write_text
 
-    with disk_errors(path):
+    with disk_errors(path, "choose another file with --junit"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
 

@@ -30,9 +30,14 @@ def copy(
     recipe: Name, target: Annotated[Path, typer.Argument(metavar="FILE", help="New recipe file; must not exist.")]
 ) -> None:
     """Write a shipped recipe, resolved, as a file of your own."""
-    from quantkit.recipe import copy_recipe
+    from quantkit.files import disk_errors
+    from quantkit.recipe import copy_recipe, find_recipe
 
-    copy_recipe(recipe, target)
+    # no folder is made for a recipe that is not there
+    find_recipe(recipe)
+    with disk_errors(target, "choose another file"):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        copy_recipe(recipe, target)
     say(f"wrote {target}")
 
 

@@ -6,6 +6,7 @@ Everything drawn comes from the records; nothing is measured here.
 import base64
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from itertools import takewhile
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import RefusedError
-from quantkit.files import write_json, write_text
+from quantkit.files import disk_errors, write_json, write_text
 from quantkit.report.plots import COLOURS, MEASURES, SHAPES, beyond, chart, draw_png, outline, require_matplotlib
 from quantkit.report.record import read_record
 from quantkit.units import size_text
@@ -38,22 +39,39 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
         the files written.
 
     Raises:
-        RefusedError: a folder without a record, artifacts of several models, or two of one name.
+        RefusedError: a folder without a record, artifacts of several models, or two of one name; an `out` that is
+            an artifact, or in one.
+        RunFailedError: it cannot be written there.
         UnavailableError: matplotlib is not installed; nothing is written.
     """
+    _refuse_artifact(out)
     require_matplotlib()
     report = report_of(folders)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / DATA, report)
-    write_text(out / PAGE, page(report))
     pictures = []
-    for measure in MEASURES:
-        path = out / measure.file
-        if draw_png(report["points"], measure, f"{report['model']['id']}: {measure.title.lower()}", path):
-            pictures.append(path)
-        else:
-            path.unlink(missing_ok=True)  # of an earlier report
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / DATA, report)
+        write_text(out / PAGE, page(report))
+        for measure in MEASURES:
+            path = out / measure.file
+            if draw_png(report["points"], measure, f"{report['model']['id']}: {measure.title.lower()}", path):
+                pictures.append(path)
+            else:
+                path.unlink(missing_ok=True)  # of an earlier report
     return [out / DATA, out / PAGE, *pictures]
+
+
+def _refuse_artifact(out: Path) -> None:
+    """Stop where a report would add files to an artifact, which then is not what was built and cannot be published."""
+    with disk_errors(out):
+        place = Path(os.path.realpath(out))
+        artifact = next((folder for folder in (place, *place.parents) if (folder / RECORD).exists()), None)
+    if artifact is not None:
+        raise RefusedError(
+            "a report would be written into an artifact",
+            where=str(artifact),
+            fix="choose a folder outside of it with --out",
+        )
 
 
 def report_of(folders: Sequence[Path]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ CARD = "README.md"
 # the record cannot hold its own hash; the card is drawn from it, and the signature is of both
 UNHASHED = (RECORD, CARD, SIGNATURE)
 # what the Hub, its client and git put into a folder, and the signatures of branches
-BESIDE = (".gitattributes", ".cache", ".git", SIGNATURES)
+GIT = ".git"
+BESIDE = (".gitattributes", ".cache", GIT, SIGNATURES)
+UNRECORDED = "not in the record"
 
 OWN_WORDS = f"; `quantkit validate` draws {CARD} anew, words of your own for it are [release] notes in the recipe"
 
@@ -49,21 +51,25 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.exists():
         return None
+    # a build reads the record first, so that it would stop at the same error, even with --fresh
+    anew = f"remove the folder {folder}"
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RefusedError(
-            f"the record is not JSON: {error}", where=str(path), fix="build the artifact again"
+            f"the record is not JSON: {error}", where=str(path), fix=f"{anew} and build the artifact again"
         ) from None
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         raise RefusedError(
-            "the record is of another version of quantkit", where=str(path), fix="build the artifact again"
+            "the record is of another version of quantkit",
+            where=str(path),
+            fix=f"{anew} and build the artifact again",
         )
     if record.get("seal") != _seal(record):
         raise RunFailedError(
             f"{RECORD} was edited after it was written",
             where=str(path),
-            fix="restore it, or build the artifact again; what the card is to say stands in the recipe",
+            fix=f"restore it, or {anew} and build the artifact again; what the card is to say stands in the recipe",
         )
     try:
         Record.model_validate(record)
@@ -72,7 +78,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         raise RefusedError(
             f"{len(problems)} problem(s) in the record:\n  " + "\n  ".join(problems),
             where=str(path),
-            fix="build the artifact again",
+            fix=f"{anew} and build the artifact again",
         ) from None
     return record
 
@@ -132,8 +138,26 @@ def changed_files(folder: Path, record: dict[str, Any]) -> list[str]:
     hashes = hash_files(folder, [name for name in present if name in recorded])
     lines = [f"{name}: missing" for name in recorded if name not in present]
     lines += [f"{name}: changed" for name, sha256 in hashes.items() if sha256 != recorded[name]]
-    lines += [f"{name}: not in the record" for name in present if name not in recorded]
+    lines += [f"{name}: {UNRECORDED}" for name in present if name not in recorded]
     return sorted(lines)
+
+
+def require_replaceable(folder: Path, record: dict[str, Any]) -> None:
+    """Stop where replacing an artifact would delete what quantkit did not make; its own files may have been changed.
+
+    Raises:
+        RefusedError: naming every file that is not in the record.
+    """
+    known = {entry["name"] for entry in record["outputs"]} | {*UNHASHED}
+    strange = [name for name in artifact_files(folder) if name not in known]
+    # somebody's history, which belongs beside an artifact and cannot be made again
+    strange += [GIT] if (folder / GIT).exists() else []
+    if strange:
+        raise RefusedError(
+            f"--fresh would delete what is {UNRECORDED}:\n  " + "\n  ".join(strange),
+            where=str(folder),
+            fix="move it elsewhere, or choose another folder with --out",
+        )
 
 
 def require_unchanged(folder: Path, record: dict[str, Any], *, but: tuple[str, ...] = ()) -> None:
@@ -147,8 +171,11 @@ def require_unchanged(folder: Path, record: dict[str, Any], *, but: tuple[str, .
     """
     changed = [line for line in changed_files(folder, record) if line.partition(":")[0] not in but]
     if changed:
+        strange = [line for line in changed if line.endswith(f": {UNRECORDED}")]
+        fixes = [f"move what is {UNRECORDED} elsewhere"] if strange else []
+        fixes += ["build it again with --fresh, or restore the files"] if len(strange) < len(changed) else []
         raise RunFailedError(
             "the artifact is not what was built:\n  " + "\n  ".join(changed),
             where=str(folder),
-            fix="build it again, or restore the files" + (OWN_WORDS if f"{CARD}: changed" in changed else ""),
+            fix="; ".join(fixes) + (OWN_WORDS if f"{CARD}: changed" in changed else ""),
         )

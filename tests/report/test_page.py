@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.errors import RefusedError, UnavailableError
+from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.report.card import keep
 from quantkit.report.page import page, report_of, write_report
 from tests.commands import quantkit
@@ -81,6 +81,28 @@ class Links(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+
+
+@pytest.mark.parametrize("below", [".", "report"])
+def test_no_report_is_written_into_an_artifact(below, artifacts):
+    before = sorted(artifacts[0].iterdir())
+    with pytest.raises(RefusedError) as caught:
+        write_report(artifacts, artifacts[0] / below)
+    assert str(caught.value) == (
+        "a report would be written into an artifact\n"
+        f"  at:  {artifacts[0]}\n"
+        "  fix: choose a folder outside of it with --out"
+    )
+    assert sorted(artifacts[0].iterdir()) == before
+
+
+def test_a_report_in_place_of_a_file_is_one_error(artifacts, tmp_path):
+    pytest.importorskip("matplotlib", reason="of the extra `report`")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(RunFailedError, match="cannot be written there: File exists") as caught:
+        write_report(artifacts, tmp_path / "file")
+    assert caught.value.where == str(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "kept"
 
 
 def test_the_data_holds_every_variant_and_runtime(artifacts):

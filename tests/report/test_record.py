@@ -11,13 +11,14 @@ from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats import READERS
 from quantkit.judgement import validate
 from quantkit.pipeline import build
+from quantkit.provenance import finished_record
 from quantkit.publish import publish
 from quantkit.recipe import Recipe
 from quantkit.report.card import keep
 from quantkit.report.inspect import inspect_artifact, inspection_lines
-from quantkit.report.record import changed_files, read_record
+from quantkit.report.record import changed_files, read_record, write_record
 from quantkit.sources import stated_licence
-from tests.report.records import record_of, variant
+from tests.report.records import HASH, record_of, variant
 from tests.tiny import WORDS
 
 ROOT = Path(__file__).parent.parent.parent
@@ -56,6 +57,55 @@ def test_a_record_that_lacks_something_says_what(tmp_path):
     keep(tmp_path, record)
     with pytest.raises(RefusedError, match=r"source\.sha256: Field required"):
         read_record(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", '{"schema": 1}', "edited", "incomplete"])
+def test_a_record_that_cannot_be_read_says_which_folder_to_remove(content, tmp_path):
+    """Building again alone ends at the same record, with --fresh too."""
+    out = tmp_path / "a"
+    out.mkdir()
+    if content == "incomplete":
+        write_record(out, {key: value for key, value in record_of("gptq").items() if key != "source"})
+    else:
+        edited = keep(out, record_of("gptq")) | {"fingerprint": "0" * 64}
+        (out / "quantkit.json").write_text(json.dumps(edited) if content == "edited" else content, encoding="utf-8")
+    for fresh in (False, True):
+        with pytest.raises((RefusedError, RunFailedError)) as caught:
+            finished_record(out, {}, fresh=fresh)
+        assert f"remove the folder {out} and build the artifact again" in caught.value.fix
+    shutil.rmtree(out)
+    assert finished_record(out, {}, fresh=False) is None
+
+
+@pytest.mark.parametrize("name", ["notes.md", "deep/.hidden", ".git"])
+def test_fresh_replaces_what_was_changed_and_never_what_is_not_in_the_record(name, tmp_path):
+    outputs = [{"name": file, "size_bytes": 1, "sha256": HASH} for file in ("config.json", "model.safetensors")]
+    record = keep(tmp_path, record_of("gptq", outputs=outputs))
+    (tmp_path / "config.json").write_text("changed")
+    (tmp_path / "README.md").write_text("changed")
+    (tmp_path / ".gitattributes").touch()
+    assert finished_record(tmp_path, record["identity"], fresh=True) is None
+    with pytest.raises(RunFailedError, match=r"config\.json: changed\n  model\.safetensors: missing\n") as caught:
+        finished_record(tmp_path, record["identity"], fresh=False)
+    assert caught.value.fix == "build it again with --fresh, or restore the files"
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(RefusedError) as refused:
+        finished_record(tmp_path, record["identity"], fresh=True)
+    assert str(refused.value) == (
+        f"--fresh would delete what is not in the record:\n  {name}\n"
+        f"  at:  {tmp_path}\n"
+        "  fix: move it elsewhere, or choose another folder with --out"
+    )
+
+
+def test_a_file_that_is_not_in_the_record_is_to_be_moved_away(tmp_path):
+    """--fresh would refuse it."""
+    record = keep(tmp_path, record_of("gptq", outputs=[]))
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(RunFailedError) as caught:
+        finished_record(tmp_path, record["identity"], fresh=False)
+    assert caught.value.fix == "move what is not in the record elsewhere"
 
 
 def test_an_edited_card_is_named(tmp_path):
