@@ -316,7 +316,7 @@ def upload(
         RefusedError: the token may not write there.
         UnavailableError: the Hub cannot be reached, after several tries.
     """
-    from huggingface_hub import CommitOperationDelete, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api = HfApi()
@@ -325,7 +325,7 @@ def upload(
         if revision != "main":
             _insist(lambda: api.create_branch(repo, branch=revision, exist_ok=True), repo)
         parent = _insist(lambda: api.model_info(repo, revision=revision).sha, repo)
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(_sent(api, repo, revision, name, path, sha256, say) for name, (path, sha256) in files.items()),
             *(CommitOperationDelete(name) for name in removed),
         ]
