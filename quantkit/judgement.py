@@ -20,7 +20,7 @@ from quantkit.lock import alone
 from quantkit.machine import deciding_versions, device_model, settle
 from quantkit.nano import NAME as NANO
 from quantkit.progress import Progress
-from quantkit.recipe import WHOLE, Recipe, ValidationSection, fingerprint, public_name
+from quantkit.recipe import WHOLE, Recipe, ValidationSection, checked, fingerprint, public_name
 from quantkit.report.card import keep
 from quantkit.report.record import CARD, read_record, recorded_recipe, require_unchanged, require_weights_here
 from quantkit.report.verdict import gates_of, judged_on_own_texts, told
@@ -359,5 +359,5 @@ def _recorded_source(record: dict[str, Any] | None, folder: Path) -> str:
 def _recipe_of(record: dict[str, Any] | None, name: str, model: str) -> Recipe:
     """The recipe an artifact is judged by: its own, or the defaults for somebody else's."""
     if record is None:
-        return Recipe.of({"format": name, "model": {"id": model}})
+        return checked({"format": name, "model": {"id": model}}, where="--model")
     return recorded_recipe(record)

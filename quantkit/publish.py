@@ -22,6 +22,7 @@ from quantkit.files import sha256_of, write_text
 from quantkit.formats import READERS
 from quantkit.hub import Branch, collect, read_branch, read_text, upload
 from quantkit.lock import alone
+from quantkit.recipe import REPO
 from quantkit.report.card import PICTURES, keep
 from quantkit.report.page import DATA
 from quantkit.report.record import CARD, read_record, require_unchanged, require_weights_here
@@ -30,7 +31,6 @@ from quantkit.signature import SIGNATURE, SIGNATURES, problem, public_part, sign
 from quantkit.units import size_text
 from quantkit.workdir import RECORD
 
-REPO = re.compile(r"[\w.-]+/[\w.-]+")
 MAIN = "main"
 
 
@@ -100,7 +100,7 @@ def publish(
     require_weights_here(folder, record)
     release = record["recipe"]["release"]
     repo = repo or release["repo"]
-    if repo is None or not REPO.fullmatch(repo):
+    if repo is None or not re.fullmatch(REPO, repo):
         raise RefusedError(f"no repository to publish to: {repo}", where=str(folder), fix="give --repo ORG/NAME")
     passed, left_out = passing_variants(record, folder)
     _require_pinned(record, folder)

@@ -55,8 +55,10 @@ RefineSweeps = Annotated[
         description="Times that GPTQ's scales and codes are chosen again, each knowing all others; 0 is GPTQ alone.",
     ),
 ]
+# every name ends in an empty one
+Ending = Annotated[str, Field(min_length=1)]
 Skip = Annotated[
-    tuple[str, ...],
+    tuple[Ending, ...],
     Field(
         strict=False,
         description='Name endings of linears to leave in 16 bits, such as "mlp.down_proj".',
@@ -146,7 +148,7 @@ class MlxSection(Section):
     dtype: Literal["float16", "bfloat16"] = Field(
         default="float16", description="Of scales, biases and what stays dense; float16 keeps scales finer."
     )
-    skip: tuple[str, ...] = Field(
+    skip: tuple[Ending, ...] = Field(
         default=(), strict=False, description='Name endings of matrices to leave in 16 bits, such as "lm_head".'
     )
 

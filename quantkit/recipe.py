@@ -8,6 +8,7 @@ values taken from it.
 import difflib
 import hashlib
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -24,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+from tomlkit.exceptions import TOMLKitError
 
 from quantkit.engines.env import Engine, find_engine, list_engines
 from quantkit.errors import RefusedError
@@ -38,7 +40,9 @@ ALL = "all"
 ENGINES = tuple(engine.name for engine in list_engines() if engine.builds)
 WIDTH_IN_NAME = re.compile(r"(?<!\d)(\d)[-_ ]?bit", re.IGNORECASE)
 COMMIT = r"^[0-9a-f]{40}$"
-
+REPO = r"^[\w.-]+/[\w.-]+$"
+LONGEST_PATH = 4096  # Linux takes no longer one
+BOM = "\ufeff"  # what some editors begin a file with; TOML has none
 
 WHOLE: Final = "all"
 
@@ -58,7 +62,11 @@ Windows = Annotated[
 class ModelSection(Section):
     """The source checkpoint."""
 
-    id: str = Field(description="Hub id (`org/name`), a folder, or `bielik-nano`, which is made when it is absent.")
+    id: str = Field(
+        min_length=1,
+        max_length=LONGEST_PATH,
+        description="Hub id (`org/name`), a folder, or `bielik-nano`, which is made when it is absent.",
+    )
     revision: str | None = Field(
         default=None,
         pattern=COMMIT,
@@ -111,6 +119,7 @@ class ValidationSection(Section):
 
     texts: dict[str, Windows] = Field(
         default={"polish-core": WHOLE},
+        min_length=1,
         description='Text sets, named as for calibration, each `"all"` of it, document by document, or a sample of so '
         'many windows, drawn by `seed`. A list of names means `"all"` of each.',
     )
@@ -128,7 +137,12 @@ class ValidationSection(Section):
         default={}, description="Limits by variant name; they replace those of `gates` key by key."
     )
 
-    @field_validator("texts", mode="before", json_schema_input_type=dict[str, Windows] | list[str])
+    @field_validator(
+        "texts",
+        mode="before",
+        json_schema_input_type=Annotated[dict[str, Windows], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1)],
+    )
     @classmethod
     def _named(cls, value: Any) -> Any:
         """A list of names means all of each."""
@@ -146,6 +160,7 @@ class ComputeSection(Section):
     threads: int = Field(
         default=2,
         ge=1,
+        le=1024,
         description="CPU threads. Another number gives other rounding, so it is part of the recipe.",
     )
     windows_per_batch: int = Field(default=8, ge=1, description="Windows that go through a layer together.")
@@ -154,7 +169,7 @@ class ComputeSection(Section):
 class ReleaseSection(Section):
     """Where the artifact is meant to go and what its card says."""
 
-    repo: str | None = Field(default=None, description="Hub repository, `org/name`.")
+    repo: str | None = Field(default=None, pattern=REPO, description="Hub repository, `org/name`.")
     collection: str | None = Field(
         default=None, description="Title of a collection of the repository's owner that it belongs to; made if absent."
     )
@@ -239,7 +254,8 @@ def schema() -> dict[str, Any]:
 
 def public_name(name: str) -> str:
     """A name as it may be published: the last part of a local path, anything else as it is."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    # unlike Path's, os's test has an answer for what can be no path, such as a name that is too long
+    return Path(name).resolve().name if os.path.exists(name) else name
 
 
 def fingerprint(content: Any) -> str:
@@ -256,12 +272,12 @@ def find_recipe(name: str) -> Path:
     """
     path = Path(name)
     if path.suffix == ".toml":
-        if path.is_file():
+        if os.path.isfile(path):
             return path
         raise RefusedError(f"no such recipe file: {name}", fix="`quantkit recipes list` shows what is shipped")
     full = name if "/" in name else f"{DEFAULT_MODEL}/{name}"
     found = shipped("recipes") / f"{full}.toml"
-    if found.is_file() and found.stem != "base":
+    if os.path.isfile(found) and found.stem != "base":
         return found
     known = list_recipes()
     close = difflib.get_close_matches(name, known + [short.split("/")[1] for short in known], n=3, cutoff=0.5)
@@ -305,41 +321,81 @@ def load_recipe(path: Path, changes: tuple[str, ...] = (), *, model: str | None 
     Raises:
         RefusedError: every problem of the recipe, one per line.
     """
-    content = _read(path, seen=())
+    content = _read(path)
     for change in changes:
         _apply(content, change)
     if model is not None:
         content["model"] = {"id": model}
+    return checked(content, where=str(path))
+
+
+def checked(content: dict[str, Any], *, where: str) -> Recipe:
+    """A checked recipe.
+
+    Args:
+        content: its tables.
+        where: they are from.
+
+    Raises:
+        RefusedError: every problem of the recipe, one per line.
+    """
     try:
         return Recipe.of(content)
     except ValidationError as error:
         problems = [_problem(detail, RECIPES.get(str(content.get("format")), Recipe)) for detail in error.errors()]
         raise RefusedError(
             f"{len(problems)} problem(s) in the recipe:\n  " + "\n  ".join(problems),
-            where=str(path),
+            where=where,
             fix="docs/recipe.md lists every key; `quantkit recipes schema` prints the schema",
         ) from None
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise RefusedError("`extends` goes in a circle", where=str(path), fix="let one of the files stand alone")
+def _read(path: Path, extended: str | None = None, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a recipe file, those that it extends among them.
+
+    Args:
+        path: the file.
+        extended: how the last one of `seen` names it; None for the file that the command line names.
+        seen: the files that extend it.
+    """
+    text = _text_of(path, extended, seen)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RefusedError(
-            f"the recipe extends {path.name}, which is not there",
-            where=str(path.parent),
-            fix="mend `extends`",
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(text)
+    # a number of thousands of digits is a ValueError, too
+    except (ValueError, RecursionError) as error:
         raise RefusedError(f"the recipe is not TOML: {error}", where=str(path), fix="mend the line it names") from None
     parent = content.pop("extends", None)
     if parent is None:
         return content
     if not isinstance(parent, str):
         raise RefusedError("`extends` must be a file name", where=str(path), fix='write extends = "base.toml"')
-    return _merged(_read(path.parent / parent, (*seen, path.resolve())), content)
+    return _merged(_read(path.parent / parent, parent, (*seen, path.resolve())), content)
+
+
+def _text_of(path: Path, extended: str | None, seen: tuple[Path, ...]) -> str:
+    """What a recipe file says; for the arguments see `_read`."""
+    try:
+        if path.resolve() in seen:
+            raise RefusedError("`extends` goes in a circle", where=str(path), fix="let one of the files stand alone")
+        return path.read_text(encoding="utf-8").removeprefix(BOM)
+    except UnicodeDecodeError as error:
+        raise RefusedError(f"the recipe is not TOML: {error}", where=str(path), fix="save it as UTF-8") from None
+    # what can be no path is a ValueError, links in a circle are a RuntimeError
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        absent = isinstance(error, FileNotFoundError)
+        if extended is not None:
+            raise RefusedError(
+                f"the recipe extends {extended!r}, which "
+                + ("is not there" if absent else f"cannot be read: {reason}"),
+                where=str(seen[-1]),
+                fix='name a recipe file beside it: extends = "base.toml"',
+            ) from None
+        raise RefusedError(
+            f"no such recipe file: {path}" if absent else f"the recipe file cannot be read: {reason}",
+            where="" if absent else str(path),
+            fix="give the path of a recipe's .toml file",
+        ) from None
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -413,18 +469,27 @@ def model_named_in(path: Path) -> str:
     """The model.id of a recipe file, or of a file that recipes extend.
 
     Raises:
-        RefusedError: it names none.
+        RefusedError: it names none, or one that is not on the Hub.
     """
-    model = _read(path, seen=()).get("model")
+    model = _read(path).get("model")
     named = model.get("id") if isinstance(model, dict) else None
     if not isinstance(named, str):
         raise RefusedError("the file names no model", where=f"{path}: model.id", fix="pin the file that has [model] id")
+    if not is_on_hub(named):
+        raise RefusedError(
+            f"{named!r} is not on the Hub, so it has no revision", where=f"{path}: model.id", fix="pin Hub models alone"
+        )
     return named
+
+
+def is_path(model_id: str) -> bool:
+    """Whether a model.id can only mean a folder, there or not: absolute, from . or .., or with a separator behind."""
+    return model_id.startswith(("/", "./", "../")) or model_id.endswith("/")
 
 
 def is_on_hub(model_id: str) -> bool:
     """Whether a model.id means a repository on the Hub: neither the demonstration model nor a folder."""
-    return model_id != DEMONSTRATION and not Path(model_id).exists()
+    return model_id != DEMONSTRATION and not is_path(model_id) and not os.path.exists(model_id)
 
 
 def require_pinned(recipe: Recipe) -> None:
@@ -442,10 +507,22 @@ def require_pinned(recipe: Recipe) -> None:
 
 
 def pin_recipe(path: Path, revision: str) -> None:
-    """Set model.revision in a recipe file, leaving everything else of it as it stands."""
-    document = tomlkit.parse(path.read_text(encoding="utf-8"))
+    """Set model.revision in a recipe file, leaving everything else of it as it stands.
+
+    Raises:
+        RefusedError: it is not one that can be edited.
+    """
+    text = path.read_text(encoding="utf-8")
+    begin = BOM if text.startswith(BOM) else ""
+    try:
+        document = tomlkit.parse(text.removeprefix(BOM))
+    # it goes less deep than what reads recipes
+    except (TOMLKitError, RecursionError) as error:
+        raise RefusedError(
+            f"the recipe cannot be edited: {error}", where=str(path), fix="write model.revision into it by hand"
+        ) from None
     document.setdefault("model", tomlkit.table())["revision"] = revision
-    write_text(path, tomlkit.dumps(document))
+    write_text(path, begin + tomlkit.dumps(document))
 
 
 def _given(table: dict[str, Any]) -> dict[str, Any]:

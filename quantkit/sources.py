@@ -1,5 +1,6 @@
 """The model a recipe names, as an opened checkpoint with the hashes of its files."""
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from quantkit.hub import fetch_checkpoint, fetch_header
 from quantkit.nano import NAME as NANO
 from quantkit.nano import ensure_nano
 from quantkit.progress import Progress
-from quantkit.recipe import public_name
+from quantkit.recipe import is_path, public_name
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -111,11 +112,21 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _folder_of(model_id: str, revision: str | None, progress: Progress, *, weights: bool) -> tuple[Path, str | None]:
-    """Where the files of a recipe's model are, and the commit they are of if they are from the Hub."""
+    """Where the files of a recipe's model are, and the commit they are of if they are from the Hub.
+
+    Raises:
+        RefusedError: a path at which there is nothing; see `fetch_checkpoint` for the others.
+    """
     if model_id == NANO:
         return ensure_nano(progress.steps), None
-    if Path(model_id).exists():
+    if os.path.exists(model_id):
         return Path(model_id), None
+    if is_path(model_id):
+        raise RefusedError(
+            f"no such folder: {model_id}",
+            where="model.id",
+            fix="give a folder with config.json and *.safetensors, a Hub id (org/name), or bielik-nano",
+        )
     progress.stage(f"fetching {model_id}" + ("" if weights else ", all but its weights"))
     return fetch_checkpoint(model_id, revision, weights=weights)
 

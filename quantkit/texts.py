@@ -7,9 +7,10 @@ one is known.
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ SHIPPED: dict[str, dict[str, str]] = {
 }
 MOST_DOCUMENTS = 20_000  # taken from a fetched set; more than any recipe uses
 COMMIT = re.compile("[0-9a-f]{40}")  # behind the @ of a name
+BOM = "\ufeff"  # what some editors begin a file with; no part of its text
 
 
 def _either(*files: str) -> dict[str, tuple[str, ...]]:
@@ -128,8 +130,8 @@ def require_known(name: str, split: Split) -> None:
         if split not in SHIPPED[name]:
             raise RefusedError(f"the text set {name} has no {split} half", where=where, fix="use polish-core")
         return
-    path = Path(name)
-    if path.name.removesuffix(".gz").endswith((".jsonl", ".txt")) and path.is_file():
+    # unlike Path's, os's test has an answer for what can be no path, such as a name that is too long
+    if Path(name).name.removesuffix(".gz").endswith((".jsonl", ".txt")) and os.path.isfile(name):
         return
     known = ", ".join([*SHIPPED, *HUB_TEXTS])
     raise RefusedError(
@@ -176,11 +178,12 @@ def read_documents(path: Path) -> Iterator[Document]:
         documents = list(_from_parquet(path))
     else:
         try:
-            content = _unpacked(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+            text = _unpacked(path).decode("utf-8").removeprefix(BOM)
         except UnicodeDecodeError as error:
             raise RefusedError(
                 f"not valid UTF-8 at byte {error.start}", where=str(path), fix="save the file as UTF-8"
             ) from None
+        content = text.replace("\r\n", "\n").replace("\r", "\n")
         # not splitlines: JSON strings and prose may hold other characters that it breaks lines at
         lines = content.split("\n")
         if name.endswith(".jsonl"):
@@ -223,7 +226,8 @@ def _from_json_lines(lines: list[str], path: str) -> list[Document]:
 def _entry(line: str, where: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError:
+    # no JSON, a number of thousands of digits, or nested more deeply than Python reads
+    except (ValueError, RecursionError):
         entry = None
     if not isinstance(entry, dict):
         raise _no_document(where)
@@ -238,18 +242,42 @@ def _source_text(entry: dict[str, Any]) -> str | None:
 
 def _document(entry: dict[str, Any], where: str) -> Document:
     register = str(entry.get("register", ""))
+    if "messages" in entry:
+        turns = _turns(entry["messages"], where)
+        _require_unicode((part for turn in turns for part in turn), where)
+        return Document(messages=turns, register=register)
+    if "tokens" in entry:
+        return Document(_sentence(entry, where).text, register=register)
+    text = entry.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise _no_document(where)
+    _require_unicode([text], where)
+    return Document(text, register=register)
+
+
+def _turns(messages: Any, where: str) -> tuple[tuple[str, str], ...]:
+    """(role, content) of each message of a chat."""
     try:
-        if "messages" in entry:
-            turns = tuple((str(turn["role"]), str(turn["content"])) for turn in entry["messages"])
-            if turns:
-                return Document(messages=turns, register=register)
-        elif "tokens" in entry:
-            return Document(_sentence(entry, where).text, register=register)
-        elif isinstance(entry.get("text"), str) and entry["text"].strip():
-            return Document(entry["text"], register=register)
+        turns = tuple((turn["role"], turn["content"]) for turn in messages)
     except (KeyError, TypeError):
-        pass
-    raise _no_document(where)
+        turns = ()
+    if not turns or not all(isinstance(part, str) for turn in turns for part in turn):
+        raise _no_document(where)
+    return turns
+
+
+def _require_unicode(texts: Iterable[str], where: str) -> None:
+    """Stop at half of a surrogate pair: JSON can escape one, but no tokenizer takes it."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise RefusedError(
+            f"not valid Unicode text: \\u{half:04x} is half of a surrogate pair",
+            where=where,
+            fix="write the whole character, or leave it out",
+        ) from None
 
 
 def _no_document(where: str) -> RefusedError:
@@ -281,6 +309,7 @@ def _sentence(entry: dict[str, Any], where: str) -> _Sentence:
             where=where,
             fix='it must have "tokens": [...] and "nps": [...] of the same length, true where no space precedes',
         )
+    _require_unicode(tokens, where)
     text = "".join(token if near else f" {token}" for token, near in zip(tokens, glued, strict=True))
     return _Sentence(text.strip(), entry.get("nkjp_par"), bool(glued[0]))
 

@@ -160,11 +160,29 @@ CASES = {
         configured(rms_norm_eps="small"),
     ),
     "a config of no model, where nothing would run it": Case(
-        "config.json does not describe a MistralForCausalLM: 'sillu'",
+        "config.json does not describe a MistralForCausalLM: Padding_idx must be within num_embeddings",
         "config.json",
         "take config.json from the model's own repository",
-        configured(hidden_act="sillu"),
+        configured(pad_token_id=999),
         changes=("format=mlx", 'quantize={{solver="least-squares",group_size=32}}'),
+    ),
+    "an activation that only transformers would compute": Case(
+        "config.json says hidden_act = 'gelu'; a MistralForCausalLM has silu in every engine",
+        "{m}/config.json",
+        "take config.json from the model's own repository; a model of another activation cannot be quantized",
+        configured(hidden_act="gelu"),
+    ),
+    "a file in place of the model's folder": Case(
+        "not a folder: {m}/tokenizer.json",
+        "{m}/tokenizer.json/config.json",
+        "give the folder that the file is in",
+        changes=("model.id={m}/tokenizer.json",),
+    ),
+    "a model's folder that is not there": Case(
+        "no such folder: {t}/nope",
+        "model.id",
+        "give a folder with config.json and *.safetensors, a Hub id (org/name), or bielik-nano",
+        changes=("model.id={t}/nope",),
     ),
     "no tokenizer": Case(
         "the tokenizer is missing",

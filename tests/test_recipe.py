@@ -12,6 +12,7 @@ from quantkit.recipe import (
     as_toml,
     copy_recipe,
     find_recipe,
+    is_on_hub,
     list_recipes,
     load_recipe,
     model_named_in,
@@ -103,6 +104,27 @@ def test_extends_continues_tables_and_replaces_text_sets(tmp_path):
     assert (recipe.calibration.seed, recipe.calibration.texts, recipe.quantize.bits) == (7, {"own.txt": 2}, 3)
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("nope.toml", "the recipe extends 'nope.toml', which is not there"),
+        ("", "the recipe extends '', which cannot be read: Is a directory"),
+        (".", "the recipe extends '.', which cannot be read: Is a directory"),
+        ("folder", "the recipe extends 'folder', which cannot be read: Is a directory"),
+        ("r.toml/x", "the recipe extends 'r.toml/x', which cannot be read: Not a directory"),
+        (r"a\u0000b", r"the recipe extends 'a\x00b', which cannot be read: embedded null byte"),
+        ("a" * 300, f"the recipe extends '{'a' * 300}', which cannot be read: File name too long"),
+    ],
+)
+def test_extends_what_is_no_recipe(tmp_path, said, expected):
+    (tmp_path / "folder").mkdir()
+    path = write(tmp_path, f'extends = "{said}"\n')
+    with pytest.raises(RefusedError) as caught:
+        load_recipe(path)
+    assert (caught.value.what, caught.value.where) == (expected, str(path))
+    assert caught.value.fix
+
+
 def test_extends_in_a_circle(tmp_path):
     write(tmp_path, 'extends = "b.toml"\n', "a.toml")
     write(tmp_path, 'extends = "a.toml"\n', "b.toml")
@@ -142,8 +164,78 @@ def test_not_toml_and_empty_and_not_there(tmp_path):
         load_recipe(write(tmp_path, "format = \n"))
     with pytest.raises(RefusedError, match="format: required"):
         load_recipe(write(tmp_path, ""))
-    with pytest.raises(RefusedError, match="no such recipe file"):
-        find_recipe(str(tmp_path / "none.toml"))
+    for nested in ("[" * 5000, "9" * 5000):
+        with pytest.raises(RefusedError, match="the recipe is not TOML"):
+            load_recipe(write(tmp_path, f"format = {nested}"))
+    for absent in ("none.toml", "a" * 300 + ".toml"):
+        with pytest.raises(RefusedError, match="no such recipe file"):
+            find_recipe(str(tmp_path / absent))
+    with pytest.raises(RefusedError, match="no recipe named"):
+        find_recipe("a" * 300)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert load_recipe(path).format == "gptq"
+    pin_recipe(path, "a" * 40)
+    assert load_recipe(path).model.revision == "a" * 40
+    assert path.read_bytes().startswith(b"\xef\xbb\xbfformat")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (("model.id=''",), "model.id: String should have at least 1 character, got ''"),
+        (
+            (f"model.id='{'a/' * 2049}'",),
+            f"model.id: String should have at most 4096 characters, got '{'a/' * 2049}'",
+        ),
+        *(
+            (
+                (f"release.repo='{repo}'",),
+                rf"release.repo: String should match pattern '^[\w.-]+/[\w.-]+$', got {repo!r}",
+            )
+            for repo in ("", "foo", "a/b/c", "a b/c", "/a")
+        ),
+        (("compute.threads=1025",), "compute.threads: Input should be less than or equal to 1024, got 1025"),
+        (("quantize.skip=['']",), "quantize.skip.0: String should have at least 1 character, got ''"),
+        (
+            ("format=mlx", "quantize={skip=['lm_head','']}"),
+            "quantize.skip.1: String should have at least 1 character, got ''",
+        ),
+        *(
+            (
+                (f"validation.texts={empty}",),
+                "validation.texts: Dictionary should have at least 1 item after validation, not 0, got {}",
+            )
+            for empty in ("[]", "{}")
+        ),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(tmp_path, changes, expected):
+    with pytest.raises(RefusedError) as caught:
+        load_recipe(write(tmp_path, GOOD), changes)
+    assert caught.value.what == f"1 problem(s) in the recipe:\n  {expected}"
+
+
+def test_values_at_their_limits(tmp_path):
+    changes = ("compute.threads=1024", "release.repo=an-org/Żuraw_1.0-x", "quantize.skip=[]")
+    assert load_recipe(write(tmp_path, GOOD), changes).compute.threads == 1024
+
+
+def test_a_model_id_that_is_too_long_for_a_file_is_none(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD), model="a" * 300)
+    assert recipe.resolved()["model"]["id"] == "a" * 300
+    assert is_on_hub(recipe.model.id)
+
+
+@pytest.mark.parametrize("name", ["/nope", "./nope", "../nope", "an-org/nope/"])
+def test_a_path_is_not_on_the_hub(tmp_path, name):
+    recipe = load_recipe(write(tmp_path, GOOD), model=name)
+    require_pinned(recipe)
+    with pytest.raises(RefusedError, match="is not on the Hub"):
+        model_named_in(write(tmp_path, f'[model]\nid = "{name}"\n'))
 
 
 def test_a_misspelt_name_gets_a_suggestion():
@@ -173,6 +265,19 @@ def test_pin_writes_the_revision_and_keeps_comments(tmp_path):
     pin_recipe(path, "a" * 40)
     assert path.read_text().startswith("# why\n")
     assert load_recipe(path).model.revision == "a" * 40
+
+
+def test_pin_refuses_what_is_no_recipe_file(tmp_path):
+    nope = tmp_path / "nope.toml"
+    with pytest.raises(RefusedError) as caught:
+        model_named_in(nope)
+    assert caught.value.what == f"no such recipe file: {nope}"
+    with pytest.raises(RefusedError) as caught:
+        model_named_in(tmp_path)
+    assert str(caught.value).startswith(f"the recipe file cannot be read: Is a directory\n  at:  {tmp_path}\n")
+    deep = write(tmp_path, GOOD + f"x = {'[' * 200}{']' * 200}\n")
+    with pytest.raises(RefusedError, match="the recipe cannot be edited"):
+        pin_recipe(deep, "a" * 40)
 
 
 def test_one_pin_of_the_base_serves_every_recipe_of_a_model(tmp_path):

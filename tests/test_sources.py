@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from quantkit import files
+from quantkit.errors import RefusedError
 from quantkit.pipeline import plan
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
+from quantkit.sources import open_source
 from tests.commands import quantkit
 from tests.hub_server import HubServer, Repo
 from tests.tiny import make_tiny
@@ -75,6 +77,17 @@ def test_a_hub_model_that_is_refused_at_plan(hub, tiny_mistral, own_recipe, tmp_
     assert done.returncode == 4, done.stderr
     assert f"error: cannot fetch {NAME} at revision" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./no-such-model", "../no-such-model", "an-org/tiny/"])
+def test_a_path_at_which_there_is_nothing_is_not_looked_for_on_the_hub(hub, name, own_recipe, tmp_path):
+    # what `validate` opens a model with
+    with pytest.raises(RefusedError) as caught:
+        open_source(name, None, Progress())
+    assert (caught.value.what, caught.value.where) == (f"no such folder: {name}", "model.id")
+    done = quantkit("plan", str(own_recipe), "--model", name, "--out", str(tmp_path / "a"), **hub.variables())
+    assert (done.returncode, done.stderr) == (2, f"error: {caught.value}\n")
+    assert not hub.requests
 
 
 def test_a_plan_hashes_nothing(tiny_mistral, tmp_path, monkeypatch):

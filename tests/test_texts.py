@@ -1,6 +1,7 @@
 """The shipped text keeps its promises, and text of one's own gets clear errors."""
 
 import gzip
+import hashlib
 import json
 import re
 from collections import Counter
@@ -116,6 +117,17 @@ def test_files_may_be_packed(tmp_path):
     assert [document.text for document in read_documents(plain)] == ["Jeden\ndokument."]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", '{"text": "Jeż \\ud83e\\udd94"}'), ("a.txt", "Jeż 🦔"), ("a.corpus.txt", "Jeż 🦔")],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, name, content):
+    path = write(tmp_path / name, b"\xef\xbb\xbf" + content.encode())
+    found = load_text_set(str(path), "calibration")
+    assert [document.text for document in found.documents] == ["Jeż 🦔"]
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest(), "the hash is of the file"
+
+
 def test_tokenized_sentences_without_a_text_to_belong_to_stand_alone(tmp_path):
     lines = [{"tokens": ["Jeż", "śpi", "."], "nps": [False, False, True]}] * 2
     path = write(tmp_path / "own.jsonl", "\n".join(json.dumps(line) for line in lines))
@@ -134,7 +146,26 @@ def test_tokenized_sentences_without_a_text_to_belong_to_stand_alone(tmp_path):
         ("a.jsonl", "[1]", "the line is not a document"),
         ("a.jsonl", '{"messages": []}', "the line is not a document"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', "the line is not a document"),
+        ("a.jsonl", '{"messages": {"role": "user", "content": "x"}}', "the line is not a document"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": {"text": "x"}}]}', "the line is not a document"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}', "the line is not a document"),
+        ("a.jsonl", '{"messages": [{"role": 1, "content": "x"}]}', "the line is not a document"),
         ("a.jsonl", "{", "the line is not a document"),
+        ("a.jsonl", "[" * 200_000, "the line is not a document"),
+        ("a.jsonl", f'{{"text": "x", "n": {"9" * 5000}}}', "the line is not a document"),
+        ("a.jsonl", r'{"text": "a\ud800b"}', r"not valid Unicode text: \ud800 is half of a surrogate pair"),
+        (
+            "a.jsonl",
+            r'{"messages": [{"role": "user", "content": "\udc00"}]}',
+            r"not valid Unicode text: \udc00 is half of a surrogate pair",
+        ),
+        (
+            "a.jsonl",
+            r'{"tokens": ["a", "\ud83d"], "nps": [true, true], "nkjp_text": "1"}',
+            r"not valid Unicode text: \ud83d is half of a surrogate pair",
+        ),
+        ("a.txt", b"\xef\xbb\xbf", "there is no text in it"),
+        ("a.txt", b"\xef\xbb\xbfab\xc3\x28", "not valid UTF-8 at byte 5"),
         ("a.jsonl", '{"tokens": ["a", "b"], "nps": [true]}', "the line is not a tokenized sentence"),
         ("a.jsonl", '{"tokens": []}', "the line is not a tokenized sentence"),
         (
@@ -155,8 +186,11 @@ def test_files_that_are_not_text(tmp_path, name, content, message):
     assert caught.value.fix
 
 
-def test_the_line_is_named(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"text": "ok"}\n{"txt": "x"}')
+@pytest.mark.parametrize(
+    "line", ['{"txt": "x"}', "[" * 200_000, r'{"text": "\ud800"}', '{"messages": [{"role": "user", "content": []}]}']
+)
+def test_the_line_is_named(tmp_path, line):
+    path = write(tmp_path / "a.jsonl", f'{{"text": "ok"}}\n{line}')
     with pytest.raises(RefusedError) as caught:
         load_text_set(str(path), "calibration")
     assert caught.value.where == f"{path}:2"
@@ -171,11 +205,12 @@ def test_polish_plus_is_for_calibration_alone():
         load_text_set("polish-plus", "validation")
 
 
-def test_unknown_set():
+@pytest.mark.parametrize("name", ["polish-cor", "", "a\0.txt", "a" * 300 + ".txt"])
+def test_unknown_set(name):
     with pytest.raises(RefusedError) as caught:
-        load_text_set("polish-cor", "calibration")
+        load_text_set(name, "calibration")
     assert str(caught.value) == (
-        "no text set 'polish-cor'\n"
+        f"no text set {name!r}\n"
         "  at:  calibration.texts\n"
         "  fix: use one of polish-core, polish-plus, nkjp1m, wikipedia-pl, poleval2018, or the path of a .jsonl or "
         ".txt file that exists"

@@ -13,6 +13,8 @@ EMBEDDING = "embedding"
 HEAD = "head"
 END_MODULES = {EMBEDDING: "model.embed_tokens", HEAD: "lm_head"}
 """The one matrix of each item that is no decoder layer; a tied model has no `lm_head`."""
+MOST_LAYERS = 4096
+"""Decoder layers that a config.json may claim; each is named before work begins."""
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 IGNORED = ("rotary_emb.inv_freq",)
 """How names of tensors end that old checkpoints hold and no model needs: they follow from config.json."""
@@ -150,9 +152,15 @@ def weight_sides(config: dict, family: Family, *, where: str) -> dict[str, tuple
     """Every tensor that a model of this config.json needs, by checkpoint name, with its sides; see `side_lengths`.
 
     Raises:
-        RefusedError: the config does not say how many layers there are.
+        RefusedError: the config does not say how many layers there are, or more than any model has.
     """
     layers = length_of(config, "num_hidden_layers", where=where)
+    if layers > MOST_LAYERS:
+        raise RefusedError(
+            f"config.json says num_hidden_layers = {layers}, more than {MOST_LAYERS}",
+            where=where,
+            fix="take config.json from the model's own repository",
+        )
     biased = {*family.biased, *(linear for key, linears in family.biased_if if config.get(key) for linear in linears)}
     in_layer = {f"{module}.weight": SIDES[module] for module in (*family.norms, *family.linears)}
     in_layer |= {f"{linear}.bias": SIDES[linear][:1] for linear in family.linears if linear in biased}

@@ -41,6 +41,7 @@ DTYPES = {
     "U32": torch.uint32,
 }
 DENSE_DTYPES = ("F32", "F16", "BF16")  # of a source's weights
+SILU = ("silu", "swish")  # transformers' names for it
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def read_json(path: Path) -> dict:
     """A JSON object from a checkpoint's file.
 
     Raises:
-        RefusedError: the file is missing, not JSON, or not an object.
+        RefusedError: the file is missing, cannot be read, is not JSON, or not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -172,7 +173,18 @@ def read_json(path: Path) -> dict:
         raise RefusedError(
             f"{path.name} is missing", where=str(path.parent), fix="point to a complete checkpoint folder"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except NotADirectoryError:
+        raise RefusedError(
+            f"not a folder: {path.parent}", where=str(path), fix="give the folder that the file is in"
+        ) from None
+    except OSError as error:
+        raise RefusedError(
+            f"{path.name} cannot be read: {error.strerror}",
+            where=str(path),
+            fix="point to a complete checkpoint folder",
+        ) from None
+    # a number of thousands of digits is a ValueError, too
+    except (ValueError, RecursionError) as error:
         raise RefusedError(f"{path.name} is not JSON: {error}", where=str(path), fix="download it again") from None
     if not isinstance(content, dict):
         raise RefusedError(f"{path.name} is not a JSON object", where=str(path), fix="download it again")
@@ -351,6 +363,13 @@ def _description(folder: Path) -> tuple[dict, Family, dict[str, tuple[str, ...]]
         raise RefusedError("the source model is quantized already", where=where, fix="start from the bf16 checkpoint")
     family = family_of(config, where=where)
     length_of(config, "max_position_embeddings", where=where)
+    # transformers would compute another one, but llama.cpp, MLX and others do not look and take SiLU
+    if (activation := config.get("hidden_act", SILU[0])) not in SILU:
+        raise RefusedError(
+            f"config.json says hidden_act = {activation!r}; a {family.architecture} has {SILU[0]} in every engine",
+            where=where,
+            fix="take config.json from the model's own repository; a model of another activation cannot be quantized",
+        )
     return config, family, weight_sides(config, family, where=where), side_lengths(config, family, where=where)
 
 

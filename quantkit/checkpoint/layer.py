@@ -192,7 +192,8 @@ class Decoder:
                 model = transformers.AutoModelForCausalLM.from_config(
                     config, attn_implementation=attention, dtype=self.dtype
                 ).eval()
-        except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        # torch asserts that a padding token is in the vocabulary
+        except (TypeError, ValueError, KeyError, AssertionError, StrictDataclassError) as error:
             reason = " ".join(str(error).split())
             raise RefusedError(
                 f"config.json does not describe a {self.family.architecture}: {reason}",

@@ -120,8 +120,29 @@ def test_config_missing_or_broken(folder):
     assert refusal(folder).startswith("config.json is not JSON")
     (folder / "config.json").write_text("")
     assert refusal(folder).startswith("config.json is not JSON")
+    for content in ("[" * 200_000, f'{{"n": {"9" * 5000}}}'):
+        (folder / "config.json").write_text(content)
+        assert refusal(folder).startswith("config.json is not JSON")
     (folder / "config.json").unlink()
     assert refusal(folder) == "config.json is missing"
+    (folder / "config.json").mkdir()
+    assert refusal(folder) == "config.json cannot be read: Is a directory"
+
+
+def test_a_file_in_place_of_the_folder(folder):
+    assert refusal(folder / "tokenizer.json") == f"not a folder: {folder / 'tokenizer.json'}"
+
+
+@pytest.mark.parametrize("name", ["silu", "swish", None])
+def test_names_of_silu(folder, name):
+    edit(folder / "config.json", hidden_act=name)
+    assert open_checkpoint(folder).num_layers == 2
+
+
+@pytest.mark.parametrize("name", ["gelu", "relu", ["silu"]])
+def test_another_activation(folder, name):
+    edit(folder / "config.json", hidden_act=name)
+    assert refusal(folder) == (f"config.json says hidden_act = {name!r}; a MistralForCausalLM has silu in every engine")
 
 
 def test_a_layer_that_is_missing(folder):
@@ -141,10 +162,28 @@ def test_tokenizer_of_another_model(folder):
     assert caught.value.what == "the tokenizer has 384 tokens, the embedding 300 rows"
 
 
-def test_broken_tokenizer(folder):
-    (folder / "tokenizer.json").write_text("")
-    with pytest.raises(RefusedError, match="the tokenizer cannot be loaded"):
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", ""),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"added_tokens": []}'),
+        ("tokenizer.json", '{"added_tokens": [], "model": {"type": "BPE"}}'),
+        ("tokenizer.json", '{"version": "1.0", "truncation'),
+        ("tokenizer.json", "[" * 200_000),
+        ("tokenizer_config.json", "[]"),
+        ("config.json", '{"model_type": "mistral", "rope_parameters": {"rope_type": "yarn"}}'),
+        ("config.json", '{"model_type": "mistral", "sliding_window": "x"}'),
+        ("config.json", '{"model_type": "mistral", "eos_token_id": "x"}'),
+    ],
+)
+def test_broken_tokenizer(folder, file, content):
+    (folder / file).write_text(content)
+    with pytest.raises(RefusedError) as caught:
         load_tokenizer(folder, vocab_size=384)
+    assert caught.value.what.startswith("the tokenizer cannot be loaded: ")
+    assert len(caught.value.what.splitlines()) == 1
+    assert caught.value.fix == "take the tokenizer files and config.json from the model's own repository"
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,7 @@ def refusal(folder) -> str:
             {"num_key_value_heads": 4},
             "model.layers.0.self_attn.k_proj.weight has shape [32, 64]; config.json calls for [64, 64] (keys, hidden)",
         ),
+        ({"num_hidden_layers": 10**9}, "config.json says num_hidden_layers = 1000000000, more than 4096"),
         ({"attention_bias": True}, "model.layers.0.self_attn.q_proj.bias is missing (8 of 29 expected tensors are)"),
         *(
             ({key: bad}, f"config.json says {key} = {bad!r}, which is no size")

@@ -409,6 +409,7 @@ def test_llama_3_frequencies_are_those_of_transformers(sources, artifacts):
     [
         ("mistral", "num_key_value_heads", {"hidden_size": 256, "num_attention_heads": 16, "num_key_value_heads": 8}),
         ("qwen3", "head_dim", {"hidden_size": 256, "head_dim": 128}),
+        ("llama", "rms_norm_eps", {"rms_norm_eps": 1e-6}),
     ],
 )
 def test_what_config_json_leaves_out_has_the_familys_own_value(kind, key, shape, text, tmp_path):

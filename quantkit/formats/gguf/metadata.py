@@ -14,6 +14,7 @@ from quantkit.formats.gguf.names import Model
 from quantkit.formats.gguf.tokenizer import Vocabulary
 
 QUANTIZATION_VERSION = 2
+RMS_NORM_EPS = 1e-6  # of every family where config.json does not say, as transformers has it
 ROPE_FACTORS = "rope_freqs.weight"
 SAYABLE = {
     "default": (),
@@ -130,7 +131,7 @@ def architecture_keys(config: dict[str, Any], model: Model) -> dict[str, int | f
         "attention.head_count_kv": model.key_heads,
         "attention.key_length": model.head_dim,
         "attention.value_length": model.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "attention.layer_norm_rms_epsilon": float(config.get("rms_norm_eps", RMS_NORM_EPS)),
         "vocab_size": int(config["vocab_size"]),
         "rope.dimension_count": model.head_dim,
         **_rope_keys(rope_of(config)),
