@@ -296,7 +296,7 @@ def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):
         (["build", "nothing-like-it"], 2, "error: no recipe named 'nothing-like-it'"),
         (["build", "bielik-nano/gptq", "--device", "tpu"], 2, "error: unknown device 'tpu'"),
         (["build", "bielik-nano/gptq", "--sets", "x"], 2, "No such option"),
-        (["build", "bielik-nano/gptq", "--model", "/no/such/folder"], 2, "error: the Hub has no /no/such/folder"),
+        (["build", "bielik-nano/gptq", "--model", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
         (["build", "bielik-nano/gptq", "--no-validate", "--junit", "a.xml"], 2, "error: there are no gates to write"),
         (["report", str(ROOT / "docs")], 2, "error: the folder has no record"),
         (["validate", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
