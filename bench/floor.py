@@ -28,7 +28,7 @@ from quantkit.estimate import IN_FLOAT32
 from quantkit.machine import choose_device, environment, product_dtype
 from quantkit.methods import METHODS
 from quantkit.plan import make_plan
-from quantkit.recipe import find_recipe, load_recipe
+from quantkit.recipe_files import find_recipe, load_recipe
 from quantkit.report.record import read_record
 
 SHAPES = Path(__file__).parent / "shapes"

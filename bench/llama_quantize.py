@@ -16,7 +16,7 @@ import torch
 from quantkit.engines import runtime
 from quantkit.engines.env import find_engine
 from quantkit.pipeline import build
-from quantkit.recipe import load_recipe
+from quantkit.recipe_files import load_recipe
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from bench.speed import QUANTKIT
 from bench.ways import command_line
 from quantkit.machine import environment
 from quantkit.nano import NAME
-from quantkit.recipe import ALL, recipes_named
+from quantkit.recipe_files import ALL, recipes_named
 from quantkit.report.record import read_record
 
 MEASURES = ("wall_s", "cpu_s", "peak_gb")

@@ -20,7 +20,8 @@ from quantkit.cli.output import INTERRUPTED_CODE
 from quantkit.methods import METHODS
 from quantkit.plan import make_plan
 from quantkit.quantize import QUANTIZE
-from quantkit.recipe import Recipe, find_recipe, load_recipe
+from quantkit.recipe import Recipe
+from quantkit.recipe_files import find_recipe, load_recipe
 from quantkit.report.schema import record_schema
 
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ from quantkit.judgement import validate
 from quantkit.nano import NAME, ensure_nano
 from quantkit.pipeline import build_all, default_out
 from quantkit.progress import Progress
-from quantkit.recipe import ALL, find_recipe, load_recipe, recipes_named
+from quantkit.recipe_files import ALL, find_recipe, load_recipe, recipes_named
 from quantkit.report.record import read_record
 from quantkit.report.table import rows_of_several
 

@@ -17,7 +17,8 @@ from quantkit.machine import settle
 from quantkit.nano import NAME
 from quantkit.pipeline import build
 from quantkit.progress import Progress
-from quantkit.recipe import Recipe, find_recipe, list_recipes, load_recipe
+from quantkit.recipe import Recipe
+from quantkit.recipe_files import find_recipe, list_recipes, load_recipe
 from quantkit.sources import open_source
 from quantkit.texts import load_text_set
 from quantkit.validation.compare import logits_result, reference_result

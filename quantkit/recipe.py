@@ -10,11 +10,9 @@ import hashlib
 import json
 import os
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import tomlkit
 from pydantic import (
     BaseModel,
     Field,
@@ -25,24 +23,18 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from tomlkit.exceptions import TOMLKitError
 
 from quantkit.engines.env import Engine, find_engine, list_engines
 from quantkit.errors import RefusedError
-from quantkit.files import write_text
-from quantkit.home import shipped
 from quantkit.quantize import QUANTIZE, Section
 
-DEFAULT_MODEL = "bielik-7b-instruct-v0.1"
 DEMONSTRATION = "bielik-nano"
 OWN_ENGINE = "quantkit"
-ALL = "all"
 ENGINES = tuple(engine.name for engine in list_engines() if engine.builds)
 WIDTH_IN_NAME = re.compile(r"(?<!\d)(\d)[-_ ]?bit", re.IGNORECASE)
 COMMIT = r"^[0-9a-f]{40}$"
 REPO = r"^[\w.-]+/[\w.-]+$"
 LONGEST_PATH = 4096  # Linux takes no longer one
-BOM = "\ufeff"  # what some editors begin a file with; TOML has none
 
 WHOLE: Final = "all"
 
@@ -264,71 +256,6 @@ def fingerprint(content: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def find_recipe(name: str) -> Path:
-    """The file a name on the command line means: a path, `<model>/<name>`, or a name of the default model.
-
-    Raises:
-        RefusedError: nothing is there; the closest shipped names are suggested.
-    """
-    path = Path(name)
-    if path.suffix == ".toml":
-        if os.path.isfile(path):
-            return path
-        raise RefusedError(f"no such recipe file: {name}", fix="`quantkit recipes list` shows what is shipped")
-    full = name if "/" in name else f"{DEFAULT_MODEL}/{name}"
-    found = shipped("recipes") / f"{full}.toml"
-    if os.path.isfile(found) and found.stem != "base":
-        return found
-    known = list_recipes()
-    close = difflib.get_close_matches(name, known + [short.split("/")[1] for short in known], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(dict.fromkeys(close))}? " if close else ""
-    raise RefusedError(f"no recipe named {name!r}", fix=f"{hint}`quantkit recipes list` shows all")
-
-
-def recipes_named(name: str) -> list[str]:
-    """The recipes that a name on the command line means: `all` and `<model>/all` stand for each shipped one of a model.
-
-    Raises:
-        RefusedError: the model has none.
-    """
-    model, _, last = name.rpartition("/")
-    if last != ALL:
-        return [name]
-    known = list_recipes()
-    found = [each for each in known if each.startswith(f"{model or DEFAULT_MODEL}/")]
-    if not found:
-        close = difflib.get_close_matches(model, {each.split("/")[0] for each in known}, n=1)
-        hint = f"did you mean {close[0]}/{ALL}? " if close else ""
-        raise RefusedError(f"no recipes of a model {model!r}", fix=f"{hint}`quantkit recipes list` shows all")
-    return found
-
-
-def list_recipes() -> list[str]:
-    """Names of all shipped recipes, `<model>/<name>`, sorted."""
-    folder = shipped("recipes")
-    found = (path for path in folder.glob("*/*.toml") if path.stem != "base")
-    return sorted(f"{path.parent.name}/{path.stem}" for path in found)
-
-
-def load_recipe(path: Path, changes: tuple[str, ...] = (), *, model: str | None = None) -> Recipe:
-    """A checked recipe.
-
-    Args:
-        path: the TOML file.
-        changes: "table.key=value" from the command line; the value is TOML, a bare word is taken as a string.
-        model: replaces model.id; the recipe's revision does not apply to it then.
-
-    Raises:
-        RefusedError: every problem of the recipe, one per line.
-    """
-    content = _read(path)
-    for change in changes:
-        _apply(content, change)
-    if model is not None:
-        content["model"] = {"id": model}
-    return checked(content, where=str(path))
-
-
 def checked(content: dict[str, Any], *, where: str) -> Recipe:
     """A checked recipe.
 
@@ -348,81 +275,6 @@ def checked(content: dict[str, Any], *, where: str) -> Recipe:
             where=where,
             fix="docs/recipe.md lists every key; `quantkit recipes schema` prints the schema",
         ) from None
-
-
-def _read(path: Path, extended: str | None = None, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tables of a recipe file, those that it extends among them.
-
-    Args:
-        path: the file.
-        extended: how the last one of `seen` names it; None for the file that the command line names.
-        seen: the files that extend it.
-    """
-    text = _text_of(path, extended, seen)
-    try:
-        content = tomllib.loads(text)
-    # a number of thousands of digits is a ValueError, too
-    except (ValueError, RecursionError) as error:
-        raise RefusedError(f"the recipe is not TOML: {error}", where=str(path), fix="mend the line it names") from None
-    parent = content.pop("extends", None)
-    if parent is None:
-        return content
-    if not isinstance(parent, str):
-        raise RefusedError("`extends` must be a file name", where=str(path), fix='write extends = "base.toml"')
-    return _merged(_read(path.parent / parent, parent, (*seen, path.resolve())), content)
-
-
-def _text_of(path: Path, extended: str | None, seen: tuple[Path, ...]) -> str:
-    """What a recipe file says; for the arguments see `_read`."""
-    try:
-        if path.resolve() in seen:
-            raise RefusedError("`extends` goes in a circle", where=str(path), fix="let one of the files stand alone")
-        return path.read_text(encoding="utf-8").removeprefix(BOM)
-    except UnicodeDecodeError as error:
-        raise RefusedError(f"the recipe is not TOML: {error}", where=str(path), fix="save it as UTF-8") from None
-    # what can be no path is a ValueError, links in a circle are a RuntimeError
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        absent = isinstance(error, FileNotFoundError)
-        if extended is not None:
-            raise RefusedError(
-                f"the recipe extends {extended!r}, which "
-                + ("is not there" if absent else f"cannot be read: {reason}"),
-                where=str(seen[-1]),
-                fix='name a recipe file beside it: extends = "base.toml"',
-            ) from None
-        raise RefusedError(
-            f"no such recipe file: {path}" if absent else f"the recipe file cannot be read: {reason}",
-            where="" if absent else str(path),
-            fix="give the path of a recipe's .toml file",
-        ) from None
-
-
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Tables are joined key by key, anything else is replaced; a table of text sets is one value."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        joined = isinstance(old, dict) and isinstance(value, dict) and key != "texts"
-        merged[key] = _merged(old, value) if joined else value  # type: ignore[arg-type]
-    return merged
-
-
-def _apply(content: dict[str, Any], change: str) -> None:
-    keys, found, text = change.partition("=")
-    if not found or not keys.strip():
-        raise RefusedError(f"--set {change!r} is not key=value", fix="write --set quantize.bits=3")
-    *tables, last = keys.strip().split(".")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
-    place = content
-    for table in tables:
-        place = place.setdefault(table, {})
-        if not isinstance(place, dict):
-            raise RefusedError(f"--set {change!r}: {table} is not a table", fix="see docs/recipe.md")
-    place[last] = value
 
 
 def _problem(detail: Any, kind: type[Recipe]) -> str:
@@ -448,40 +300,6 @@ def _keys_beside(location: tuple[Any, ...], kind: type[Recipe]) -> list[str]:
     return list(model.model_fields)
 
 
-def as_toml(resolved: dict[str, Any]) -> str:
-    """A resolved recipe as TOML; keys without a value are left out."""
-    return tomlkit.dumps(_given(resolved))
-
-
-def copy_recipe(name: str, target: Path) -> None:
-    """Write a recipe, resolved, to a new file.
-
-    Raises:
-        RefusedError: the file exists, or the recipe is not to be found.
-    """
-    resolved = load_recipe(find_recipe(name)).resolved()
-    if target.exists():
-        raise RefusedError(f"{target} exists", fix="choose another file name")
-    write_text(target, as_toml(resolved))
-
-
-def model_named_in(path: Path) -> str:
-    """The model.id of a recipe file, or of a file that recipes extend.
-
-    Raises:
-        RefusedError: it names none, or one that is not on the Hub.
-    """
-    model = _read(path).get("model")
-    named = model.get("id") if isinstance(model, dict) else None
-    if not isinstance(named, str):
-        raise RefusedError("the file names no model", where=f"{path}: model.id", fix="pin the file that has [model] id")
-    if not is_on_hub(named):
-        raise RefusedError(
-            f"{named!r} is not on the Hub, so it has no revision", where=f"{path}: model.id", fix="pin Hub models alone"
-        )
-    return named
-
-
 def is_path(model_id: str) -> bool:
     """Whether a model.id can only mean a folder, there or not: absolute, from . or .., or with a separator behind."""
     return model_id.startswith(("/", "./", "../")) or model_id.endswith("/")
@@ -504,29 +322,3 @@ def require_pinned(recipe: Recipe) -> None:
             where="model.revision",
             fix="write it with `quantkit recipes pin FILE`: the recipe's file, or the base.toml that it extends",
         )
-
-
-def pin_recipe(path: Path, revision: str) -> None:
-    """Set model.revision in a recipe file, leaving everything else of it as it stands.
-
-    Raises:
-        RefusedError: it is not one that can be edited.
-    """
-    text = path.read_text(encoding="utf-8")
-    begin = BOM if text.startswith(BOM) else ""
-    try:
-        document = tomlkit.parse(text.removeprefix(BOM))
-    # it goes less deep than what reads recipes
-    except (TOMLKitError, RecursionError) as error:
-        raise RefusedError(
-            f"the recipe cannot be edited: {error}", where=str(path), fix="write model.revision into it by hand"
-        ) from None
-    document.setdefault("model", tomlkit.table())["revision"] = revision
-    write_text(path, begin + tomlkit.dumps(document))
-
-
-def _given(table: dict[str, Any]) -> dict[str, Any]:
-    """A table without the keys that have no value."""
-    return {
-        key: _given(value) if isinstance(value, dict) else value for key, value in table.items() if value is not None
-    }

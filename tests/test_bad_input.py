@@ -294,7 +294,7 @@ def test_less_disk_than_a_build_needs(run, small_disk):  # noqa: F811
     fill(small_disk)
     assert run("plan", out=small_disk / "a") == (
         2,
-        "error: the build needs SIZE of disk, SIZE are free\n"
+        "error: the build needs SIZE of disk and SIZE to spare, SIZE are free\n"
         f"  at:  {small_disk / 'a'}\n"
         "  fix: free some space, or choose another disk with --out\n",
     )

@@ -300,9 +300,9 @@ texts = ["{text}"]
 PROGRAM = """
 import sys
 from pathlib import Path
-import quantkit.recipe
+import quantkit.recipe_files
 shelf = Path(sys.argv.pop(1))
-quantkit.recipe.shipped = lambda name: shelf
+quantkit.recipe_files.shipped = lambda name: shelf
 from quantkit.cli import main
 main()
 """

@@ -9,7 +9,7 @@ import torch
 from quantkit import artifact
 from quantkit.checkpoint.spill import Kept, Spill
 from quantkit.pipeline import Job, Progress, build, build_all, plan
-from quantkit.recipe import load_recipe
+from quantkit.recipe_files import load_recipe
 from tests.interruption import interrupted
 from tests.test_formats import hashes
 

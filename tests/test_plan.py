@@ -18,7 +18,8 @@ from quantkit.methods import METHODS
 from quantkit.pipeline import build, plan
 from quantkit.plan import make_plan, plan_lines
 from quantkit.progress import Progress
-from quantkit.recipe import Recipe, find_recipe, load_recipe
+from quantkit.recipe import Recipe
+from quantkit.recipe_files import find_recipe, load_recipe
 from tests.commands import ROOT
 from tests.test_pipeline import hashes
 from tests.tiny import make_tiny

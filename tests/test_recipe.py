@@ -7,17 +7,15 @@ import pytest
 
 from quantkit.errors import RefusedError
 from quantkit.home import shipped
-from quantkit.recipe import (
-    Recipe,
+from quantkit.recipe import Recipe, is_on_hub, require_pinned
+from quantkit.recipe_files import (
     as_toml,
     copy_recipe,
     find_recipe,
-    is_on_hub,
     list_recipes,
     load_recipe,
     model_named_in,
     pin_recipe,
-    require_pinned,
 )
 
 GOOD = 'format = "gptq"\n[model]\nid = "bielik-nano"\n'

@@ -16,7 +16,8 @@ from quantkit.formats import open_variants
 from quantkit.pipeline import build, plan
 from quantkit.progress import Progress
 from quantkit.quantize import QUANTIZE
-from quantkit.recipe import ENGINES, Recipe, find_recipe, list_recipes, load_recipe
+from quantkit.recipe import ENGINES, Recipe
+from quantkit.recipe_files import find_recipe, list_recipes, load_recipe
 from quantkit.report.record import read_record
 from quantkit.source_pass import Calibration, SourcePass
 from quantkit.stream import Sinks

@@ -63,7 +63,8 @@ def submit(
     from quantkit.cluster.status import wait as ended
     from quantkit.cluster.submit import LOGS, requests
     from quantkit.cluster.submit import submit as run
-    from quantkit.recipe import recipes_named, require_pinned
+    from quantkit.recipe import require_pinned
+    from quantkit.recipe_files import recipes_named
 
     named = [each for recipe in recipes for each in recipes_named(recipe)]
     if publish:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def recipe_of(name: str, changes: list[str] | None, model: str | None) -> "tuple[Recipe, str]":
     """The recipe of a name, changed as the command line says, and what its file is called."""
-    from quantkit.recipe import find_recipe, load_recipe
+    from quantkit.recipe_files import find_recipe, load_recipe
 
     path = find_recipe(name)
     return load_recipe(path, tuple(changes or ()), model=model), path.stem
@@ -20,7 +20,7 @@ def recipe_of(name: str, changes: list[str] | None, model: str | None) -> "tuple
 
 def means_several(name: str) -> bool:
     """Whether a name on the command line stands for several recipes, even if they are one."""
-    from quantkit.recipe import recipes_named
+    from quantkit.recipe_files import recipes_named
 
     return recipes_named(name) != [name]
 
@@ -31,7 +31,7 @@ def jobs_named(
     """The builds that a name means, and of several those that their recipes rule out."""
     from quantkit.job import Job
     from quantkit.pipeline import default_out
-    from quantkit.recipe import recipes_named
+    from quantkit.recipe_files import recipes_named
 
     if not means_several(name):
         chosen, stem = recipe_of(name, changes, model)

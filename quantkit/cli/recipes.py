@@ -12,7 +12,7 @@ from quantkit.cli.output import print_document, say
 
 def names(as_json: Json = False) -> None:
     """Names of all shipped recipes."""
-    from quantkit.recipe import list_recipes
+    from quantkit.recipe_files import list_recipes
 
     found = list_recipes()
     print_document(found if as_json else None, found)
@@ -20,7 +20,7 @@ def names(as_json: Json = False) -> None:
 
 def show(recipe: Name, changes: Set = None, as_json: Json = False) -> None:
     """A recipe with every key resolved."""
-    from quantkit.recipe import as_toml
+    from quantkit.recipe_files import as_toml
 
     resolved = recipe_of(recipe, changes, None)[0].resolved()
     print_document(resolved if as_json else None, [as_toml(resolved)])
@@ -31,7 +31,7 @@ def copy(
 ) -> None:
     """Write a shipped recipe, resolved, as a file of your own."""
     from quantkit.files import disk_errors
-    from quantkit.recipe import copy_recipe, find_recipe
+    from quantkit.recipe_files import copy_recipe, find_recipe
 
     # no folder is made for a recipe that is not there
     find_recipe(recipe)
@@ -52,7 +52,7 @@ def pin(
 ) -> None:
     """Write the commit hash that the model's main branch has now into a recipe file, or one that recipes extend."""
     from quantkit.hub import resolve_revision
-    from quantkit.recipe import model_named_in, pin_recipe
+    from quantkit.recipe_files import model_named_in, pin_recipe
 
     revision = resolve_revision(model_named_in(path))
     pin_recipe(path, revision)

@@ -31,7 +31,8 @@ from quantkit.judgement import validate
 from quantkit.pipeline import build
 from quantkit.progress import Progress
 from quantkit.quantize import NEED_IMPORTANCE
-from quantkit.recipe import Recipe, find_recipe, fingerprint, load_recipe
+from quantkit.recipe import Recipe, fingerprint
+from quantkit.recipe_files import find_recipe, load_recipe
 from quantkit.report.record import read_record
 from quantkit.solvers import ggml
 from quantkit.texts import load_text_set
