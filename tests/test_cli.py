@@ -326,13 +326,13 @@ def test_a_recipe_is_copied_into_a_folder_that_is_not_there_yet(tmp_path):
 
 
 def test_what_no_command_foresaw_on_a_disk_is_one_error(monkeypatch, capsys):
-    from quantkit import recipe
+    from quantkit import recipe_files
     from quantkit.cli import main
 
     def fail():
         raise OSError(errno.EIO, os.strerror(errno.EIO), "/a/file")
 
-    monkeypatch.setattr(recipe, "list_recipes", fail)
+    monkeypatch.setattr(recipe_files, "list_recipes", fail)
     monkeypatch.setattr(sys, "argv", ["quantkit", "recipes", "list"])
     with pytest.raises(SystemExit) as left:
         main()
@@ -361,14 +361,14 @@ def test_a_reader_that_has_left_is_no_error_to_tell_of():
 # a command that says when it has begun; a shell may have told its background jobs to ignore an interrupt
 ENDLESS = """
 import signal, sys, time
-from quantkit import recipe
+from quantkit import recipe_files
 from quantkit.cli import main
 
 def wait():
     print("begun", flush=True)
     time.sleep(600)
 
-recipe.list_recipes = wait
+recipe_files.list_recipes = wait
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.argv = ["quantkit", "recipes", "list"]
 main()
