@@ -194,14 +194,7 @@ def require_here(
             where=TOGETHER,
             fix="use as many ranks as there are GPUs",
         )
-    if plan.disk_bytes + reserved_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
-        beside = f", {size_text(reserved_bytes)} of them for those before it" if reserved_bytes else ""
-        raise RefusedError(
-            f"the build needs {size_text(plan.disk_bytes)} of disk and {size_text(DISK_MARGIN_BYTES)} to spare, "
-            f"{size_text(plan.disk_free_bytes)} are free{beside}",
-            where=str(out),
-            fix="free some space, or choose another disk with --out",
-        )
+    _require_disk(plan, out, reserved_bytes)
     if not plan.fits:
         shared = plan.memory_bytes > plan.rank_bytes
         together = f", {size_text(plan.rank_bytes)} for each of {plan.ranks} ranks" if shared else ""
@@ -219,6 +212,19 @@ def require_here(
             where="calibration and compute",
             fix=f"use {fewer}{more}fewer or shorter windows (calibration.texts, calibration.window_tokens), or a "
             "larger machine",
+        )
+
+
+def _require_disk(plan: Plan, out: Path, reserved_bytes: int) -> None:
+    if not (there := _existing(out)).is_dir():
+        raise RefusedError(f"{there} is a file, not a folder", where=str(out), fix="choose another folder with --out")
+    if plan.disk_bytes + reserved_bytes + DISK_MARGIN_BYTES > plan.disk_free_bytes:
+        beside = f", {size_text(reserved_bytes)} of them for those before it" if reserved_bytes else ""
+        raise RefusedError(
+            f"the build needs {size_text(plan.disk_bytes)} of disk and {size_text(DISK_MARGIN_BYTES)} to spare, "
+            f"{size_text(plan.disk_free_bytes)} are free{beside}",
+            where=str(out),
+            fix="free some space, or choose another disk with --out",
         )
 
 

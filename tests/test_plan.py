@@ -257,6 +257,12 @@ def test_what_would_fail_later_is_refused_now(change, message, own_recipe, tmp_p
         plan(load_recipe(own_recipe, (change,)), out=tmp_path / "out", device=CPU, progress=Progress())
 
 
+def test_a_folder_below_a_file_is_refused_now(own_recipe, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RefusedError, match="file is a file, not a folder"):
+        plan(load_recipe(own_recipe), out=tmp_path / "file" / "out", device=CPU, progress=Progress())
+
+
 def test_a_trial_takes_no_more_threads_than_there_are_cores(own_recipe, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("quantkit.plan._seconds", lambda *_: seen.append(torch.get_num_threads()))
