@@ -182,11 +182,11 @@ def test_a_validation_that_cannot_be_made_is_refused_before_the_work(recipe, tmp
 
 
 def test_validation_text_is_read_once_and_only_where_it_is_used(recipe, tmp_path, monkeypatch):
-    from quantkit import artifact
+    from quantkit import making
 
-    plain, read = artifact.load_text_set, []
+    plain, read = making.load_text_set, []
     note = {"calibration": lambda _: None, "validation": read.append}
-    monkeypatch.setattr(artifact, "load_text_set", lambda name, split: note[split](name) or plain(name, split))
+    monkeypatch.setattr(making, "load_text_set", lambda name, split: note[split](name) or plain(name, split))
     build(recipe, out=tmp_path / "a", device=CPU, validated=False)
     assert len(read) == 0
     build(recipe, out=tmp_path / "a", device=CPU)
@@ -259,10 +259,10 @@ def test_a_folder_of_somebody_else_is_never_overwritten(recipe, tmp_path):
 def test_an_item_is_written_while_the_next_is_solved(recipe, tmp_path, monkeypatch):
     from threading import Event
 
-    from quantkit import artifact
+    from quantkit import making
     from quantkit.progress import Progress
 
-    real, begun, waited = artifact.write_item, Event(), []
+    real, begun, waited = making.write_item, Event(), []
 
     def write(path, tensors):
         if any("layers.0" in name for name in tensors):
@@ -273,25 +273,25 @@ def test_an_item_is_written_while_the_next_is_solved(recipe, tmp_path, monkeypat
         if "layers.1" in facts.name:
             begun.set()
 
-    monkeypatch.setattr(artifact, "write_item", write)
+    monkeypatch.setattr(making, "write_item", write)
     build(recipe, out=tmp_path / "a", device=CPU, validated=False, progress=Progress(linear=solved))
     assert waited == [True]
-    monkeypatch.setattr(artifact, "write_item", real)
+    monkeypatch.setattr(making, "write_item", real)
     whole = build(recipe, out=tmp_path / "b", device=CPU, validated=False)
     assert hashes(tmp_path / "a") == hashes(whole.out)
 
 
 def test_a_last_item_that_cannot_be_written_is_no_artifact(recipe, tmp_path, monkeypatch):
-    from quantkit import artifact
+    from quantkit import making
 
-    real = artifact.write_item
+    real = making.write_item
 
     def full_at_the_head(path, tensors):
         if "model.norm.weight" in tensors:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, tensors)
 
-    monkeypatch.setattr(artifact, "write_item", full_at_the_head)
+    monkeypatch.setattr(making, "write_item", full_at_the_head)
     with pytest.raises(RunFailedError, match="the disk is full"):
         build(recipe, out=tmp_path / "a", device=CPU, validated=False)
     assert not (tmp_path / "a").exists()

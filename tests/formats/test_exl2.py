@@ -10,8 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantkit import artifact as making
-from quantkit import pipeline
+from quantkit import making, pipeline
 from quantkit.errors import RefusedError
 from quantkit.files import hash_files, sha256_of
 from quantkit.formats.bitstream import pack
