@@ -13,7 +13,7 @@ from quantkit.engines.env import Engine, environment_of, installed_facts
 from quantkit.engines.runtime import check, evaluate, require
 from quantkit.errors import RunFailedError
 from quantkit.formats import open_variants
-from quantkit.machine import settle
+from quantkit.machine import fix_arithmetic
 from quantkit.nano import NAME
 from quantkit.pipeline import build
 from quantkit.progress import Progress
@@ -71,7 +71,7 @@ def read_check(engine: Engine, model: str, progress: Progress, *, device: str) -
         {"package", "version", "read", "ratio", "ratio_of_reference", "evaluate_seconds"}
     """
     recipe = _shipped(engine.reads[0], model, engine)
-    settle(recipe.compute.threads)
+    fix_arithmetic(recipe.compute.threads)
     with tempfile.TemporaryDirectory(prefix="quantkit-check-") as folder:
         done = build(recipe, out=Path(folder) / "artifact", device=torch.device("cpu"), validated=False)
         name, artifact = next(iter(open_variants(engine.reads[0], done.out).items()))

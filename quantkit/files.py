@@ -20,10 +20,31 @@ from quantkit.errors import RunFailedError
 PARTIAL = re.compile(r"\..+\.\d+\.partial")
 # safetensors wraps what the system said into text
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EROFS, errno.EPERM)
-# a name that cannot be a file's, or is something else's already
-MISPLACED = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+# what a system refuses by its numbers: what is said of it, and how to mend it where that is not for the caller to say
+REFUSALS: tuple[tuple[tuple[int, ...], str, str | None], ...] = (
+    (
+        (errno.ENOSPC, errno.EDQUOT),
+        "the disk is full; finished layers are kept",
+        "free some space and run the same command again: it goes on where it stopped",
+    ),
+    (
+        (errno.EFBIG,),
+        "a file may not become as large as it has to; finished layers are kept",
+        "raise the limit (ulimit -f) and run the same command again, or choose another disk with --out",
+    ),
+    (
+        (errno.EIO,),
+        "the disk fails: {reason}",
+        "look into the system's log (dmesg), or choose a folder on another disk",
+    ),
+    # a name that cannot be a file's, or is something else's already
+    (
+        (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+        "cannot be written there: {reason}",
+        None,
+    ),
+    ((errno.EACCES, errno.EROFS, errno.EPERM), "cannot write: {reason}", None),
+)
 
 
 def sha256_of(path: Path) -> str:
@@ -75,30 +96,11 @@ def disk_errors(where: Path, fix: str = "choose a writable folder with --out") -
         yield
     except (OSError, SafetensorError) as error:
         number = _system_error(error)
-        if number in FULL:
-            raise RunFailedError(
-                "the disk is full; finished layers are kept",
-                where=str(where),
-                fix="free some space and run the same command again: it goes on where it stopped",
-            ) from error
-        if number == errno.EFBIG:
-            raise RunFailedError(
-                "a file may not become as large as it has to; finished layers are kept",
-                where=str(where),
-                fix="raise the limit (ulimit -f) and run the same command again, or choose another disk with --out",
-            ) from error
-        if number == errno.EIO:
-            raise RunFailedError(
-                f"the disk fails: {os.strerror(number)}",
-                where=str(where),
-                fix="look into the system's log (dmesg), or choose a folder on another disk",
-            ) from error
-        if number in MISPLACED:
-            raise RunFailedError(
-                f"cannot be written there: {os.strerror(number)}", where=str(where), fix=fix
-            ) from error
-        if number in FORBIDDEN:
-            raise RunFailedError(f"cannot write: {os.strerror(number)}", where=str(where), fix=fix) from error
+        for numbers, said, remedy in REFUSALS:
+            if number is not None and number in numbers:
+                raise RunFailedError(
+                    said.format(reason=os.strerror(number)), where=str(where), fix=remedy or fix
+                ) from error
         raise
 
 

@@ -17,7 +17,7 @@ from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats import READERS, detect, open_variants, require_same_model
 from quantkit.formats.contract import Artifact
 from quantkit.lock import alone
-from quantkit.machine import deciding_versions, device_model, settle
+from quantkit.machine import deciding_versions, device_model, fix_arithmetic
 from quantkit.nano import NAME as NANO
 from quantkit.progress import Progress
 from quantkit.recipe import WHOLE, Recipe, ValidationSection, checked, fingerprint, public_name
@@ -80,7 +80,7 @@ def validate(
         require_unchanged(folder, record, but=(CARD,))  # the card is written anew
     model = model or _recorded_source(record, folder)
     recipe = _recipe_of(record, name, model)
-    settle(recipe.compute.threads)
+    fix_arithmetic(recipe.compute.threads)
     source = open_source(model, recipe.model.revision, progress)
     changes: dict[str, Any] = {"texts": dict.fromkeys(texts, WHOLE)} if texts else {}
     if record is None:

@@ -200,7 +200,7 @@ def release_freed_memory() -> None:
         library.malloc_trim(0)
 
 
-def settle(threads: int) -> None:
+def fix_arithmetic(threads: int) -> None:
     """Fix how this process computes: on so many threads of the CPU, and on a GPU the same each time.
 
     There float32 factors stay whole, where the environment may have them cut to TF32's 10 bits

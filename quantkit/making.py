@@ -31,7 +31,7 @@ from quantkit.judgement import (
     judged_by,
     text_to_judge_on,
 )
-from quantkit.machine import peak_memory_bytes, settle
+from quantkit.machine import fix_arithmetic, peak_memory_bytes
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan, reads_text, require_here
 from quantkit.progress import Progress, timed
@@ -63,7 +63,7 @@ class Making:
         ranks: who make it together.
     """
 
-    # known step by step, in this order
+    # known step by step
     method: Method
     needed: Plan
     source: Source
@@ -103,7 +103,7 @@ class Making:
         Args:
             stage: of the record's seconds.
         """
-        settle(self.recipe.compute.threads)
+        fix_arithmetic(self.recipe.compute.threads)
         spent: dict[str, float] = {}
         try:
             with timed(spent, "turn"):
@@ -122,9 +122,9 @@ class Making:
             here: on this machine, so refuse what it cannot run or fetch.
             reserved_bytes: of the disk, for others.
         """
-        self._settle()
+        self.recipe = settled(self.recipe)
         # more threads than cores, and a trial tells nothing
-        settle(min(self.recipe.compute.threads, os.cpu_count() or 1))
+        fix_arithmetic(min(self.recipe.compute.threads, os.cpu_count() or 1))
         recipe, model = self.recipe, self.recipe.model
         checkpoint = once(("described", model), partial(describe_checkpoint, model.id, model.revision, self.progress))
         self.method = _method(recipe, checkpoint, self.progress)
@@ -147,7 +147,8 @@ class Making:
             validated: refuse what could not be validated.
             reserved_bytes: of the disk, for others.
         """
-        self._settle()
+        self.recipe = settled(self.recipe)
+        fix_arithmetic(self.recipe.compute.threads)
         recipe, model = self.recipe, self.recipe.model
         with timed(self._stages, "source"), self.ranks.first_goes_first():
             self.source = once(("source", model), partial(open_source, model.id, model.revision, self.progress))
@@ -174,10 +175,6 @@ class Making:
     def _reads_text(self) -> bool:
         """Whether calibration text is used."""
         return reads_text(self.recipe, self.method)
-
-    def _settle(self) -> None:
-        self.recipe = settled(self.recipe)
-        settle(self.recipe.compute.threads)
 
     @property
     def _is_judged(self) -> bool:

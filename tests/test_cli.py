@@ -340,7 +340,12 @@ def test_what_no_command_foresaw_on_a_disk_is_one_error(monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 1
-    assert capsys.readouterr() == ("", "error: Input/output error\n  at:  /a/file\n")
+    assert capsys.readouterr() == (
+        "",
+        "error: Input/output error\n"
+        "  at:  /a/file\n"
+        "  fix: see that this can be read or written there, and run the same command again\n",
+    )
 
 
 LISTING = [sys.executable, "-m", "quantkit", "recipes", "list"]

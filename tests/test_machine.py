@@ -66,15 +66,33 @@ def test_no_container_cuts_products_to_tf32_and_attention_is_not_cudnns():
     switches = "matmul.fp32_precision, matmul.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()"
     code = f"""
 import torch
-from quantkit.machine import settle
+from quantkit.machine import fix_arithmetic
 matmul = torch.backends.cuda.matmul
 print({switches})
-settle(1)
+fix_arithmetic(1)
 print({switches})
 """
     cut = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=cut, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["tf32 True True", "ieee False False"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x"}, "x")])
+def test_a_gpus_segments_may_grow_unless_the_user_says_otherwise(given, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert machine.choose_device("cpu").type == "cpu"
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == given.get("PYTORCH_ALLOC_CONF")
+    assert machine.choose_device("auto").type == "cuda"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == expected
+    # the older name is the user's, too
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "y")
+    machine.choose_device("auto")
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,11 @@ def main() -> None:
         raise
     except OSError as error:
         discard_output()
-        known = RunFailedError(error.strerror or str(error) or type(error).__name__, where=_place(error))
+        known = RunFailedError(
+            error.strerror or str(error) or type(error).__name__,
+            where=_place(error),
+            fix="see that this can be read or written there, and run the same command again",
+        )
         say(f"error: {known}")
         sys.exit(known.exit_code)
     except KeyboardInterrupt:

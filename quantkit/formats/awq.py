@@ -14,7 +14,7 @@ from quantkit.checkpoint.families import family_of, shortened
 from quantkit.checkpoint.index import Checkpoint, open_tensors, read_json, weights_stem
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
-from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.contract import MAX_SHARD_BYTES, Reading, transformers_snippet
 from quantkit.formats.fit import number_of, require_fit
 from quantkit.formats.parts import FLOATS, WORDS, Layout, PartsArtifact, Shape, encoded, groups_of, unstorable
 from quantkit.formats.shards import merge
@@ -32,18 +32,8 @@ GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 CODES_PER_WORD = 32 // BITS
 SETTINGS_FILE = "quant_config.json"  # of artifacts from before config.json carried the settings
 INTERLEAVE = (0, 2, 4, 6, 1, 3, 5, 7)  # the column at each nibble of a word, lowest first
-USE = """```python
-# pip install transformers gptqmodel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-messages = [{{"role": "user", "content": "Jakie mamy pory roku w Polsce?"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=200)[0]))
-```
-
-vLLM serves it as it is: `vllm serve {repo}`. Channel scales are folded into norms, `v_proj` and `up_proj`, so these
+USE = f"""{transformers_snippet("transformers gptqmodel")}
+vLLM serves it as it is: `vllm serve {{repo}}`. Channel scales are folded into norms, `v_proj` and `up_proj`, so these
 differ from the source's.
 """
 
@@ -221,11 +211,4 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     return settings.get("quant_method") == NAME or (not settings and (folder / SETTINGS_FILE).exists())
 
 
-READING = Reading(
-    recognizes,
-    lambda folder: {NAME: open_artifact(folder)},
-    NATIVE_ENGINE,
-    (NAME,),
-    "transformers",
-    lambda repo, *_: USE.format(repo=repo),
-)
+READING = Reading.of_one(NAME, recognizes, open_artifact, NATIVE_ENGINE, "transformers", USE)

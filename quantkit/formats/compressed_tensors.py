@@ -17,7 +17,7 @@ from quantkit.checkpoint.families import family_of
 from quantkit.checkpoint.index import Checkpoint, open_tensors, read_json
 from quantkit.errors import RefusedError
 from quantkit.formats.bitstream import CODES_PER_RUN, pack, pack_rows, unpack
-from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
+from quantkit.formats.contract import MAX_SHARD_BYTES, Reading, transformers_snippet
 from quantkit.formats.fit import number_of, require_fit, require_groups
 from quantkit.formats.parts import AGAIN, FLOATS, WORDS, Layout, PartsArtifact, Shape, encoded, groups_of, unstorable
 from quantkit.formats.shards import merge
@@ -43,18 +43,8 @@ LAYOUT = Layout(
     optional=PARTS[3:],
 )
 GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
-USE = """```python
-# pip install transformers compressed-tensors
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{repo}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-messages = [{{"role": "user", "content": "Jakie mamy pory roku w Polsce?"}}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=200)[0]))
-```
-
-`vllm serve {repo}` serves it.
+USE = f"""{transformers_snippet("transformers compressed-tensors")}
+`vllm serve {{repo}}` serves it.
 """
 
 
@@ -284,11 +274,4 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     return (config.get("quantization_config") or {}).get("quant_method") == NAME
 
 
-READING = Reading(
-    recognizes,
-    lambda folder: {NAME: open_artifact(folder)},
-    NATIVE_ENGINE,
-    (NAME,),
-    "transformers",
-    lambda repo, *_: USE.format(repo=repo),
-)
+READING = Reading.of_one(NAME, recognizes, open_artifact, NATIVE_ENGINE, "transformers", USE)

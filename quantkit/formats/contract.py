@@ -16,6 +16,25 @@ from quantkit.qtensor import Item
 MAX_SHARD_BYTES = 5 * 1000**3
 
 
+def transformers_snippet(packages: str) -> str:
+    """How a card says that transformers loads a folder, with {repo} for the repository's name.
+
+    Args:
+        packages: what pip is to install.
+    """
+    return f"""```python
+# pip install {packages}
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{{repo}}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{{repo}}")
+messages = [{{{{"role": "user", "content": "Jakie mamy pory roku w Polsce?"}}}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=200)[0]))
+```
+"""
+
+
 class Format(Protocol):
     """How solved items are laid out on disk; made from a recipe's settings."""
 
@@ -189,6 +208,32 @@ class Reading:
     use: Callable[[str, dict[str, Any], Sequence[str]], str]
     differences: "Callable[[Any, Checkpoint], list[str]] | None" = None
     retell: Callable[[Path, dict[str, list[str]]], dict[str, str | None]] | None = None
+
+    @staticmethod
+    def of_one(
+        name: str,
+        recognizes: Callable[[Path, dict[str, Any]], bool],
+        open_artifact: "Callable[[Path], Artifact]",
+        native_engine: str,
+        library: str,
+        snippet: str,
+    ) -> "Reading":
+        """Of a format whose folders are one variant each, under the format's name.
+
+        Args:
+            name: of the format, which is its tag as well.
+            recognizes, native_engine, library: see the class.
+            open_artifact: the folder as dense weights by item.
+            snippet: how it is loaded, with {repo} for the repository's name.
+        """
+        return Reading(
+            recognizes,
+            lambda folder: {name: open_artifact(folder)},
+            native_engine,
+            (name,),
+            library,
+            lambda repo, *_: snippet.format(repo=repo),
+        )
 
 
 class Artifact(WeightSource, Protocol):

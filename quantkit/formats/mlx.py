@@ -215,11 +215,4 @@ def recognizes(folder: Path, config: dict[str, Any]) -> bool:
     return {"group_size", "bits"} <= (config.get("quantization") or {}).keys()
 
 
-READING = Reading(
-    recognizes,
-    lambda folder: {NAME: open_artifact(folder)},
-    NATIVE_ENGINE,
-    (NAME,),
-    "mlx",
-    lambda repo, *_: USE.format(repo=repo),
-)
+READING = Reading.of_one(NAME, recognizes, open_artifact, NATIVE_ENGINE, "mlx", USE)
