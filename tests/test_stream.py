@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from quantkit.checkpoint.families import FAMILIES
@@ -43,6 +44,26 @@ def run_stream(checkpoint, solver, calibration, *, dtype=torch.float32, spill=ST
 
 def test_every_family_has_a_variant():
     assert VARIANTS.keys() == FAMILIES.keys()
+
+
+def test_what_is_moved_is_moved_as_it_is_stored_and_of_an_embedding_its_rows_alone(tmp_path):
+    """To another device in one step torch would cast first, on this one, and move what became wide."""
+    checkpoint = open_checkpoint(make_tiny(tmp_path / "m", "mistral"))
+    decoder = Decoder(checkpoint.config, checkpoint.family, device=torch.device("meta"), dtype=torch.float32)
+    moved = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+            found = operation(*arguments, **(named or {}))
+            if arguments and isinstance(arguments[0], torch.Tensor) and arguments[0].device != found.device:
+                moved.append((tuple(arguments[0].shape), arguments[0].dtype))
+            return found
+
+    source = checkpoint.read("embedding")
+    with Watch():
+        assert decoder.embed(source, tokens()).dtype == torch.float32
+        decoder.place(torch.zeros(3, 5, dtype=torch.bfloat16))
+    assert moved == [((6, 24, 64), torch.bfloat16), ((3, 5), torch.bfloat16)]
 
 
 @pytest.mark.parametrize("model_type", VARIANTS)
