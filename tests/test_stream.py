@@ -56,14 +56,14 @@ def test_what_is_moved_is_moved_as_it_is_stored_and_of_an_embedding_its_rows_alo
         def __torch_dispatch__(self, operation, types, arguments=(), named=None):
             found = operation(*arguments, **(named or {}))
             if arguments and isinstance(arguments[0], torch.Tensor) and arguments[0].device != found.device:
-                moved.append((tuple(arguments[0].shape), arguments[0].dtype))
+                moved.append((tuple(found.shape), arguments[0].dtype, found.dtype))
             return found
 
-    source = checkpoint.read("embedding")
+    source, stored = checkpoint.read("embedding"), (torch.bfloat16, torch.bfloat16)
     with Watch():
         assert decoder.embed(source, tokens()).dtype == torch.float32
         decoder.place(torch.zeros(3, 5, dtype=torch.bfloat16))
-    assert moved == [((6, 24, 64), torch.bfloat16), ((3, 5), torch.bfloat16)]
+    assert moved == [((6, 24, 64), *stored), ((3, 5), *stored)]
 
 
 @pytest.mark.parametrize("model_type", VARIANTS)
