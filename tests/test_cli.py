@@ -344,7 +344,7 @@ def test_what_no_command_foresaw_on_a_disk_is_one_error(monkeypatch, capsys):
         "",
         "error: Input/output error\n"
         "  at:  /a/file\n"
-        "  fix: see that this can be read or written there, and run the same command again\n",
+        "  fix: see that it can be read or written, and run the same command again\n",
     )
 
 
@@ -355,7 +355,10 @@ LISTING = [sys.executable, "-m", "quantkit", "recipes", "list"]
 def test_an_output_that_is_full_is_one_error():
     with open("/dev/full", "w") as full:
         done = subprocess.run(LISTING, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: No space left on device\n  fix: see that it can be read or written, and run the same command again\n",
+    )
 
 
 def test_a_reader_that_has_left_is_no_error_to_tell_of():

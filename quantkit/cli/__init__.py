@@ -116,7 +116,7 @@ def main() -> None:
         known = RunFailedError(
             error.strerror or str(error) or type(error).__name__,
             where=_place(error),
-            fix="see that this can be read or written there, and run the same command again",
+            fix="see that it can be read or written, and run the same command again",
         )
         say(f"error: {known}")
         sys.exit(known.exit_code)
