@@ -21,7 +21,7 @@ from quantkit.pipeline import build, build_all, plan_all
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
 from quantkit.workdir import work_folder
-from tests.commands import run
+from tests.commands import forked
 from tests.test_formats import CASES, hashes
 from tests.tiny import make_text, make_tiny
 
@@ -170,7 +170,7 @@ def test_a_killed_build_goes_on_and_ends_in_the_same_bytes(source, alone, tmp_pa
     names = ["gptq", "gguf-float", "awq-float"]
     jobs = jobs_of(names, source, tmp_path)
     given = [(job.name, job.recipe.model_dump(mode="json"), str(job.out)) for job in jobs]
-    done = run(KILLED, json.dumps(given), "5")
+    done = forked(KILLED, json.dumps(given), "5")
     assert done.returncode < 0
     assert all(work_folder(job.out).exists() for job in jobs)
     solved = []
@@ -311,27 +311,27 @@ main()
 def test_the_command_builds_all_and_exits_as_the_worst_of_them(shelf, tmp_path):
     out, junit = tmp_path / "artifacts", tmp_path / "all.xml"
     common = ("--out", str(out), "--device", "cpu", "--junit", str(junit))
-    done = run(PROGRAM, str(shelf), "build", "tiny/all", *common, "--json")
+    done = forked(PROGRAM, str(shelf), "build", "tiny/all", *common, "--json")
     assert done.returncode == 0, done.stderr
     assert [record["format"] for record in json.loads(done.stdout)] == ["gptq", "hqq", "mlx"]
     assert sorted(path.name for path in out.iterdir()) == ["m-GPTQ", "m-HQQ", "m-MLX"]
     assert [suite.get("name") for suite in ElementTree.parse(junit).iter("testsuite")] == ["m-GPTQ", "m-HQQ", "m-MLX"]
     # 4 bits lose little, 3 bits more; a key that one format does not have
     changes = ("--set", "validation.gates.top1_agreement=0.999", "--set", "quantize.damping=0.01")
-    worse = run(PROGRAM, str(shelf), "build", "tiny/all", *common, *changes)
+    worse = forked(PROGRAM, str(shelf), "build", "tiny/all", *common, *changes)
     assert worse.returncode == 2, worse.stderr
     assert "error: hqq: 1 problem(s) in the recipe:\n  quantize.damping: unknown key" in worse.stderr
     assert "error: gptq: the artifact is kept but may not be published:\n  reference: top1_agreement" in worse.stderr
     assert worse.stdout.count("FAILED") == 1
-    gate = run(PROGRAM, str(shelf), "build", "tiny/all", *common, *changes[:2])
+    gate = forked(PROGRAM, str(shelf), "build", "tiny/all", *common, *changes[:2])
     assert gate.returncode == 3, gate.stderr
     assert "Traceback" not in worse.stderr + gate.stderr
 
 
 def test_plan_all_says_what_goes_together(shelf, tmp_path):
-    done = run(PROGRAM, str(shelf), "plan", "tiny/all", "--out", str(tmp_path / "a"), "--device", "cpu")
+    done = forked(PROGRAM, str(shelf), "plan", "tiny/all", "--out", str(tmp_path / "a"), "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert "pass 1            gptq, hqq, mlx" in done.stdout
-    missing = run(PROGRAM, str(shelf), "plan", "tinny/all")
+    missing = forked(PROGRAM, str(shelf), "plan", "tinny/all")
     assert missing.returncode == 2
     assert "error: no recipes of a model 'tinny'\n  fix: did you mean tiny/all?" in missing.stderr

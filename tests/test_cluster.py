@@ -292,11 +292,13 @@ def take_too_long(job: dict[str, Any], slurm: dict[str, str]) -> None:
 
 
 def builds_of(job: dict[str, Any]) -> list[psutil.Process]:
-    """All processes of a job's build."""
+    """All processes of a job's build; another Slurm on this machine may have one of the same name."""
+
+    def is_its(part: str) -> bool:
+        return Path(part).name == job["name"] and Path(part).parent in Path(job["log"]).parents
+
     found = [(each, each.info["cmdline"] or []) for each in psutil.process_iter(["cmdline"])]
-    return [
-        each for each, command in found if "build" in command and any(part.endswith(job["name"]) for part in command)
-    ]
+    return [each for each, command in found if "build" in command and any(map(is_its, command))]
 
 
 def interrupt_in_its_layers(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from quantkit.texts import HUB_TEXTS
-from tests.commands import quantkit, run
+from tests.commands import forked, quantkit
 from tests.hub_server import HubServer, Repo
 
 DATASET = "datasets/ipipan/nkjp1m"
@@ -62,7 +62,7 @@ def held(hub: HubServer, **changes: tuple[bytes, bool] | None) -> str:
 
 def test_sentences_become_documents_as_they_were_written(hub):
     commit = held(hub)
-    done = run(READ, f"nkjp1m@{commit}", "validation", **hub.variables())
+    done = forked(READ, f"nkjp1m@{commit}", "validation", **hub.variables())
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [
         f"nkjp1m@{commit}",
@@ -78,7 +78,7 @@ def test_sentences_become_documents_as_they_were_written(hub):
 
 def test_calibration_reads_other_files_than_validation(hub):
     commit = held(hub)
-    done = run(READ, f"nkjp1m@{commit}", "calibration", **hub.variables())
+    done = forked(READ, f"nkjp1m@{commit}", "calibration", **hub.variables())
     documents = json.loads(done.stdout)[2]
     assert len(documents) == 40
     assert documents[0] == "Jeż numer 0 śpi pod figą."
@@ -90,7 +90,7 @@ def test_calibration_reads_other_files_than_validation(hub):
 
 def test_without_a_commit_the_one_it_was_written_for_is_asked_for(hub):
     held(hub)
-    done = run(READ, "nkjp1m", "validation", **hub.variables())
+    done = forked(READ, "nkjp1m", "validation", **hub.variables())
     assert done.returncode != 0
     assert hub.sent(f"/revision/{HUB_TEXTS['nkjp1m'].revision}$")
 

@@ -82,7 +82,7 @@ def artifact(built, tmp_path) -> Path:
 
 def run(hub: HubServer, program: str, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
     """A program that finds the hub."""
-    return commands.run(program, *arguments, **hub.variables(token))
+    return commands.forked(program, *arguments, **hub.variables(token))
 
 
 def publish(hub: HubServer, artifact: Path, *arguments: str, token: str = TOKEN) -> subprocess.CompletedProcess[str]:
@@ -173,10 +173,10 @@ def test_what_goes_up_tells_of_nobody(hub, artifact, tmp_path):
     private, _ = make_key(tmp_path, "own")
     somebody = hub.variables() | dict.fromkeys(("USER", "LOGNAME", "HOSTNAME", "LNAME", "USERNAME"), PLANTED)
     report = tmp_path / "report"
-    drawn = commands.run(PLANTING, "report", str(artifact), "--out", str(report), **somebody)
+    drawn = commands.forked(PLANTING, "report", str(artifact), "--out", str(report), **somebody)
     assert drawn.returncode == 0, drawn.stderr
     options = ("--repo", REPO, "--sign", str(private), "--report", str(report))
-    done = commands.run(PLANTING, "publish", str(artifact), *options, **somebody)
+    done = commands.forked(PLANTING, "publish", str(artifact), *options, **somebody)
     assert done.returncode == 0, done.stderr
     contents = on_hub(hub) | {path.name: path.read_bytes() for path in report.iterdir()}
     signature = json.loads(contents["model.sig"])

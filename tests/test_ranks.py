@@ -56,16 +56,16 @@ if os.environ.get("RANK") == "1":
     from quantkit import stream
     from quantkit.errors import UnavailableError
 
-    plain = stream._solve_item
+    plain = stream._Stream._layer
 
-    def solve_item(checkpoint, name, *rest):
+    def layer(self, name, source):
         if name == "layers.1":
             if os.environ["GRIEF"] == "kill":
                 os.kill(os.getpid(), 9)
             raise UnavailableError("a layer that only rank 1 stumbles over", where=name)
-        return plain(checkpoint, name, *rest)
+        return plain(self, name, source)
 
-    stream._solve_item = solve_item
+    stream._Stream._layer = layer
 """
 
 
