@@ -4,8 +4,6 @@ Results go to stdout (a table, or one JSON document with --json), progress and m
 inside the commands, so that `quantkit --help` starts without torch.
 """
 
-import atexit
-import gc
 import os
 import sys
 from collections.abc import Callable
@@ -106,8 +104,6 @@ def _start(
 
 def main() -> None:
     """Entry point: run a command, and turn a known failure into its message and exit code."""
-    # else Python looks through all that torch and transformers have made for cycles once more, which takes a second
-    atexit.register(gc.freeze)
     try:
         app()
     except QuantkitError as error:

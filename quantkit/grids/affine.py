@@ -55,6 +55,10 @@ class AffineGrid:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
         return dequantize(codes_OI, self.scale_OG, self.zero_OG, self.group_I)
 
+    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Step, shift and what is subtracted [O, G]; see `quantkit.kernels.squared_errors`."""
+        return self.scale_OG, self.zero_OG, torch.zeros_like(self.scale_OG)
+
     def split(self, of: int, rows: int) -> Iterator["AffineGrid"]:
         """The grids of so many rows after so many, `of` in all."""
         assert of == len(self.scale_OG), f"the grid has {len(self.scale_OG)} rows"
@@ -81,6 +85,10 @@ class BiasGrid(AffineGrid):
     def biases(self) -> Tensor:
         """float32 [O, G], exactly representable in the stored dtype."""
         return -(self.zero_OG * self.scale_OG).to(self.stored).float()
+
+    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Step, shift and what is subtracted [O, G]; see `quantkit.kernels.squared_errors`."""
+        return self.scale_OG, torch.zeros_like(self.scale_OG), -self.biases()
 
     def decode(self, codes_OI: Tensor) -> Tensor:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
@@ -110,6 +118,10 @@ class StridedGrid:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
         codes_KGI = codes_OI.float().view(-1, *self.scale_GI.shape)
         return ((codes_KGI - self.zero_GI) * self.scale_GI).view(codes_OI.shape)
+
+    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Step, shift and what is subtracted [G, I], of the first G rows; see `quantkit.kernels.squared_errors`."""
+        return self.scale_GI, self.zero_GI, torch.zeros_like(self.scale_GI)
 
     def split(self, of: int, rows: int) -> Iterator["StridedGrid"]:
         """The grids of so many rows after so many, `of` in all."""

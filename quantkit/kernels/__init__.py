@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import reference
-from quantkit.kernels.levels import CODES_PER_RUN, BlockSearch, Levels
+from quantkit.kernels.levels import CODES_PER_RUN, SMALLEST_STEP, BlockSearch, Levels
 
 BY_DEVICE = {"cpu": "compiled", "cuda": "gpu"}
 
@@ -73,6 +73,34 @@ def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_
         scale_O, zero_O: [O] code q stands for scale * (q - zero).
     """
     return _fitting(weight_IO).code_moments(weight_IO, importance_I, scale_O, zero_O, top)
+
+
+def round_groups(weight_OI: Tensor, length: int, top: int, codes_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Step and lowest value [O, G] of MLX's grids, whose codes q stand for step * q + low; mlx's `affine_quantize`.
+
+    A group's end of larger magnitude is exact where that end is no less than half a step from 0, and so is 0; the step
+    is negative where that end is the upper one. A group of one value has a step of `SMALLEST_STEP`.
+
+    Args:
+        weight_OI: float32, finite, groups of `length` side by side in a row; not modified.
+        length: weights of a group.
+        top: the largest code.
+        codes_OI: uint8, filled with the nearest codes.
+    """
+    return _fitting(weight_OI).round_groups(weight_OI, length, top, codes_OI)
+
+
+def squared_errors(
+    weight_OI: Tensor, codes_OI: Tensor, step_OG: Tensor, shift_OG: Tensor, less_OG: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The squares of what codes miss the weights by, summed, and those of the weights; float64 scalars.
+
+    Args:
+        weight_OI: float32; not modified.
+        codes_OI: uint8.
+        step_OG, shift_OG, less_OG: float32; code q stands for (q - shift) * step - less. Groups are runs of I / G.
+    """
+    return _fitting(weight_OI).squared_errors(weight_OI, codes_OI, step_OG, shift_OG, less_OG)
 
 
 def pack(codes_NX: Tensor, bits: int) -> Tensor:

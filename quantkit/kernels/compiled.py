@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import reference
-from quantkit.kernels.levels import Levels
+from quantkit.kernels.levels import SMALLEST_STEP, Levels
 from quantkit.machine import side_by_side
 
 BLOCK = 128  # rows at a time: a panel of 128 channels then takes 64 kB
@@ -55,6 +55,24 @@ def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_
     moments_5O = weight_IO.new_empty((5, weight_IO.shape[1]))
     over_rows(_moment_rows, (weight_IO, importance_I, scale_O, scale_O.reciprocal(), zero_O), (moments_5O,), top)
     return moments_5O
+
+
+def round_groups(weight_OI: Tensor, length: int, top: int, codes_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """See `quantkit.kernels.round_groups`; on one thread."""
+    step_OG, low_OG = weight_OI.new_empty((2, len(weight_OI), weight_OI.shape[1] // length))
+    assert codes_OI.is_contiguous(), "a copy of what is to be filled would be lost"
+    arrays = (tensor.contiguous().numpy() for tensor in (weight_OI, step_OG, low_OG, codes_OI))
+    _round_groups(*arrays, np.float32(top))
+    return step_OG, low_OG
+
+
+def squared_errors(
+    weight_OI: Tensor, codes_OI: Tensor, step_OG: Tensor, shift_OG: Tensor, less_OG: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `quantkit.kernels.squared_errors`; on one thread."""
+    tensors = (weight_OI, codes_OI, step_OG, shift_OG, less_OG)
+    lost, whole = _squared_errors(*(tensor.contiguous().numpy() for tensor in tensors))
+    return torch.tensor(lost, dtype=torch.float64), torch.tensor(whole, dtype=torch.float64)
 
 
 # whole-tensor torch is as fast as memory allows
@@ -197,6 +215,58 @@ def _round_rows(  # type: ignore[no-untyped-def]
             times, zeros = inverse[candidate, start:stop], zero[candidate, start:stop]
             _round_block(near, importance, scale[candidate, start:stop], times, zeros, top, total)
             error[candidate, start:stop] = total[: stop - start]
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _round_groups(weight, step, low, codes, top):  # type: ignore[no-untyped-def]
+    groups = step.shape[1]
+    length = weight.shape[1] // groups
+    bottom, smallest = np.float32(0), np.float32(SMALLEST_STEP)
+    for o in range(len(weight)):
+        for g in range(groups):
+            near, code = weight[o, g * length : (g + 1) * length], codes[o, g * length : (g + 1) * length]
+            least, most = _ends(near)
+            size, edge = max((most - least) / top, smallest), least
+            if not abs(least) > abs(most):
+                size, edge = -size, most
+            steps = np.rint(edge / size)
+            size, edge = (edge / steps, edge) if steps != bottom else (size, bottom)
+            step[o, g], low[o, g] = size, edge
+            for i in range(length):
+                code[i] = np.uint8(np.int32(min(max(np.rint((near[i] - edge) / size), bottom), top)))
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _squared_errors(weight, codes, step, shift, less):  # type: ignore[no-untyped-def]
+    groups = step.shape[1]
+    length = weight.shape[1] // groups
+    # one sum for each place in a group: loops over all of them fill the registers
+    lost, whole = np.zeros(length, np.float32), np.zeros(length, np.float32)
+    all_lost, all_whole = 0.0, 0.0
+    for o in range(len(weight)):
+        lost[:] = 0
+        whole[:] = 0
+        for g in range(groups):
+            near, code = weight[o, g * length : (g + 1) * length], codes[o, g * length : (g + 1) * length]
+            size, zero, minus = step[o, g], shift[o, g], less[o, g]
+            for i in range(length):
+                off = ((np.float32(code[i]) - zero) * size - minus) - near[i]
+                lost[i] += off * off
+                whole[i] += near[i] * near[i]
+        for i in range(length):
+            all_lost += lost[i]
+            all_whole += whole[i]
+    return all_lost, all_whole
+
+
+# vectors of comparisons want to know that nothing is NaN, and that either zero will do
+@numba.njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
+def _ends(values):  # type: ignore[no-untyped-def]
+    least, most = values[0], values[0]
+    for value in values:
+        least = value if value < least else least
+        most = value if value > most else most
+    return least, most
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quantkit.kernels import reference
 from quantkit.kernels.levels import Levels
-from quantkit.kernels.reference import best_of_errors
 
 ROWS = 16  # of one program of a panel: 128 channels of them fill the registers of four warps
 COLUMNS = 128  # of one program that keeps a candidate or two for each
@@ -20,6 +20,8 @@ CODES = 1024  # in one program that packs or decodes
 # x + MAGIC - MAGIC rounds to even what lies between -2^22 and 2^22, or 2^51
 MAGIC = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
 PLAIN: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+# a few passes through memory
+round_groups, squared_errors = reference.round_groups, reference.squared_errors
 
 
 def solve_panel(
@@ -60,7 +62,7 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
 
 def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int) -> Tensor:
     """See `quantkit.kernels.best_scales`."""
-    return best_of_errors(rounding_errors, weight_IO, importance_I, scale_CO, top)
+    return reference.best_of_errors(rounding_errors, weight_IO, importance_I, scale_CO, top)
 
 
 def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:

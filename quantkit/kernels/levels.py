@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 CODES_PER_RUN = 32  # codes of b bits that fill b whole 32-bit words
+SMALLEST_STEP = 1e-7  # of MLX's grids, in size
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from quantkit.grids.affine import BiasGrid
+from quantkit.kernels import round_groups
 from quantkit.machine import side_by_side
 from quantkit.qtensor import QuantizedLinear
 from quantkit.solvers.weights import rows_of
-
-SMALLEST_SCALE = 1e-7
 
 
 @dataclass(frozen=True)
@@ -42,18 +41,7 @@ class RoundToNearest:
 
     def _round(self, weight_RI: Tensor, codes_RI: Tensor) -> tuple[Tensor, Tensor]:
         """Fill in the codes of some rows; scale and bias [R, G] as stored."""
-        highest = 2**self.bits - 1
-        weight_RGK = weight_RI.to(self.stored).float().unflatten(1, (-1, self.group_size))
-        # torch goes through either in vectors, but not through both at once
-        low_RG, high_RG = weight_RGK.amin(dim=2), weight_RGK.amax(dim=2)
-        scale_RG = ((high_RG - low_RG) / highest).clamp(min=SMALLEST_SCALE)
-        from_low_RG = low_RG.abs() > high_RG.abs()
-        scale_RG = torch.where(from_low_RG, scale_RG, -scale_RG)
-        edge_RG = torch.where(from_low_RG, low_RG, high_RG)
-        steps_RG = (edge_RG / scale_RG).round()
-        scale_RG = torch.where(steps_RG != 0, edge_RG / steps_RG, scale_RG)
-        bias_RG = torch.where(steps_RG != 0, edge_RG, 0.0)
         # codes are taken on the grid before it is rounded, as MLX does
-        ratio_RGK = weight_RGK.sub_(bias_RG[..., None]).div_(scale_RG[..., None])
-        codes_RI.copy_(ratio_RGK.round_().clamp_(0, highest).flatten(1))
+        weight_RI = weight_RI.to(self.stored).float()
+        scale_RG, bias_RG = round_groups(weight_RI, self.group_size, 2**self.bits - 1, codes_RI)
         return scale_RG.to(self.stored), bias_RG.to(self.stored)

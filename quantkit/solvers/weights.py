@@ -13,6 +13,7 @@ from torch import Tensor
 from quantkit.calibration.statistics import Statistics
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork, total
 from quantkit.grids.affine import AffineGrid, FloatZeroRule, StridedGrid
+from quantkit.kernels import squared_errors
 from quantkit.machine import side_by_side
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
@@ -106,7 +107,7 @@ def relative_error(weight_OI: Tensor, quantized: QuantizedLinear) -> float:
 
     Args:
         weight_OI: [O, I]; not modified.
-        quantized: what they became, on an affine grid; decoded some rows at a time.
+        quantized: what they became, on an affine grid whose groups are runs of one length, or axis 0's.
     """
     grid, rows = quantized.grid, rows_of(weight_OI)
     assert isinstance(grid, AffineGrid | StridedGrid), "only affine grids are chosen on the weights alone"
@@ -118,10 +119,7 @@ def relative_error(weight_OI: Tensor, quantized: QuantizedLinear) -> float:
 
 def _squares(weight_RI: Tensor, codes_RI: Tensor, grid: AffineGrid | StridedGrid) -> tuple[Tensor, Tensor]:
     """What codes miss the weights by, squared and summed, and the weights."""
-    exact_RI = weight_RI.float()
-    off_RI = grid.decode(codes_RI).sub_(exact_RI)
-    # a dot product on one thread adds up half a million squares one after another
-    return off_RI.square_().sum(), exact_RI.square().sum()
+    return squared_errors(weight_RI.float(), codes_RI, *grid.levels())
 
 
 def rows_of(weight_OI: Tensor) -> int:

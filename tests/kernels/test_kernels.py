@@ -192,6 +192,36 @@ def test_the_best_scale_is_the_first_of_least_rounding_error(dtype, rows, module
     assert torch.equal(found, kernels.best_scales(*on(device, weight.t().contiguous().t(), importance, scale), 7).cpu())
 
 
+def groups_of(rows: int, columns: int) -> torch.Tensor:
+    """Weights whose first rows are zeros of either sign, of one value, of one sign, far from 0, and very small."""
+    weight = random(rows, columns, dtype=torch.float32)
+    weight[0] = torch.tensor([0.0, -0.0]).repeat(columns // 2)
+    weight[1], weight[2] = 3, -2
+    weight[3:5] = torch.stack([weight[3].abs(), -weight[4].abs()])
+    weight[5] = 100 + weight[5] / 10
+    weight[6] *= 1e-8
+    weight[7] = torch.tensor([1.0, -1.0]).repeat(columns // 2)
+    return weight.bfloat16().float()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("length", [32, 64, 128])
+def test_groups_are_rounded_to_the_bits_of_plain_torch(length, bits):
+    weight = groups_of(11, 3 * length)
+    found, expected = (
+        (*kernels.round_groups(weight, length, 2**bits - 1, codes), codes)
+        for kernels, codes in ((compiled, torch.full(weight.shape, 255).byte()), (reference, weight.byte()))
+    )
+    assert all(torch.equal(*two) for two in zip(found, expected, strict=True))
+    step, low, codes = found
+    assert not torch.signbit(low[0]).any(), "no -0 in a file"
+    decoded = codes.unflatten(1, (-1, length)) * step[..., None] + low[..., None]
+    off = (decoded.flatten(1) - weight).abs().unflatten(1, (-1, length))
+    # steps are stretched or squeezed so that 0 is on the grid: by half a step in all at most, and more for far ones
+    near = torch.arange(11) != 5
+    assert bool((off[near] <= 1.01 * step[near].abs()[..., None]).all())
+
+
 @each_implementation
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(("runs", "width"), [(1, 1), (3, 63), (2, 1030)])
