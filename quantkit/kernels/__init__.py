@@ -1,7 +1,7 @@
 """The inner loops that decide how long a build takes, each as plain torch and compiled; what runs follows the device.
 
-Shape legend: O out features (rows), I in features of a group, P channels of a panel, C candidates, G groups; L weights
-of each of M small blocks; N codes of each of X streams, W words.
+Shape legend: O out features (rows), I in features, of a group where there is one; P channels of a panel, C candidates,
+G groups in a row; L weights of each of M small blocks; N codes of each of X streams, W words.
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantkit.kernels import reference
-from quantkit.kernels.levels import CODES_PER_RUN, SMALLEST_STEP, BlockSearch, Levels
+from quantkit.kernels.levels import CODES_PER_RUN, BlockSearch, Levels
 
 BY_DEVICE = {"cpu": "compiled", "cuda": "gpu"}
 
@@ -79,7 +79,7 @@ def round_groups(weight_OI: Tensor, length: int, top: int, codes_OI: Tensor) -> 
     """Step and lowest value [O, G] of MLX's grids, whose codes q stand for step * q + low; mlx's `affine_quantize`.
 
     A group's end of larger magnitude is exact where that end is no less than half a step from 0, and so is 0; the step
-    is negative where that end is the upper one. A group of one value has a step of `SMALLEST_STEP`.
+    is negative where that end is the upper one.
 
     Args:
         weight_OI: float32, finite, groups of `length` side by side in a row; not modified.

@@ -68,9 +68,9 @@ def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_
 
 def round_groups(weight_OI: Tensor, length: int, top: int, codes_OI: Tensor) -> tuple[Tensor, Tensor]:
     """See `quantkit.kernels.round_groups`."""
-    weight_OGK = weight_OI.unflatten(1, (-1, length))
+    weight_OGI = weight_OI.unflatten(1, (-1, length))
     # torch goes through either in vectors, but not through both at once
-    least_OG, most_OG = weight_OGK.amin(dim=2), weight_OGK.amax(dim=2)
+    least_OG, most_OG = weight_OGI.amin(dim=2), weight_OGI.amax(dim=2)
     step_OG = ((most_OG - least_OG) / top).clamp(min=SMALLEST_STEP)
     from_least_OG = least_OG.abs() > most_OG.abs()
     step_OG = torch.where(from_least_OG, step_OG, -step_OG)
@@ -78,8 +78,8 @@ def round_groups(weight_OI: Tensor, length: int, top: int, codes_OI: Tensor) -> 
     steps_OG = (edge_OG / step_OG).round()
     step_OG = torch.where(steps_OG != 0, edge_OG / steps_OG, step_OG)
     low_OG = torch.where(steps_OG != 0, edge_OG, 0.0)
-    ratio_OGK = weight_OGK.sub(low_OG[..., None]).div_(step_OG[..., None])
-    codes_OI.copy_(ratio_OGK.round_().clamp_(0, top).flatten(1))
+    ratio_OGI = weight_OGI.sub(low_OG[..., None]).div_(step_OG[..., None])
+    codes_OI.copy_(ratio_OGI.round_().clamp_(0, top).flatten(1))
     return step_OG, low_OG
 
 
@@ -88,8 +88,8 @@ def squared_errors(
 ) -> tuple[Tensor, Tensor]:
     """See `quantkit.kernels.squared_errors`."""
     step, shift, less = (part_OG.unsqueeze(2) for part_OG in (step_OG, shift_OG, less_OG))
-    decoded_OGK = codes_OI.float().unflatten(1, (step_OG.shape[1], -1)).sub_(shift).mul_(step).sub_(less)
-    off_OI = decoded_OGK.flatten(1).sub_(weight_OI)
+    decoded_OGI = codes_OI.float().unflatten(1, (step_OG.shape[1], -1)).sub_(shift).mul_(step).sub_(less)
+    off_OI = decoded_OGI.flatten(1).sub_(weight_OI)
     return off_OI.square_().sum().double(), weight_OI.square().sum().double()
 
 

@@ -222,6 +222,20 @@ def test_groups_are_rounded_to_the_bits_of_plain_torch(length, bits):
     assert bool((off[near] <= 1.01 * step[near].abs()[..., None]).all())
 
 
+@pytest.mark.parametrize("length", [1, 64])
+def test_squared_errors_are_of_what_codes_stand_for(length):
+    """Against sums in float64; a group of one is what grids over rows have."""
+    weight, groups = random(9, 192, dtype=torch.float32), 192 // length
+    codes = torch.randint(0, 16, weight.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    step, shift, less = (random(9, groups, dtype=torch.float32, seed=seed) for seed in (2, 3, 4))
+    size, zero, minus = (part.double().repeat_interleave(length, 1) for part in (step, shift, less))
+    off = (codes.double() - zero) * size - minus - weight.double()
+    expected = torch.stack([off.square().sum(), weight.double().square().sum()])
+    for kernels in (compiled, reference):
+        found = torch.stack(kernels.squared_errors(weight, codes, step, shift, less))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 @each_implementation
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(("runs", "width"), [(1, 1), (3, 63), (2, 1030)])
