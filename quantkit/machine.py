@@ -30,6 +30,8 @@ CONTROL_GROUPS = (
     ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ("", "", "memory.max", "memory.current", "inactive_file"),
 )
+# weights worked on together: 2 MB of float32, which stay in a CPU's cache; on a GPU enough for a launch to be worth it
+TOGETHER, TOGETHER_ON_GPU = 1 << 19, 1 << 21
 Result = TypeVar("Result")
 CPU_FACTS = Path("/proc/cpuinfo")
 SIXTEEN_BIT = re.compile("bf16|fp16|asimdhp")  # in the names of x86's and Arm's instructions
@@ -217,6 +219,12 @@ def fix_arithmetic(threads: int) -> None:
 def pieces_at_a_time() -> int:
     """How many pieces are worked on side by side on a CPU: for as many threads as torch has, and as there are cores."""
     return min(torch.get_num_threads(), os.cpu_count() or 1)
+
+
+def rows_together(matrix_OI: torch.Tensor) -> int:
+    """How many rows of a matrix [O, I] are worked on together, where no byte depends on it."""
+    weights = TOGETHER if matrix_OI.device.type == "cpu" else TOGETHER_ON_GPU
+    return max(weights // matrix_OI.shape[1], 1)
 
 
 def side_by_side(work: Callable[..., Result], pieces: Iterable[tuple[Any, ...]], device: torch.device) -> list[Result]:

@@ -8,7 +8,7 @@ Shape legend: O out features, I in features of one group, G groups.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,6 +20,10 @@ from quantkit.kernels.reference import per_channel
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros still needs a scale
 LARGEST_ZERO = 1024
 SMALLEST_AREA = 1e-5  # of a regression's determinant over its largest possible: float32 tells no less
+
+
+LevelsOfRows = tuple[Tensor, Tensor, Tensor]
+"""Step, shift and what is subtracted, [R, G] of R rows; see `quantkit.kernels.squared_errors`."""
 
 
 class Grid(Protocol):
@@ -55,15 +59,11 @@ class AffineGrid:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
         return dequantize(codes_OI, self.scale_OG, self.zero_OG, self.group_I)
 
-    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Step, shift and what is subtracted [O, G]; see `quantkit.kernels.squared_errors`."""
-        return self.scale_OG, self.zero_OG, torch.zeros_like(self.scale_OG)
-
-    def split(self, of: int, rows: int) -> Iterator["AffineGrid"]:
-        """The grids of so many rows after so many, `of` in all."""
+    def levels(self, of: int, rows: int) -> Iterator[LevelsOfRows]:
+        """What codes stand for, of so many rows after so many, `of` in all."""
         assert of == len(self.scale_OG), f"the grid has {len(self.scale_OG)} rows"
-        for scale_RG, zero_RG in zip(self.scale_OG.split(rows), self.zero_OG.split(rows), strict=True):
-            yield replace(self, scale_OG=scale_RG, zero_OG=zero_RG)
+        less_OG = torch.zeros_like(self.scale_OG)
+        return zip(self.scale_OG.split(rows), self.zero_OG.split(rows), less_OG.split(rows), strict=True)
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,11 @@ class BiasGrid(AffineGrid):
         """float32 [O, G], exactly representable in the stored dtype."""
         return -(self.zero_OG * self.scale_OG).to(self.stored).float()
 
-    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Step, shift and what is subtracted [O, G]; see `quantkit.kernels.squared_errors`."""
-        return self.scale_OG, torch.zeros_like(self.scale_OG), -self.biases()
+    def levels(self, of: int, rows: int) -> Iterator[LevelsOfRows]:
+        """What codes stand for, of so many rows after so many, `of` in all."""
+        assert of == len(self.scale_OG), f"the grid has {len(self.scale_OG)} rows"
+        shift_OG, less_OG = torch.zeros_like(self.scale_OG), -self.biases()
+        return zip(self.scale_OG.split(rows), shift_OG.split(rows), less_OG.split(rows), strict=True)
 
     def decode(self, codes_OI: Tensor) -> Tensor:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""
@@ -119,15 +121,12 @@ class StridedGrid:
         codes_KGI = codes_OI.float().view(-1, *self.scale_GI.shape)
         return ((codes_KGI - self.zero_GI) * self.scale_GI).view(codes_OI.shape)
 
-    def levels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Step, shift and what is subtracted [G, I], of the first G rows; see `quantkit.kernels.squared_errors`."""
-        return self.scale_GI, self.zero_GI, torch.zeros_like(self.scale_GI)
-
-    def split(self, of: int, rows: int) -> Iterator["StridedGrid"]:
-        """The grids of so many rows after so many, `of` in all."""
+    def levels(self, of: int, rows: int) -> Iterator[LevelsOfRows]:
+        """What codes stand for, each channel a group of its own, of so many rows after so many, `of` in all."""
         groups_O = torch.arange(of, device=self.scale_GI.device) % len(self.scale_GI)
         for groups_R in groups_O.split(rows):
-            yield StridedGrid(self.bits, self.scale_GI[groups_R], self.zero_GI[groups_R])
+            scale_RI = self.scale_GI[groups_R]
+            yield scale_RI, self.zero_GI[groups_R], torch.zeros_like(scale_RI)
 
 
 class Rule(Protocol):

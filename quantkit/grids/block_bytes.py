@@ -6,9 +6,9 @@ Shape legend: O rows, R of them, I columns, N blocks, S sub-blocks, Y bytes of a
 import torch
 from torch import Tensor
 
-from quantkit.grids.blocks import BlockGrid, BlockType, quantize_rows, rows_together
+from quantkit.grids.blocks import BlockGrid, BlockType, quantize_rows
 from quantkit.grids.encoded import EncodedGrid
-from quantkit.machine import side_by_side
+from quantkit.machine import rows_together, side_by_side
 
 
 def encode(

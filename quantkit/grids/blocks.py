@@ -20,12 +20,10 @@ from quantkit.errors import RefusedError
 from quantkit.kernels import fit_offset, fit_ranges, search_blocks
 from quantkit.kernels.levels import ABOVE, BELOW, RANGE, BlockSearch
 from quantkit.kernels.reference import block_errors
-from quantkit.machine import side_by_side
+from quantkit.machine import rows_together, side_by_side
 
 K_BLOCK = 256
 BLOCK = 32
-CHUNK_WEIGHTS = 1 << 19  # searched together on a CPU, whose cache that fits; no byte depends on it
-GPU_CHUNK_WEIGHTS = 1 << 21
 REFINEMENTS = 3
 LARGEST_HALF = torch.finfo(torch.float16).max
 WHOLE_REFITS = 3  # of step and subtrahend, where no rounding of scales follows
@@ -168,12 +166,6 @@ def quantize(
     )
     assert codes_OI.shape == weight_OI.shape, "every weight has a code"
     return codes_OI, grid
-
-
-def rows_together(weight_OI: Tensor) -> int:
-    """How many rows are searched together."""
-    chunk = CHUNK_WEIGHTS if weight_OI.device.type == "cpu" else GPU_CHUNK_WEIGHTS
-    return max(1, chunk // weight_OI.shape[1])
 
 
 def quantize_rows(

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from quantkit.kernels import reference
 from quantkit.kernels.levels import SMALLEST_STEP, Levels
-from quantkit.machine import side_by_side
+from quantkit.machine import rows_together, side_by_side
 
 BLOCK = 128  # rows at a time: a panel of 128 channels then takes 64 kB
-CACHED = 1 << 19  # weights decoded together: 2 MB of float32
 
 
 def solve_panel(
@@ -88,7 +87,7 @@ def dequantize(
     def fill(weight_RI: Tensor, codes_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor) -> None:
         weight_RI.copy_(reference.dequantize(codes_RI, scale_RG, zero_RG, group_I))
 
-    rows = max(CACHED // codes_OI.shape[1], 1)
+    rows = rows_together(codes_OI)
     parts = (whole.split(rows) for whole in (weight_OI, codes_OI, scale_OG, zero_OG))
     side_by_side(fill, zip(*parts, strict=True), weight_OI.device)
     return weight_OI

@@ -31,8 +31,7 @@ from quantkit.checkpoint.families import Fold, Stage
 from quantkit.checkpoint.layer import DecoderLayer
 from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, StageWork, total
 from quantkit.grids.affine import AffineRule
-from quantkit.grids.blocks import rows_together
-from quantkit.machine import side_by_side
+from quantkit.machine import rows_together, side_by_side
 from quantkit.solvers.contract import Prepared
 from quantkit.solvers.gptq import factorize
 

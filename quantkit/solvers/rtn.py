@@ -10,9 +10,8 @@ from torch import Tensor
 
 from quantkit.grids.affine import BiasGrid
 from quantkit.kernels import round_groups
-from quantkit.machine import side_by_side
+from quantkit.machine import rows_together, side_by_side
 from quantkit.qtensor import QuantizedLinear
-from quantkit.solvers.weights import rows_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class RoundToNearest:
 
     def quantize(self, weight_OI: Tensor) -> QuantizedLinear:
         """Codes and grid of one matrix [O, I], I in multiples of the group size."""
-        rows = rows_of(weight_OI)
+        rows = rows_together(weight_OI)
         codes_OI = torch.empty_like(weight_OI, dtype=torch.uint8, memory_format=torch.contiguous_format)
         pieces = zip(weight_OI.split(rows), codes_OI.split(rows), strict=True)
         parts = side_by_side(self._round, pieces, weight_OI.device)

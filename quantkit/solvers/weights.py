@@ -14,12 +14,11 @@ from quantkit.calibration.statistics import Statistics
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork, total
 from quantkit.grids.affine import AffineGrid, FloatZeroRule, StridedGrid
 from quantkit.kernels import squared_errors
-from quantkit.machine import side_by_side
+from quantkit.machine import rows_together, side_by_side
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.contract import Solver
 
 WORKING_COPIES = 2  # float32 numbers for each weight of the linear that is being solved
-CHUNK_WEIGHTS = 1 << 19  # 2 MB of float32
 CHUNK_GROUPS = 1 << 13  # groups solved together: bounds memory, and keeps the working set in cache
 GPU_CHUNK_GROUPS = 1 << 17  # enough for a GPU to have something to do at every step
 
@@ -109,22 +108,16 @@ def relative_error(weight_OI: Tensor, quantized: QuantizedLinear) -> float:
         weight_OI: [O, I]; not modified.
         quantized: what they became, on an affine grid whose groups are runs of one length, or axis 0's.
     """
-    grid, rows = quantized.grid, rows_of(weight_OI)
+    grid, rows = quantized.grid, rows_together(weight_OI)
     assert isinstance(grid, AffineGrid | StridedGrid), "only affine grids are chosen on the weights alone"
-    grids: Iterator[AffineGrid | StridedGrid] = grid.split(len(weight_OI), rows)
-    pieces = zip(weight_OI.split(rows), quantized.codes_OI.split(rows), grids, strict=True)
+    pieces = zip(weight_OI.split(rows), quantized.codes_OI.split(rows), grid.levels(len(weight_OI), rows), strict=True)
     lost, whole = map(torch.stack, zip(*side_by_side(_squares, pieces, weight_OI.device), strict=True))
     return float(lost.sum() / whole.sum().clamp(min=1e-30))
 
 
-def _squares(weight_RI: Tensor, codes_RI: Tensor, grid: AffineGrid | StridedGrid) -> tuple[Tensor, Tensor]:
+def _squares(weight_RI: Tensor, codes_RI: Tensor, levels: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """What codes miss the weights by, squared and summed, and the weights."""
-    return squared_errors(weight_RI.float(), codes_RI, *grid.levels())
-
-
-def rows_of(weight_OI: Tensor) -> int:
-    """How many rows are worked on together, so that what is made of them stays in the cache."""
-    return max(CHUNK_WEIGHTS // weight_OI.shape[1], 1)
+    return squared_errors(weight_RI.float(), codes_RI, *levels)
 
 
 def search_cost(work: StageWork) -> Cost:

@@ -93,7 +93,7 @@ def test_the_search_beats_rounding_in_its_own_weighting(name):
 def test_chunks_do_not_change_the_bytes(name, monkeypatch):
     weight = weights(rows=9)
     whole = pack(*quantize(weight, TYPES[name], importance()))
-    monkeypatch.setattr("quantkit.grids.blocks.CHUNK_WEIGHTS", 1024)
+    monkeypatch.setattr("quantkit.machine.TOGETHER", 1024)
     assert torch.equal(whole, pack(*quantize(weight, TYPES[name], importance())))
     encoded, grid = encode(weight, TYPES[name], importance())
     assert torch.equal(whole, encoded)
