@@ -62,8 +62,10 @@ class AffineGrid:
     def levels(self, of: int, rows: int) -> Iterator[LevelsOfRows]:
         """What codes stand for, of so many rows after so many, `of` in all."""
         assert of == len(self.scale_OG), f"the grid has {len(self.scale_OG)} rows"
-        less_OG = torch.zeros_like(self.scale_OG)
-        return zip(self.scale_OG.split(rows), self.zero_OG.split(rows), less_OG.split(rows), strict=True)
+        return zip(*(part_OG.split(rows) for part_OG in self._levels()), strict=True)
+
+    def _levels(self) -> LevelsOfRows:
+        return self.scale_OG, self.zero_OG, torch.zeros_like(self.scale_OG)
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,8 @@ class BiasGrid(AffineGrid):
         """float32 [O, G], exactly representable in the stored dtype."""
         return -(self.zero_OG * self.scale_OG).to(self.stored).float()
 
-    def levels(self, of: int, rows: int) -> Iterator[LevelsOfRows]:
-        """What codes stand for, of so many rows after so many, `of` in all."""
-        assert of == len(self.scale_OG), f"the grid has {len(self.scale_OG)} rows"
-        shift_OG, less_OG = torch.zeros_like(self.scale_OG), -self.biases()
-        return zip(self.scale_OG.split(rows), shift_OG.split(rows), less_OG.split(rows), strict=True)
+    def _levels(self) -> LevelsOfRows:
+        return self.scale_OG, torch.zeros_like(self.scale_OG), -self.biases()
 
     def decode(self, codes_OI: Tensor) -> Tensor:
         """float32 [O, I]: the weights that uint8 `codes_OI` stand for."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quantkit.calibration.statistics import Statistics
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork, total
-from quantkit.grids.affine import AffineGrid, FloatZeroRule, StridedGrid
+from quantkit.grids.affine import AffineGrid, FloatZeroRule, LevelsOfRows, StridedGrid
 from quantkit.kernels import squared_errors
 from quantkit.machine import rows_together, side_by_side
 from quantkit.qtensor import LinearFacts, QuantizedLinear
@@ -115,7 +115,7 @@ def relative_error(weight_OI: Tensor, quantized: QuantizedLinear) -> float:
     return float(lost.sum() / whole.sum().clamp(min=1e-30))
 
 
-def _squares(weight_RI: Tensor, codes_RI: Tensor, levels: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _squares(weight_RI: Tensor, codes_RI: Tensor, levels: LevelsOfRows) -> tuple[Tensor, Tensor]:
     """What codes miss the weights by, squared and summed, and the weights."""
     return squared_errors(weight_RI.float(), codes_RI, *levels)
 
