@@ -161,7 +161,7 @@ class _Stream:
         linears = {full for full in full_names if not full.endswith(self.skip)}
         solved = {f"{linear}.weight": rewritten[f"{linear}.weight"] for linear in linears}
         for key, tensor in solved.items():
-            _require_storable(key, tensor, self.stored_dtype, read=key not in prepared.tensors)
+            _require_storable(key, tensor, self.stored_dtype)
         dense = {key: tensor for key, tensor in rewritten.items() if key not in solved}
         stored = {key: _as_stored(key, tensor, self.stored_dtype) for key, tensor in dense.items()}
         # linears to be solved start from the source's own values; what stays dense is used as the file will hold it
@@ -219,7 +219,7 @@ class _Stream:
         key, activations = f"{END_MODULES[name]}.weight", self.activations
         solver = None if END_MODULES[name].endswith(self.skip) or key not in source else self.solvers.ends
         if solver is not None:
-            _require_storable(key, source[key], self.stored_dtype, read=True)
+            _require_storable(key, source[key], self.stored_dtype)
         kept = {other: tensor for other, tensor in source.items() if solver is None or other != key}
         item = Item(name, {}, {other: _as_stored(other, tensor, self.stored_dtype) for other, tensor in kept.items()})
         if solver is not None:
@@ -284,9 +284,9 @@ def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def _require_storable(name: str, tensor: Tensor, dtype: torch.dtype, *, read: bool = False) -> None:
-    """Refuse what does not fit; what was read as it stands in the checkpoint is finite."""
-    if read and tensor.dtype == dtype:
+def _require_storable(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Refuse what does not fit: what a checkpoint holds is finite, and what a preparation makes is wider than stored."""
+    if tensor.dtype == dtype:
         return
     # rounding keeps the order of values, so the extremes tell of all
     if not torch.isfinite(torch.stack(tensor.aminmax()).to(dtype)).all():

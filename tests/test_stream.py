@@ -301,13 +301,14 @@ def test_nothing_is_summed_for_a_stage_that_stays_dense(tiny_mistral):
     assert set(needs.values()) == {frozenset({"hessian"})}
 
 
-def test_weights_too_large_for_the_format_are_refused(tmp_path):
+@pytest.mark.parametrize("name", ["input_layernorm", "self_attn.q_proj"])
+def test_weights_too_large_for_the_format_are_refused(name, tmp_path):
     folder = make_tiny(tmp_path / "m", "mistral", sharded=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    model.model.layers[1].input_layernorm.weight.data[3] = 1e6
+    model.model.layers[1].get_submodule(name).weight.data[3] = 1e6
     model.save_pretrained(folder)
     solver = GptqSolver(AffineRule(4), 32, "group-aware", 0.01)
-    with pytest.raises(RefusedError, match=r"layers\.1\.input_layernorm\.weight holds values beyond float16"):
+    with pytest.raises(RefusedError, match=rf"layers\.1\.{name}\.weight holds values beyond float16"):
         run_stream(open_checkpoint(folder), solver, Calibration(tokens(), 4))
 
 

@@ -16,6 +16,7 @@ from quantkit.pipeline import build
 from quantkit.qtensor import QuantizedLinear
 from quantkit.recipe import Recipe
 from quantkit.solvers.rtn import RoundToNearest
+from quantkit.solvers.weights import relative_error
 from quantkit.texts import load_text_set
 from tests.tiny import make_text, make_tiny
 
@@ -105,6 +106,13 @@ def uneven() -> torch.Tensor:
     """[2, 32], exact in float16 and bfloat16."""
     at = torch.arange(32)
     return torch.stack([((at * 37 + 11) % 64 - 40) / 32, ((at * 29 + 5) % 64 - 20) / 16])
+
+
+def test_the_loss_is_of_what_is_written():
+    weight = torch.randn(40, 96, generator=torch.Generator().manual_seed(0))
+    quantized = RoundToNearest(3, 32, torch.bfloat16).quantize(weight)
+    off = (quantized.dequantize().double() - weight.double()).square().sum()
+    assert relative_error(weight, quantized) == pytest.approx(float(off / weight.double().square().sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
