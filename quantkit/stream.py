@@ -285,7 +285,7 @@ def _as_stored(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _require_storable(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Refuse what does not fit: what a checkpoint holds is finite, and what a preparation makes is wider than stored."""
+    """Refuse what does not fit: what a checkpoint holds is finite, what a preparation makes is wider than stored."""
     if tensor.dtype == dtype:
         return
     # rounding keeps the order of values, so the extremes tell of all
