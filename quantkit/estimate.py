@@ -10,8 +10,9 @@ from quantkit.machine import pieces_at_a_time, product_dtype
 from quantkit.progress import timed
 from quantkit.solvers.contract import Solver
 
-PROBE_SIDE = 1024
+PROBE_SIDES = (1024, 4096, 8192)  # of matrices that are multiplied, the first that keeps the device at work
 PROBES = 3
+AT_WORK_SECONDS = 2e-3  # less is as long as it takes to hand products to a fast device
 IN_FLOAT32 = ("factorise", "solve", "survey")
 # the share of the probed matmul rate that the whole pass reaches; the column loop and small products keep it down
 EFFICIENCY = 0.35
@@ -76,10 +77,13 @@ def crowding(ranks: int, threads: int) -> float:
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
     """Measured FLOP/s of a square matmul."""
-    left = torch.ones(PROBE_SIDE, PROBE_SIDE, dtype=dtype, device=device)
-    left @ left
-    spent: dict[str, float] = {}
-    with timed(spent, "products"):
-        for _ in range(PROBES):
-            left @ left
-    return PROBES * 2.0 * PROBE_SIDE**3 / spent["products"]
+    for side in PROBE_SIDES:
+        left = torch.ones(side, side, dtype=dtype, device=device)
+        left @ left
+        spent: dict[str, float] = {}
+        with timed(spent, "products"):
+            for _ in range(PROBES):
+                left @ left
+        if spent["products"] >= AT_WORK_SECONDS:
+            break
+    return PROBES * 2.0 * side**3 / spent["products"]

@@ -81,7 +81,7 @@ def validate(
     model = model or _recorded_source(record, folder)
     recipe = _recipe_of(record, name, model)
     fix_arithmetic(recipe.compute.threads)
-    source = open_source(model, recipe.model.revision, progress)
+    source = open_source(model, _recorded_revision(record, model), progress)
     changes: dict[str, Any] = {"texts": dict.fromkeys(texts, WHOLE)} if texts else {}
     if record is None:
         # nobody chose these settings, so they give way to what the model can do
@@ -354,6 +354,11 @@ def _recorded_source(record: dict[str, Any] | None, folder: Path) -> str:
             fix="give that folder with --model",
         )
     return str(source["id"])
+
+
+def _recorded_revision(record: dict[str, Any] | None, model: str) -> str | None:
+    """The commit that an artifact was made from, if `model` is what it was made from."""
+    return record["source"]["revision"] if record is not None and model == record["source"]["id"] else None
 
 
 def _recipe_of(record: dict[str, Any] | None, name: str, model: str) -> Recipe:

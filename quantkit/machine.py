@@ -90,6 +90,11 @@ def needs_widening(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def needs_expanding(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's fused attention there wants a key for every query; see `quantkit.checkpoint.expanded`."""
+    return device.type == "cuda" and dtype == torch.float32
+
+
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """What tensors of a dtype are multiplied in there."""
     return torch.float32 if needs_widening(device, dtype) else dtype

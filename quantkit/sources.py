@@ -16,6 +16,7 @@ from quantkit.checkpoint.index import (
     holds_weights,
     open_checkpoint,
     read_header,
+    require_one_head,
 )
 from quantkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from quantkit.errors import RefusedError
@@ -25,7 +26,7 @@ from quantkit.hub import fetch_checkpoint, fetch_header
 from quantkit.nano import NAME as NANO
 from quantkit.nano import ensure_nano
 from quantkit.progress import Progress
-from quantkit.recipe import is_path, public_name
+from quantkit.recipe import is_on_hub, is_path, public_name
 
 CARD = "README.md"
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -72,10 +73,11 @@ def open_source(model_id: str, revision: str | None, progress: Progress) -> Sour
     """The checkpoint that a recipe's model means: bielik-nano, a folder, or a Hub id.
 
     Raises:
-        RefusedError, UnavailableError: see `open_checkpoint` and `fetch_checkpoint`.
+        RefusedError, UnavailableError: see `open_checkpoint`, `require_one_head` and `fetch_checkpoint`.
     """
     folder, commit = _folder_of(model_id, revision, progress, weights=True)
     checkpoint = open_checkpoint(folder)
+    require_one_head(checkpoint)
     progress.stage("hashing the source")
     sidecars = [name for name in HASHED_SIDECARS if (folder / name).is_file()]
     sha256 = hash_files(folder, [*checkpoint.tensors.files, *sidecars])
@@ -88,7 +90,7 @@ def describe_checkpoint(model_id: str, revision: str | None, progress: Progress)
     A folder that holds a config.json and no weights will do, too: then they are those that it describes.
 
     Raises:
-        RefusedError, UnavailableError: as `open_source`.
+        RefusedError, UnavailableError: as `open_source`, as far as can be told without weights.
     """
     folder, commit = _folder_of(model_id, revision, progress, weights=False)
     if commit is None:
@@ -115,8 +117,15 @@ def _folder_of(model_id: str, revision: str | None, progress: Progress, *, weigh
     """Where the files of a recipe's model are, and the commit they are of if they are from the Hub.
 
     Raises:
-        RefusedError: a path at which there is nothing; see `fetch_checkpoint` for the others.
+        RefusedError: a path at which there is nothing, a revision of what is not on the Hub; see `fetch_checkpoint`
+            for the others.
     """
+    if revision is not None and not is_on_hub(model_id):
+        raise RefusedError(
+            f"{model_id} is not on the Hub, so it has no revision {revision}",
+            where="model.revision",
+            fix="leave it out for a folder and for bielik-nano; of a Hub model, run where no folder has its name",
+        )
     if model_id == NANO:
         return ensure_nano(progress.steps), None
     if os.path.exists(model_id):

@@ -78,6 +78,27 @@ def test_the_rate_is_that_of_what_is_computed_in(monkeypatch):
     assert asked == [torch.float32, torch.bfloat16, torch.float32]
 
 
+@pytest.mark.parametrize(("flops", "last"), [(1e7, 32), (1e11, 128)])
+def test_a_fast_device_is_given_products_that_outlast_their_launch(flops, last, monkeypatch):
+    now, sides = [0.0], []
+
+    class Device(torch.overrides.TorchFunctionMode):
+        """Takes 10 microseconds a product to be told, beside the work."""
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.matmul:
+                sides.append(len(args[0]))
+                now[0] += 1e-5 + 2 * sides[-1] ** 3 / flops
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("quantkit.progress.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(estimate, "PROBE_SIDES", (32, 64, 128))
+    monkeypatch.setattr(estimate, "AT_WORK_SECONDS", 1e-4)
+    with Device():
+        assert estimate._rate(torch.float32, CPU) == pytest.approx(flops, rel=0.3)
+    assert sides[-1] == last
+
+
 def test_how_long_an_engine_takes_is_not_told():
     found = planned("mistral-7b", "gptq", engine="gptqmodel")
     assert found.seconds is None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quantkit import files
 from quantkit.errors import RefusedError
@@ -55,6 +56,22 @@ def test_a_plan_fetches_headers_and_no_weights(hub, wide, own_recipe, tmp_path):
     assert not hub.requests
 
 
+def test_an_artifact_is_judged_against_the_commit_that_it_was_made_from(hub, tiny_mistral, own_recipe, tmp_path):
+    """Also where its recipe names none and the repository has gone on."""
+    put(hub, tiny_mistral)
+    made_from = hub.repos[NAME].branches["main"]
+    out = tmp_path / "a"
+    arguments = ("build", str(own_recipe), "--model", NAME, "--out", str(out), "--no-validate")
+    built = quantkit(*arguments, **hub.variables())
+    assert built.returncode == 0, built.stderr
+    assert made_from in built.stderr
+    hub.repos[NAME].commit("main", {"config.json": (b"{}", False)})
+    text = str(tmp_path / "text.txt")
+    judged = quantkit("validate", str(out), "--text", text, "--json", **hub.variables())
+    assert judged.returncode == 0, judged.stderr
+    assert json.loads(judged.stdout)["variants"]
+
+
 def test_a_hub_model_that_is_refused_at_plan(hub, tiny_mistral, own_recipe, tmp_path):
     folder = shutil.copytree(tiny_mistral, tmp_path / "m")
     shard = sorted(folder.glob("*.safetensors"))[0]
@@ -88,6 +105,33 @@ def test_a_path_at_which_there_is_nothing_is_not_looked_for_on_the_hub(hub, name
     done = quantkit("plan", str(own_recipe), "--model", name, "--out", str(tmp_path / "a"), **hub.variables())
     assert (done.returncode, done.stderr) == (2, f"error: {caught.value}\n")
     assert not hub.requests
+
+
+def test_a_folder_has_no_revision(hub, tiny_mistral, own_recipe, tmp_path):
+    """Nor has what lies where it is run under the name of a Hub model: which is meant, nobody knows."""
+    revision = "0" * 40
+    own_recipe.write_text(own_recipe.read_text().replace("[model]\n", f'[model]\nrevision = "{revision}"\n'))
+    arguments = (str(own_recipe), "--out", str(tmp_path / "a"))
+    for command in ("plan", "build"):
+        done = quantkit(command, *arguments, **hub.variables())
+        assert done.returncode == 2
+        assert f"error: {tiny_mistral} is not on the Hub, so it has no revision {revision}" in done.stderr
+        assert "at:  model.revision" in done.stderr
+    # a model that replaces the recipe's has not its revision
+    done = quantkit("plan", *arguments, "--model", str(tiny_mistral), **hub.variables())
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_head_that_is_tied_to_the_embedding_and_another(tmp_path):
+    folder = make_tiny(tmp_path / "m", "qwen2", tie_word_embeddings=True, sharded=False)
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    embedding = weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": embedding.clone()}, path)
+    open_source(str(folder), None, Progress())
+    save_file(weights | {"lm_head.weight": embedding + 1}, path)
+    with pytest.raises(RefusedError, match="says tie_word_embeddings, but"):
+        open_source(str(folder), None, Progress())
 
 
 def test_a_plan_hashes_nothing(tiny_mistral, tmp_path, monkeypatch):

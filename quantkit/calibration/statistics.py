@@ -70,12 +70,13 @@ class Statistics:
                 self._num_compared += len(compared_NI)
                 total_RI = self._total(DEVIATION, x_NI, width if self._weight_OI is None else len(self._weight_OI))
                 if part_owners[DEVIATION] == self.ranks.rank:
-                    moved_NI = _moved(exact_inputs.flatten(0, -2), compared_NI)
+                    # where both are bfloat16 so is the difference: rounded once, by a share of what moved
+                    moved_NI = torch.sub(exact_inputs.flatten(0, -2), compared_NI)
                     _add_product(
                         total_RI, moved_NI if self._weight_OI is None else self._made_of(moved_NI), compared_NI
                     )
         if SQUARES in self.needs:
-            total_I = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32)).square().sum(0)
+            total_I = torch.cat([_sum_of_squares(part_NB) for part_NB in x_NI.split(BLOCK, dim=1)])
             self._sums[SQUARES] = self._sums[SQUARES] + total_I if SQUARES in self._sums else total_I
 
     def complete(self) -> None:
@@ -171,10 +172,9 @@ def _multipliable(x_NI: Tensor) -> Tensor:
     return x_NI if x_NI.is_cuda else x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
 
 
-def _moved(exact_NI: Tensor, x_NI: Tensor) -> Tensor:
-    """x' - x in the dtype of x; in bfloat16 it rounds, by a share of what moved."""
-    wide = torch.promote_types(x_NI.dtype, torch.float32)
-    return exact_NI.to(wide).sub(x_NI).to(x_NI.dtype)
+def _sum_of_squares(x_NB: Tensor) -> Tensor:
+    """Over tokens, [B] of some columns, in float32 at least: a wide copy of all columns would be a batch's largest."""
+    return x_NB.to(torch.promote_types(x_NB.dtype, torch.float32)).square().sum(0)
 
 
 @contextmanager

@@ -350,6 +350,24 @@ def describe_model(folder: Path) -> Checkpoint:
     return Checkpoint(TensorFolder(folder, infos), config, family, described=True)
 
 
+def require_one_head(checkpoint: Checkpoint) -> None:
+    """Stop where a head is tied to the embedding, and another than that is stored: readers take either.
+
+    Raises:
+        RefusedError: it is so.
+    """
+    embedding, head = (f"{END_MODULES[end]}.weight" for end in (EMBEDDING, HEAD))
+    if not checkpoint.config.get("tie_word_embeddings") or head not in checkpoint.tensors.tensors:
+        return
+    stored = checkpoint.tensors.read([embedding, head])
+    if not torch.equal(stored[embedding], stored[head]):
+        raise RefusedError(
+            f"config.json says tie_word_embeddings, but {head} is stored and another than {embedding}",
+            where=str(checkpoint.folder / checkpoint.tensors.tensors[head].file),
+            fix="set tie_word_embeddings to false if the stored one is meant, or take it out of the weights",
+        )
+
+
 def holds_weights(folder: Path) -> bool:
     """Whether there is anything in a folder that could be a model's weights."""
     return any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", *PICKLES))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quantkit.checkpoint.families import Family, Stage
 from quantkit.checkpoint.spill import STAY, Spill
 from quantkit.errors import RefusedError
-from quantkit.machine import needs_widening
+from quantkit.machine import needs_expanding, needs_widening
 
 Walk = Generator[tuple[Stage, Tensor], None, Tensor]
 
@@ -182,10 +182,12 @@ class Decoder:
         import transformers
         from huggingface_hub.errors import StrictDataclassError
 
+        from quantkit.checkpoint.expanded import EXPANDED_ATTENTION
         from quantkit.checkpoint.widened import WIDENED_ATTENTION, widen
 
         widened = needs_widening(self.device, self.dtype)
-        attention = WIDENED_ATTENTION if widened else "sdpa"
+        expanded = needs_expanding(self.device, self.dtype)
+        attention = WIDENED_ATTENTION if widened else EXPANDED_ATTENTION if expanded else "sdpa"
         try:
             config = transformers.AutoConfig.for_model(**self._described)
             with torch.device("meta"):

@@ -3,7 +3,7 @@ import torch
 
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
-from quantkit.machine import needs_widening
+from quantkit.machine import needs_expanding, needs_widening
 from tests.tiny import VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
@@ -61,3 +61,32 @@ def test_only_bfloat16_on_a_cpu_may_need_it(monkeypatch):
     for has in (True, False):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
         assert needs_widening(CPU, torch.bfloat16) is not has
+
+
+@pytest.mark.parametrize("model_type", VARIANTS)
+def test_attention_with_keys_repeated_for_every_query_gives_what_transformers_own_gives(
+    model_type, tmp_path, monkeypatch
+):
+    checkpoint = open_checkpoint(make_tiny(tmp_path / "m", model_type, **VARIANTS[model_type]))
+    expected = through_layers(checkpoint, torch.float64)
+    heads = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def attended(query, key, value, **others):
+        assert others.keys() == {"is_causal", "scale"}
+        heads.append([each.shape[1] for each in (query, key, value)])
+        return plain(query, key, value, **others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attended)
+    monkeypatch.setattr("quantkit.checkpoint.layer.needs_expanding", lambda *_: True)
+    found = through_layers(checkpoint, torch.float64)
+    assert heads == [[checkpoint.config["num_attention_heads"]] * 3] * checkpoint.num_layers
+    assert checkpoint.config["num_key_value_heads"] < checkpoint.config["num_attention_heads"]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_float32_on_a_gpu_repeats_keys():
+    gpu = torch.device("cuda")
+    assert needs_expanding(gpu, torch.float32)
+    assert not needs_expanding(gpu, torch.bfloat16)
+    assert not needs_expanding(CPU, torch.float32)
