@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
@@ -9,10 +10,10 @@ from tests.tiny import VARIANTS, make_tiny
 CPU = torch.device("cpu")
 
 
-def through_layers(checkpoint, dtype) -> torch.Tensor:
+def through_layers(checkpoint, dtype, device=CPU) -> torch.Tensor:
     """Hidden states of 3 windows of 40 tokens behind the last layer."""
-    decoder = Decoder(checkpoint.config, checkpoint.family, device=CPU, dtype=dtype)
-    ids = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(5))
+    decoder = Decoder(checkpoint.config, checkpoint.family, device=device, dtype=dtype)
+    ids = torch.randint(0, 256, (3, 40), generator=torch.Generator().manual_seed(5)).to(device)
     hidden = decoder.embed(checkpoint.read("embedding"), ids)
     for index in range(checkpoint.num_layers):
         hidden = decoder.layer(index, checkpoint.read(f"layers.{index}")).forward(hidden, decoder.rope(ids.shape[1]))
@@ -83,6 +84,15 @@ def test_attention_with_keys_repeated_for_every_query_gives_what_transformers_ow
     assert heads == [[checkpoint.config["num_attention_heads"]] * 3] * checkpoint.num_layers
     assert checkpoint.config["num_key_value_heads"] < checkpoint.config["num_attention_heads"]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's choice of attention")
+def test_in_float32_a_gpu_holds_no_scores(tiny_mistral):
+    checkpoint = open_checkpoint(tiny_mistral)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
+        found = through_layers(checkpoint, torch.float32, torch.device("cuda"))
+    torch.testing.assert_close(found.cpu(), through_layers(checkpoint, torch.float32), rtol=1e-4, atol=1e-4)
 
 
 def test_only_float32_on_a_gpu_repeats_keys():
