@@ -23,7 +23,7 @@ from quantkit.launch import TOGETHER
 from quantkit.methods import Method
 from quantkit.ranks import owners
 from quantkit.recipe import OWN_ENGINE, Recipe
-from quantkit.units import size_text
+from quantkit.units import duration_text, size_text
 from quantkit.workload import Work, compute_dtype, held_tokens, operations, work_of
 
 DISK_MARGIN_BYTES = 64 * 1024**2
@@ -244,7 +244,9 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _time_text(plan: Plan) -> str:
-    return "not estimated: others do the work" if plan.seconds is None else f"about {plan.seconds:.0f} s (estimate)"
+    if plan.seconds is None:
+        return "not estimated: others do the work"
+    return f"about {duration_text(plan.seconds)} (estimate)"
 
 
 def _operations_text(plan: Plan) -> str:

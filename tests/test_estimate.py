@@ -11,6 +11,7 @@ from quantkit.costs import Shape, StageWork
 from quantkit.pipeline import plan
 from quantkit.plan import plan_lines
 from quantkit.progress import Progress
+from quantkit.units import duration_text
 from tests.test_plan import planned, recipe_of
 from tests.tiny import make_tiny
 
@@ -55,8 +56,16 @@ def test_where_products_decide_nothing_is_tried():
 def test_what_has_no_products_takes_its_time_too(name, solver):
     found = planned("mistral-7b", name, quantize__solver=solver)
     assert found.seconds > 1
-    assert {"about", f"{found.seconds:.0f}"} <= set(plan_lines(found)[-1].split())
+    assert f"about {duration_text(found.seconds)} (estimate)" in plan_lines(found)[-1]
     assert "no products" in plan_lines(found)[-2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (119, "119 s"), (150, "2.5 min"), (7199, "120.0 min"), (9000, "2.5 h"), (551302, "6.4 days")],
+)
+def test_a_duration_is_told_in_few_digits(seconds, text):
+    assert duration_text(seconds) == text
 
 
 def test_a_search_that_weighs_by_squares_counts_beside_the_products(tmp_path, monkeypatch):
