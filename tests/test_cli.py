@@ -421,6 +421,21 @@ def test_recipes_are_listed_shown_and_checked():
     assert json.loads(quantkit("recipes", "schema").stdout)["title"] == "Recipe"
 
 
+def test_of_several_recipes_each_is_checked(tmp_path):
+    names = quantkit("recipes", "list").stdout.split()
+    nanos = [name for name in names if name.startswith("bielik-nano/")]
+    done = quantkit("recipes", "check", "bielik-nano/all")
+    assert (done.returncode, done.stderr) == (0, "".join(f"{name} is a good recipe\n" for name in nanos))
+    bad = tmp_path / "bad.toml"
+    bad.write_text('format = "gptq"\n[model]\nid = "bielik-nano"\n[quantize]\nbit = 3\n', encoding="utf-8")
+    done = quantkit("recipes", "check", str(bad), "nope.toml", names[0])
+    assert done.returncode == 2
+    first, second = f"error: {bad}: 1 problem(s) in the recipe:", "error: nope.toml: no such recipe file: nope.toml"
+    assert first in done.stderr
+    assert second in done.stderr
+    assert f"{names[0]} is a good recipe" in done.stderr
+
+
 def test_doctor_says_what_each_format_needs():
     import torch
 

@@ -7,7 +7,8 @@ import typer
 
 from quantkit.cli.named import recipe_of
 from quantkit.cli.options import Json, Name, Set
-from quantkit.cli.output import print_document, say
+from quantkit.cli.output import fail, print_document, say
+from quantkit.errors import QuantkitError
 
 
 def names(as_json: Json = False) -> None:
@@ -41,10 +42,26 @@ def copy(
     say(f"wrote {target}")
 
 
-def check(recipe: Name, changes: Set = None) -> None:
-    """Check a recipe and print every problem at once."""
-    recipe_of(recipe, changes, None)
-    say(f"{recipe} is a good recipe")
+def check(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE...", help="Recipes of the default model, <model>/<name>, paths, or all."),
+    ],
+    changes: Set = None,
+) -> None:
+    """Check recipes and print every problem of each at once."""
+    from quantkit.recipe_files import recipes_named
+
+    names = [name for given in recipes for name in recipes_named(given)]
+    errors = {}
+    for name in names:
+        try:
+            recipe_of(name, changes, None)
+        except QuantkitError as error:
+            errors[name] = error
+        else:
+            say(f"{name} is a good recipe")
+    fail(errors, several=len(names) > 1)
 
 
 def pin(
