@@ -70,8 +70,8 @@ class Statistics:
                 self._num_compared += len(compared_NI)
                 total_RI = self._total(DEVIATION, x_NI, width if self._weight_OI is None else len(self._weight_OI))
                 if part_owners[DEVIATION] == self.ranks.rank:
-                    # where both are bfloat16 so is the difference: rounded once, by a share of what moved
-                    moved_NI = torch.sub(exact_inputs.flatten(0, -2), compared_NI)
+                    # in bfloat16 the difference is rounded, by a share of what moved
+                    moved_NI = torch.sub(exact_inputs.flatten(0, -2), compared_NI).to(compared_NI.dtype)
                     _add_product(
                         total_RI, moved_NI if self._weight_OI is None else self._made_of(moved_NI), compared_NI
                     )

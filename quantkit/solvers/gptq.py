@@ -29,6 +29,7 @@ from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
+from quantkit.solvers.order import permuted, visiting_order
 from quantkit.solvers.refine import refine, refine_operations
 
 DAMPING_STEP = 2.0
@@ -75,31 +76,6 @@ class Factor:
     damping: float
 
 
-def visiting_order(diagonal_I: Tensor, order: str, group_size: int) -> Tensor:
-    """int64 [I]: channels in the order they are solved.
-
-    Args:
-        diagonal_I: the Hessian's diagonal.
-        order: "natural"; "activation" (decreasing diagonal over all channels, needs g_idx); or "group-aware"
-            (arXiv 2505.14638: decreasing inside each group, groups by their largest, a short tail group last), which
-            keeps groups contiguous in the file.
-        group_size: channels per group, -1 for one group.
-    """
-    num_channels = diagonal_I.numel()
-    if order == "natural":
-        return torch.arange(num_channels, device=diagonal_I.device)
-    size = num_channels if group_size == -1 else group_size
-    if order == "activation" or size >= num_channels:
-        return torch.argsort(diagonal_I, descending=True, stable=True)
-    full = num_channels // size * size
-    grouped = diagonal_I[:full].view(-1, size)
-    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
-    inside += torch.arange(0, full, size, device=inside.device).unsqueeze(1)
-    groups = torch.argsort(grouped.amax(1), descending=True, stable=True)
-    tail = full + torch.argsort(diagonal_I[full:], descending=True, stable=True)
-    return torch.cat([inside[groups].flatten(), tail])
-
-
 def factorize(hessian_II: Tensor, *, order: str, group_size: int, damping: float, where: str = "") -> Factor:
     """The upper factor of the damped Hessian in visiting order.
 
@@ -128,7 +104,7 @@ def factorize(hessian_II: Tensor, *, order: str, group_size: int, damping: float
     order_I = visiting_order(diagonal_I, order, group_size)
     # reversing rows and columns turns the lower factor that the library computes into the upper one wanted here
     backwards_I = order_I.flip(0)
-    permuted_II = hessian_II[backwards_I.unsqueeze(1), backwards_I]
+    permuted_II = permuted(hessian_II, backwards_I)
     original_I = permuted_II.diagonal().clone()
     for attempt in range(DAMPING_TRIES + 1):
         tried = damping * DAMPING_STEP**attempt

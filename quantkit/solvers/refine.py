@@ -17,6 +17,7 @@ from torch import Tensor
 from quantkit.grids.affine import AffineGrid, Rule
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
+from quantkit.solvers.order import permuted
 
 PANEL = 128
 SPAN = 512  # channels that the errors of all others are multiplied for at once: wide products are faster
@@ -63,7 +64,7 @@ def refine(
     # channels group by group, which they are already unless they were visited by their activations
     order_I = torch.argsort(grid.group_I, stable=True)
     if not torch.equal(order_I, torch.arange(len(order_I), device=order_I.device)):
-        hessian_II = hessian_II[order_I.unsqueeze(1), order_I]
+        hessian_II = permuted(hessian_II, order_I)
     weight_IO, codes_IO = weight_OI.t()[order_I], codes_OI.t()[order_I]
     error_IO = weight_IO - grid.decode(codes_OI).t()[order_I].to(weight_IO.dtype)
     change = weight_IO.new_zeros(())

@@ -22,7 +22,7 @@ from quantkit.progress import Progress
 from quantkit.quantize import AwqSection
 from quantkit.recipe import Recipe
 from quantkit.solvers.awq import ChannelScaling, Feedback, folded, producer_channels
-from quantkit.solvers.gptq import visiting_order
+from quantkit.solvers.order import visiting_order
 from quantkit.source_pass import Calibration, SourcePass
 from quantkit.stream import stream
 from tests.test_kill import Builds

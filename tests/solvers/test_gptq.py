@@ -5,7 +5,8 @@ import torch
 
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineRule
-from quantkit.solvers.gptq import factorize, in_file_order, solve_gptq, towards_float, visiting_order
+from quantkit.solvers.gptq import factorize, in_file_order, solve_gptq, towards_float
+from quantkit.solvers.order import permuted, visiting_order
 from tests.oracles import correlated_layer, oracle_gptq
 
 DAMPING = 0.01
@@ -130,6 +131,14 @@ def test_non_finite_activations_name_the_layer():
     with pytest.raises(RunFailedError, match="activations are not finite") as caught:
         factorize(hessian, order="natural", group_size=8, damping=0.01, where="model.layers.0.mlp.down_proj")
     assert caught.value.where == "model.layers.0.mlp.down_proj"
+
+
+@pytest.mark.parametrize("side", [7, 512, 1100])
+def test_a_matrix_is_put_in_order(side):
+    matrix, order = torch.randn(side, side), torch.randperm(side)
+    found = permuted(matrix, order)
+    assert torch.equal(found, matrix[order][:, order])
+    assert found.is_contiguous()
 
 
 @pytest.mark.parametrize("order", ["natural", "activation"])

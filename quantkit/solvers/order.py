@@ -1,0 +1,47 @@
+"""The order in which a linear's input channels are solved.
+
+Shape legend: I in features.
+"""
+
+import torch
+from torch import Tensor
+
+ROWS = 512  # of a matrix that are put in order at once
+
+
+def visiting_order(diagonal_I: Tensor, order: str, group_size: int) -> Tensor:
+    """int64 [I]: channels in the order they are solved.
+
+    Args:
+        diagonal_I: the Hessian's diagonal.
+        order: "natural"; "activation" (decreasing diagonal over all channels, needs g_idx); or "group-aware"
+            (arXiv 2505.14638: decreasing inside each group, groups by their largest, a short tail group last), which
+            keeps groups contiguous in the file.
+        group_size: channels per group, -1 for one group.
+    """
+    num_channels = diagonal_I.numel()
+    if order == "natural":
+        return torch.arange(num_channels, device=diagonal_I.device)
+    size = num_channels if group_size == -1 else group_size
+    if order == "activation" or size >= num_channels:
+        return torch.argsort(diagonal_I, descending=True, stable=True)
+    full = num_channels // size * size
+    grouped = diagonal_I[:full].view(-1, size)
+    inside = torch.argsort(grouped, dim=1, descending=True, stable=True)
+    inside += torch.arange(0, full, size, device=inside.device).unsqueeze(1)
+    groups = torch.argsort(grouped.amax(1), descending=True, stable=True)
+    tail = full + torch.argsort(diagonal_I[full:], descending=True, stable=True)
+    return torch.cat([inside[groups].flatten(), tail])
+
+
+def permuted(matrix_II: Tensor, order_I: Tensor) -> Tensor:
+    """Rows and columns of a matrix [I, I] in an order, int64 [I]; a new matrix.
+
+    By rows and then by columns, some rows at a time: indexed by both at once, a GPU makes two int64 matrices of the
+    indices first, and a CPU takes more than twice as long.
+    """
+    found_II = torch.empty_like(matrix_II)
+    for start in range(0, len(order_I), ROWS):
+        rows_I = order_I[start : start + ROWS]
+        torch.index_select(matrix_II[rows_I], 1, order_I, out=found_II[start : start + ROWS])
+    return found_II
