@@ -161,7 +161,8 @@ class Activations:
                 statistics.add(*batch)
             del batch
             # in pieces between what stays, the next batch would find no room in it
-            release_freed_memory()
+            if self.decoder.device.type == "cpu":
+                release_freed_memory()
         statistics.complete()
         return statistics
 

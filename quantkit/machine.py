@@ -30,6 +30,13 @@ CONTROL_GROUPS = (
     ("memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ("", "", "memory.max", "memory.current", "inactive_file"),
 )
+# by which a GPU's libraries are told to multiply otherwise; they look when the first product is asked for
+OTHER_PRODUCTS = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "CUBLASLT_WORKSPACE_SIZE",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_TUNABLEOP_ENABLED",
+)
 # weights worked on together: 2 MB of float32, which stay in a CPU's cache; on a GPU enough for a launch to be worth it
 TOGETHER, TOGETHER_ON_GPU = 1 << 19, 1 << 21
 Result = TypeVar("Result")
@@ -211,9 +218,14 @@ def fix_arithmetic(threads: int) -> None:
     """Fix how this process computes: on so many threads of the CPU, and on a GPU the same each time.
 
     There float32 factors stay whole, where the environment may have them cut to TF32's 10 bits
-    (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`, as some containers do), and attention is not cuDNN's, which torch itself takes
-    for not deterministic, and which plans anew for every length.
+    (`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`, as some containers do), products and factorizations are those that torch takes
+    by itself, and attention is not cuDNN's, which torch itself takes for not deterministic, and which plans anew for
+    every length.
     """
+    for name in OTHER_PRODUCTS:
+        os.environ.pop(name, None)
+    torch.backends.cuda.preferred_blas_library("default")
+    torch.backends.cuda.preferred_linalg_library("default")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)
     # the older of torch's two switches: it moves the newer one along, and torch refuses to multiply where they differ

@@ -63,8 +63,13 @@ def test_a_system_that_tells_nothing_of_its_processor_has_a_name_all_the_same(mo
 
 
 def test_no_container_cuts_products_to_tf32_and_attention_is_not_cudnns():
-    switches = "matmul.fp32_precision, matmul.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled()"
+    switches = """
+    matmul.fp32_precision, matmul.allow_tf32, torch.backends.cuda.cudnn_sdp_enabled(),
+    os.environ.get("NVIDIA_TF32_OVERRIDE"), torch.backends.cuda.preferred_blas_library().name,
+    torch.backends.cuda.preferred_linalg_library().name
+    """
     code = f"""
+import os
 import torch
 from quantkit.machine import fix_arithmetic
 matmul = torch.backends.cuda.matmul
@@ -72,9 +77,15 @@ print({switches})
 fix_arithmetic(1)
 print({switches})
 """
-    cut = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    cut = os.environ | dict.fromkeys(
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT"), "1"
+    )
+    cut["TORCH_LINALG_PREFER_CUSOLVER"] = "1"
     done = subprocess.run([sys.executable, "-c", code], env=cut, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["tf32 True True", "ieee False False"]
+    assert done.stdout.splitlines() == [
+        "tf32 True True 1 Cublaslt Cusolver",
+        "ieee False False None Cublas Default",
+    ]
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "expandable_segments:True"), ({"PYTORCH_ALLOC_CONF": "x"}, "x")])
