@@ -12,11 +12,12 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from quantkit.errors import RefusedError
+from quantkit.files import sha256_of
 from quantkit.home import shipped
 from quantkit.hub import HubText, fetch_text_files
 
@@ -101,7 +102,7 @@ def load_text_set(name: str, split: Split) -> TextSet:
     if _on_hub(name):
         return _fetched(name, split)
     path = _path(name, split)
-    return TextSet(name if name in SHIPPED else path.name, _sha256(path), tuple(read_documents(path)))
+    return TextSet(name if name in SHIPPED else path.name, sha256_of(path), tuple(read_documents(path)))
 
 
 def _on_hub(name: str) -> bool:
@@ -154,7 +155,7 @@ def known_sha256(name: str, split: Split) -> str | None:
         require_known(name, split)
     except RefusedError:
         return None
-    return _sha256(_path(name, split))
+    return sha256_of(_path(name, split))
 
 
 def joined_sha256(hashes: Sequence[str]) -> str:
@@ -175,7 +176,7 @@ def read_documents(path: Path) -> Iterator[Document]:
     """
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
-        documents = list(_from_parquet(path))
+        documents = _from_parquet(path)
     else:
         try:
             text = _unpacked(path).decode("utf-8").removeprefix(BOM)
@@ -187,13 +188,15 @@ def read_documents(path: Path) -> Iterator[Document]:
         # not splitlines: JSON strings and prose may hold other characters that it breaks lines at
         lines = content.split("\n")
         if name.endswith(".jsonl"):
-            documents = _from_json_lines(lines, str(path))
+            documents = iter(_from_json_lines(lines, str(path)))
         elif name.endswith("corpus.txt"):
-            documents = [Document(line) for line in lines if line.strip()]
+            documents = (Document(line) for line in lines if line.strip())
         else:
-            documents = [Document(content.strip())] if content.strip() else []
-    if not documents:
+            documents = iter([Document(content.strip())] if content.strip() else [])
+    first = next(documents, None)
+    if first is None:
         raise RefusedError("there is no text in it", where=str(path), fix="give a file with at least one document")
+    yield first
     yield from documents
 
 
@@ -339,13 +342,10 @@ def _fetched(name: str, split: Split) -> TextSet:
     commit = None
     for fetched in fetch_text_files(HUB_TEXTS[base], split, revision or None):
         commit = fetched.revision
-        digest.update(_sha256(fetched.path).encode())
-        documents += read_documents(fetched.path)
-        if len(documents) >= MOST_DOCUMENTS:
+        digest.update(sha256_of(fetched.path).encode())
+        # of a large file no more than that is read
+        documents += islice(read_documents(fetched.path), MOST_DOCUMENTS - len(documents))
+        if len(documents) == MOST_DOCUMENTS:
             break
     assert documents, "a file without a document is refused, and so is a set without a file"
-    return TextSet(name, digest.hexdigest(), tuple(documents[:MOST_DOCUMENTS]), commit)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return TextSet(name, digest.hexdigest(), tuple(documents), commit)
