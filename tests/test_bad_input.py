@@ -153,11 +153,11 @@ CASES = {
         configured(intermediate_size=128),
     ),
     "a config that transformers refuses": Case(
-        "the tokenizer cannot be loaded: Validation error for field 'rms_norm_eps': "
-        "TypeError: Field 'rms_norm_eps' expected float, got str (value: 'small')",
-        "{m}",
-        "take the tokenizer files and config.json from the model's own repository",
-        configured(rms_norm_eps="small"),
+        "config.json is refused by transformers: Validation error for field 'initializer_range': "
+        "TypeError: Field 'initializer_range' expected float, got str (value: 'small')",
+        "{m}/config.json",
+        "take config.json from the model's own repository",
+        configured(initializer_range="small"),
     ),
     "a config of no model, where nothing would run it": Case(
         "config.json does not describe a MistralForCausalLM: Padding_idx must be within num_embeddings",

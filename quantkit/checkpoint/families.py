@@ -139,7 +139,7 @@ def family_of(config: dict, *, where: str) -> Family:
             fix="quantkit never runs code from a checkpoint; use one of " + ", ".join(sorted(FAMILIES)),
         )
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise RefusedError(
             f"unknown architecture: model_type is {model_type!r}",
             where=where,
@@ -192,7 +192,7 @@ def attention_sizes(config: dict, family: Family, *, where: str) -> tuple[int, i
     """Query heads, key heads, and the width of one head; the family's own values where config.json has none.
 
     Raises:
-        RefusedError: config.json does not say it, or says something that is no size.
+        RefusedError: config.json does not say it, says something that is no size, or heads that do not go together.
     """
     # null is as good as nothing, but not to a family with a value of its own
     defaults = {"head_dim": family.head_dim, "num_key_value_heads": family.key_value_heads}
@@ -202,6 +202,16 @@ def attention_sizes(config: dict, family: Family, *, where: str) -> tuple[int, i
         length_of(config, key, where=where) if config.get(key) is not None else otherwise
         for key, otherwise in (("num_key_value_heads", heads), ("head_dim", hidden // heads))
     )
+    together = {
+        f"{heads} query heads cannot share {keys} key heads evenly": heads % keys,
+        f"a head of {head} numbers cannot be turned in pairs": head % 2,
+    }
+    for problem in filter(together.get, together):
+        raise RefusedError(
+            f"config.json does not go together: {problem}",
+            where=where,
+            fix="take config.json from the model's own repository",
+        )
     return heads, keys, head
 
 

@@ -24,6 +24,7 @@ from quantkit.checkpoint.families import (
     side_lengths,
     weight_sides,
 )
+from quantkit.checkpoint.numbers import require_computable
 from quantkit.errors import RefusedError
 
 STEM = "model"
@@ -381,6 +382,7 @@ def _description(folder: Path) -> tuple[dict, Family, dict[str, tuple[str, ...]]
         raise RefusedError("the source model is quantized already", where=where, fix="start from the bf16 checkpoint")
     family = family_of(config, where=where)
     length_of(config, "max_position_embeddings", where=where)
+    require_computable(config, where=where)
     # transformers would compute another one, but llama.cpp, MLX and others do not look and take SiLU
     if (activation := config.get("hidden_act", SILU[0])) not in SILU:
         raise RefusedError(

@@ -86,13 +86,18 @@ def load_tokenizer(folder: Path, *, vocab_size: int) -> Tokenizer:
 
     try:
         inner = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise RefusedError(
+            f"config.json is refused by transformers: {' '.join(str(error).split())}",
+            where=str(folder / "config.json"),
+            fix="take config.json from the model's own repository",
+        ) from None
     except Exception as error:  # noqa: BLE001 (tokenizers raises no class of its own, and damage has many others)
         lines = str(error).splitlines() or [type(error).__name__]
-        reason = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else lines[0]
         raise RefusedError(
-            f"the tokenizer cannot be loaded: {reason}",
+            f"the tokenizer cannot be loaded: {lines[0]}",
             where=str(folder),
-            # transformers reads config.json too, and refuses what is wrong there
+            # transformers reads config.json too, and fails at what is wrong there
             fix="take the tokenizer files and config.json from the model's own repository",
         ) from None
     if len(inner) > vocab_size:

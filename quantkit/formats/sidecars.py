@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from quantkit.checkpoint.numbers import DEFAULT_THETA
 from quantkit.formats.shards import copy_file
 
 # copied as they are when the source has them
@@ -28,9 +29,6 @@ COPIED = (
 )
 # keys that tell of the machine the source was saved on
 PRIVATE_KEYS = ("_name_or_path", "transformers_version")
-
-# what transformers takes where config.json names none
-DEFAULT_THETA = 10000.0
 
 
 def quantized_config(

@@ -173,8 +173,6 @@ def test_tokenizer_of_another_model(folder):
         ("tokenizer.json", "[" * 200_000),
         ("tokenizer_config.json", "[]"),
         ("config.json", '{"model_type": "mistral", "rope_parameters": {"rope_type": "yarn"}}'),
-        ("config.json", '{"model_type": "mistral", "sliding_window": "x"}'),
-        ("config.json", '{"model_type": "mistral", "eos_token_id": "x"}'),
     ],
 )
 def test_broken_tokenizer(folder, file, content):
@@ -184,6 +182,14 @@ def test_broken_tokenizer(folder, file, content):
     assert caught.value.what.startswith("the tokenizer cannot be loaded: ")
     assert len(caught.value.what.splitlines()) == 1
     assert caught.value.fix == "take the tokenizer files and config.json from the model's own repository"
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "eos_token_id"])
+def test_a_config_that_transformers_refuses_when_it_loads_a_tokenizer(folder, key):
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral", key: "x"}))
+    with pytest.raises(RefusedError, match=f"config.json is refused by transformers: .*{key}") as caught:
+        load_tokenizer(folder, vocab_size=384)
+    assert caught.value.where == str(folder / "config.json")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from quantkit.checkpoint.numbers import rope_of
 from quantkit.errors import RefusedError
 from quantkit.formats.gguf.names import Model
 from quantkit.formats.gguf.tokenizer import Vocabulary
@@ -50,14 +51,6 @@ class About:
     languages: tuple[str, ...] = ()
     base_model: str | None = None
     quantized_by: str | None = None
-
-
-def rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings in one place: "rope_type", "rope_theta" and what the type needs."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    return rope
 
 
 def rope_factors(config: dict[str, Any]) -> Tensor | None:
