@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -59,9 +60,23 @@ def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))
 
 
+def json_text(content: Any) -> str:
+    """JSON for people and programs, which has no NaN and no infinity: `finite` first."""
+    return json.dumps(finite(content), ensure_ascii=False, indent=2, allow_nan=False)
+
+
+def finite(content: Any) -> Any:
+    """The same with null for numbers that JSON cannot hold."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of either."""
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    write_text(path, json_text(content) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:

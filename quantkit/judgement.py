@@ -31,6 +31,7 @@ from quantkit.validation.compare import (
     failed,
     gated,
     logits_result,
+    no_numbers,
     not_run,
     reference_figures,
     reference_result,
@@ -73,11 +74,10 @@ def validate(
     record = read_record(folder)
     if record is not None:
         require_weights_here(folder, record)
-    name = detect(folder)
-    variants = open_variants(name, folder)
-    if record is not None:
         progress.stage("checking the artifact's hashes")
         require_unchanged(folder, record, but=(CARD,))  # the card is written anew
+    name = detect(folder)
+    variants = open_variants(name, folder)
     model = model or _recorded_source(record, folder)
     recipe = _recipe_of(record, name, model)
     fix_arithmetic(recipe.compute.threads)
@@ -174,7 +174,14 @@ def check_validation(section: ValidationSection, decoder: Decoder, tokenizer: To
                 fix="leave the question out with --set validation.generated_tokens=0, or add the chat template to the "
                 "model's tokenizer files",
             )
-        tokenizer.render([("user", section.prompt)], answer=True)
+        asked = len(tokenizer.encode(tokenizer.render([("user", section.prompt)], answer=True)))
+        if asked + section.generated_tokens >= decoder.window_limit:
+            raise RefusedError(
+                f"the prompt's {asked} tokens and {section.generated_tokens} of an answer are more than the model's "
+                f"{decoder.window_limit}",
+                where="validation.generated_tokens",
+                fix="ask for fewer, or a shorter validation.prompt",
+            )
     for name in section.texts:
         require_known(name, "validation")
     for name in {*section.require} - {REFERENCE_RUNTIME}:
@@ -250,6 +257,13 @@ def judge(
         ]
     )
     reference = run_reference(source.checkpoint, text, decoder, tokenizer, settings, fingerprint=key)
+    expected = reference_figures(reference, text)
+    if odd := no_numbers(expected):
+        raise RunFailedError(
+            f"the source model's own {odd[0]} on the text that is judged by is {expected[odd[0]]}",
+            where=source.id,
+            fix="look at its config.json and weights with the model's authors; no artifact of it can be judged",
+        )
     judged = []
     for name, artifact in variants.items():
         results = []
@@ -260,7 +274,7 @@ def judge(
             else:
                 results.append(_engine_result(wanted, artifact, reference, text, device, recipe.compute.threads))
         judged.append((name, artifact, _kept(earlier, name, text, results) + results))
-    return _document(judged, recipe, text, reference_figures(reference, text))
+    return _document(judged, recipe, text, expected)
 
 
 def _kept(

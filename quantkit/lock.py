@@ -22,7 +22,7 @@ ATTEMPTS = 100
 
 def lock_file(out: Path) -> Path:
     """`<out>.lock`, the same for every name of the folder."""
-    return beside(Path(os.path.realpath(out)), ".lock")
+    return beside(out, ".lock")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from quantkit.errors import QuantkitError
 from quantkit.formats import open_variants
 from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
 from quantkit.formats.shards import read_item, write_item
+from quantkit.home import require_home
 from quantkit.job import Build, Job, Once, Outcome
 from quantkit.judgement import (
     check_validation,
@@ -35,7 +36,7 @@ from quantkit.machine import fix_arithmetic, peak_memory_bytes
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan, reads_text, require_here
 from quantkit.progress import Progress, timed
-from quantkit.provenance import finished_record, identity_of, new_record, refuse_other_licence
+from quantkit.provenance import finished_record, identity_of, new_record, record_at, refuse_other_licence
 from quantkit.qtensor import Item, QuantizedLinear
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, public_name
@@ -130,6 +131,8 @@ class Making:
         self.method = _method(recipe, checkpoint, self.progress)
         # a model that is only described has no tokenizer, and is not to be built on this machine
         here = here and not checkpoint.described
+        if here:
+            record_at(self.job.out)
         tokenizer = None if checkpoint.described else once(("tokenizer", model), partial(tokenizer_of, checkpoint))
         self._check(checkpoint, tokenizer, once, validated=True)
         self._find_needs(checkpoint, here=here, reserved_bytes=reserved_bytes, timed=True)
@@ -198,6 +201,7 @@ class Making:
             for name in recipe.calibration.texts:
                 require_known(name, "calibration")
         if validated:
+            require_home()
             check_validation(recipe.validation, self._decoder, tokenizer)
 
     def _calibration_texts(self, once: Once, *, fetched: bool) -> dict[str, TextSet]:

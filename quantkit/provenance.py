@@ -69,13 +69,8 @@ def finished_record(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict
             beside such a build what quantkit did not make.
         RunFailedError: it is this one, but its files were changed.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if (record := record_at(out)) is None:
         return None
-    record = read_record(out) if out.is_dir() else None
-    if record is None:
-        raise RefusedError(
-            f"{out} exists and is no artifact of quantkit", where=str(out), fix="choose another folder with --out"
-        )
     if fresh:
         require_replaceable(out, record)
         return None
@@ -83,6 +78,22 @@ def finished_record(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict
     # a kill may have come between card and record; publishing looks at both
     require_unchanged(out, record, but=(CARD,))
     discard_work(out)
+    return record
+
+
+def record_at(out: Path) -> dict[str, Any] | None:
+    """The record of an artifact that is where one is to be made; None where nothing is.
+
+    Raises:
+        RefusedError: there is something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    record = read_record(out) if out.is_dir() else None
+    if record is None:
+        raise RefusedError(
+            f"{out} exists and is no artifact of quantkit", where=str(out), fix="choose another folder with --out"
+        )
     return record
 
 

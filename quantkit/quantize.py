@@ -6,9 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class Section(BaseModel):
-    """A table of a recipe: frozen, strictly typed, closed."""
+    """A table of a recipe: frozen, strictly typed, closed; its numbers are finite, as JSON's are."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
     files: ClassVar[tuple[str, ...]] = ()
     """Keys that name local files."""
 
@@ -196,7 +196,8 @@ class GgufSection(Section):
     )
     name: str = Field(
         default="model",
-        pattern=r"^[\w.+-]+$",
+        pattern=r"^[\w+-][\w.+-]*$",
+        max_length=200,
         description="Model name in the files and of the files, `<name>.<type>.gguf`.",
     )
     shard_gb: float = Field(
@@ -222,6 +223,8 @@ class GgufSection(Section):
     def _types_can_be_made(self) -> "GgufSection":
         if self.encoder == "ggml" and self.solver == "gptq":
             raise ValueError('encoder = "ggml" has no GPTQ: leave solver = "search"')
+        if len(set(self.types)) < len(self.types):
+            raise ValueError("types are file types, each once")
         if not self.imatrix and (found := [name for name in self.types if name in NEED_IMPORTANCE]):
             raise ValueError(f"{', '.join(found)} need imatrix = true")
         if self.system and '"""' in self.system:

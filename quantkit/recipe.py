@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -123,7 +124,9 @@ class ValidationSection(Section):
     prompt: str = Field(
         default="Jakie mamy pory roku w Polsce?", description="Chat prompt of the greedy generation check."
     )
-    generated_tokens: int = Field(default=32, ge=0, description="Tokens generated for that check; 0 leaves it out.")
+    generated_tokens: int = Field(
+        default=32, ge=0, le=4096, description="Tokens generated for that check; 0 leaves it out."
+    )
     gates: GatesSection = Field(default=GatesSection(), description="Limits for every variant.")
     variant_gates: dict[str, GatesSection] = Field(
         default={}, description="Limits by variant name; they replace those of `gates` key by key."
@@ -155,7 +158,7 @@ class ComputeSection(Section):
         le=1024,
         description="CPU threads. Another number gives other rounding, so it is part of the recipe.",
     )
-    windows_per_batch: int = Field(default=8, ge=1, description="Windows that go through a layer together.")
+    windows_per_batch: int = Field(default=8, ge=1, le=65536, description="Windows that go through a layer together.")
 
 
 class ReleaseSection(Section):
@@ -269,12 +272,21 @@ def checked(content: dict[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.of(content)
     except ValidationError as error:
-        problems = [_problem(detail, RECIPES.get(str(content.get("format")), Recipe)) for detail in error.errors()]
+        found = error.errors()
+        # a list that is too short without those of its items that are named already
+        found = [detail for detail in found if detail["type"] != "too_short" or not _holds_another(detail, found)]
+        problems = [_problem(detail, RECIPES.get(str(content.get("format")), Recipe)) for detail in found]
         raise RefusedError(
             f"{len(problems)} problem(s) in the recipe:\n  " + "\n  ".join(problems),
             where=where,
             fix="docs/recipe.md lists every key; `quantkit recipes schema` prints the schema",
         ) from None
+
+
+def _holds_another(detail: Any, found: Sequence[Any]) -> bool:
+    """Whether one of pydantic's findings is about a part of what this one is about."""
+    location = detail["loc"]
+    return any(other["loc"][: len(location)] == location and other["loc"] != location for other in found)
 
 
 def _problem(detail: Any, kind: type[Recipe]) -> str:

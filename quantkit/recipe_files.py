@@ -143,6 +143,11 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _apply(content: dict[str, Any], change: str) -> None:
+    try:
+        change.encode()
+    except UnicodeEncodeError:
+        shown = change.encode("utf-8", "backslashreplace").decode()
+        raise RefusedError(f"--set {shown!r} is not valid UTF-8", fix="write it in UTF-8") from None
     keys, found, text = change.partition("=")
     if not found or not keys.strip():
         raise RefusedError(f"--set {change!r} is not key=value", fix="write --set quantize.bits=3")
@@ -165,15 +170,15 @@ def as_toml(resolved: dict[str, Any]) -> str:
 
 
 def copy_recipe(name: str, target: Path) -> None:
-    """Write a recipe, resolved, to a new file.
+    """Write a recipe, with every key and its paths as they are, to a new file.
 
     Raises:
         RefusedError: the file exists, or the recipe is not to be found.
     """
-    resolved = load_recipe(find_recipe(name)).resolved()
+    whole = load_recipe(find_recipe(name)).model_dump(mode="json")
     if target.exists():
         raise RefusedError(f"{target} exists", fix="choose another file name")
-    write_text(target, as_toml(resolved))
+    write_text(target, as_toml(whole))
 
 
 def model_named_in(path: Path) -> str:

@@ -81,7 +81,7 @@ class Workdir:
     """
 
     def __init__(self, out: Path, identity: dict[str, Any], journal: dict[str, Any]) -> None:
-        self.out = out
+        self.out = real(out)
         self.folder = work_folder(out)
         self.identity = identity
         self._journal = journal
@@ -176,6 +176,11 @@ def work_folder(out: Path) -> Path:
     return beside(out, ".work")
 
 
+def real(out: Path) -> Path:
+    """The folder itself where `out` is a link to it: what is renamed is the folder, and the link stays."""
+    return Path(os.path.realpath(out))
+
+
 def beside(out: Path, suffix: str) -> Path:
     """The neighbour of a folder that is called as it is, and a suffix.
 
@@ -183,7 +188,7 @@ def beside(out: Path, suffix: str) -> Path:
         RefusedError: the folder is the root, which has no neighbours.
     """
     # "." has no name
-    out = Path(os.path.abspath(out))
+    out = real(out)
     if not out.name:
         raise RefusedError(
             f"{out} is no place for an artifact", where=str(out), fix="name a folder below it with --out"
@@ -203,6 +208,7 @@ def discard_work(out: Path) -> None:
 
 def put_right(out: Path) -> None:
     """Bring back an artifact that was to be replaced, and remove files that were being replaced, when a kill came."""
+    out = real(out)
     if (work_folder(out) / REPLACED).exists():
         if out.exists():
             discard_work(out)

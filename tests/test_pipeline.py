@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
@@ -439,6 +440,19 @@ def test_an_engine_that_breaks_fails_the_gate_and_nothing_else_is_lost(recipe, t
     assert result["gate"] == {"passed": False, "failures": [f"gptqmodel: required, but {theirs['reason']}"]}
     assert judge([ours, theirs], {}, ["reference"], result["reference"]) == [f"gptqmodel: {theirs['reason']}"]
     assert read_record(out)["validation"] == result
+
+
+def test_a_source_that_gives_no_numbers_is_what_is_wrong(recipe, tmp_path, tiny_mistral):
+    folder = shutil.copytree(tiny_mistral, tmp_path / "m")
+    shard = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
+    weights = load_file(shard)
+    weights["lm_head.weight"] = torch.full_like(weights["lm_head.weight"], 3e38)
+    save_file(weights, shard)
+    content = recipe.model_dump(mode="json") | {"model": {"id": str(folder)}, "format": "gguf"}
+    asked = Recipe.of(content | {"quantize": {"types": ["BF16"]}})
+    with pytest.raises(RunFailedError, match=r"the source model's own ppl_per_token on the text .* is inf") as caught:
+        build(asked, out=tmp_path / "a", device=CPU)
+    assert caught.value.where == "m"
 
 
 def test_validate_takes_a_folder_without_a_record(recipe, tmp_path):

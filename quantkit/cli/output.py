@@ -1,6 +1,5 @@
 """What commands leave behind them: lines and tables, one JSON document, JUnit XML, an exit code."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -19,8 +18,10 @@ INTERRUPTED_CODE = 130
 
 def print_document(document: Any, lines: list[str]) -> None:
     """One JSON document if there is one, else lines."""
+    from quantkit.files import json_text
+
     if document is not None:
-        lines = [json.dumps(document, ensure_ascii=False, indent=2)]
+        lines = [json_text(document)]
     for line in lines:
         typer.echo(line)
 

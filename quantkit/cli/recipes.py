@@ -23,8 +23,8 @@ def show(recipe: Name, changes: Set = None, as_json: Json = False) -> None:
     """A recipe with every key resolved."""
     from quantkit.recipe_files import as_toml
 
-    resolved = recipe_of(recipe, changes, None)[0].resolved()
-    print_document(resolved if as_json else None, [as_toml(resolved)])
+    whole = recipe_of(recipe, changes, None)[0].model_dump(mode="json")
+    print_document(whole if as_json else None, [as_toml(whole)])
 
 
 def copy(

@@ -7,7 +7,7 @@ from typing import Any
 from quantkit.errors import RefusedError
 from quantkit.formats import detect, open_variants
 from quantkit.formats.contract import Artifact
-from quantkit.report.record import CARD, branches_of, changed_files, read_record
+from quantkit.report.record import CARD, branches_of, changed_files, read_record, require_unchanged
 from quantkit.signature import SIGNATURE, problem
 from quantkit.units import size_text
 from quantkit.workdir import RECORD
@@ -35,13 +35,19 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
         raise RefusedError("a signature is checked with --verify only", where="--public-key", fix="add --verify")
     record = read_record(folder)
     branches = [] if record is None else branches_of(record)
-    name = record["format"] if record is not None and branches else detect(folder)
-    opened = {} if branches else open_variants(name, folder)
-    variants = [_variant(name, artifact) for name, artifact in opened.items()]
-    signature, why = _signature(folder, public_key)
     changed = []
     if verify:
         changed = [f"{RECORD}: missing"] if record is None else changed_files(folder, record)
+    try:
+        name = record["format"] if record is not None and branches else detect(folder)
+        opened = {} if branches else open_variants(name, folder)
+    except RefusedError:
+        # what cannot be opened because it is not what was built
+        if record is not None and verify:
+            require_unchanged(folder, record)
+        raise
+    variants = [_variant(name, artifact) for name, artifact in opened.items()]
+    signature, why = _signature(folder, public_key)
     return {
         "artifact": folder.resolve().name,
         "format": name,

@@ -4,7 +4,6 @@ Everything drawn comes from the records; nothing is measured here.
 """
 
 import base64
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantkit.errors import RefusedError
-from quantkit.files import disk_errors, write_json, write_text
+from quantkit.files import disk_errors, finite, json_text, write_json, write_text
 from quantkit.report.plots import COLOURS, MEASURES, SHAPES, beyond, chart, draw_png, outline, require_matplotlib
 from quantkit.report.record import read_record
 from quantkit.units import size_text
@@ -125,7 +124,7 @@ def report_of(folders: Sequence[Path]) -> dict[str, Any]:
             for name, record in records.items()
         ],
     }
-    return _finite(report)
+    return finite(report)
 
 
 def fingerprint_of(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -192,15 +191,6 @@ def _losses(record: dict[str, Any]) -> list[dict[str, Any]]:
             layer, name = (int(place[1]), place[2]) if place else (None, linear["name"])
             found.append({"layer": layer, "linear": name, "loss": linear["loss"]})
     return found
-
-
-def _finite(content: Any) -> Any:
-    """The same with null for numbers that JSON cannot hold."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def page(report: dict[str, Any]) -> str:
@@ -330,5 +320,5 @@ def _whole(value: int) -> str:
 
 def _download(content: Any) -> str:
     """A link that holds a JSON document."""
-    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    text = json_text(content) + "\n"
     return "data:application/json;base64," + base64.b64encode(text.encode()).decode()

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from quantkit.errors import RefusedError, RunFailedError
-from quantkit.files import hash_files, write_json
+from quantkit.files import finite, hash_files, write_json
 from quantkit.recipe import Recipe, fingerprint
 from quantkit.report.schema import Record
 from quantkit.signature import SIGNATURE, SIGNATURES
@@ -122,6 +122,7 @@ def recorded_recipe(record: dict[str, Any]) -> Recipe:
 
 def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Put the record in place, whole or not at all; returns it with the hash that tells of a later edit."""
+    record = finite(record)  # as it will be read again
     record = record | {"seal": _seal(record)}
     write_json(folder / RECORD, record)
     return record

@@ -56,10 +56,10 @@ def refine(
         codes_OI, grid: uint8 [O, I] and what they mean, with groups of any channels; not modified.
         hessian_II: [I, I], the sum over calibration tokens of x x^T; not modified.
         rule: how scales and zeros may be chosen.
-        damping: fraction of mean(diag H) added to the diagonal.
+        damping: fraction of mean(diag H) added to the diagonal, or of 1 where that is 0.
         sweeps: times that every scale and every code is chosen again.
     """
-    added = damping * float(hessian_II.diagonal().mean())
+    added = damping * (float(hessian_II.diagonal().mean()) or 1.0)
     scale_GO, zero_GO = (part.t().to(weight_OI.dtype).contiguous() for part in (grid.scale_OG, grid.zero_OG))
     # channels group by group, which they are already unless they were visited by their activations
     order_I = torch.argsort(grid.group_I, stable=True)

@@ -1,5 +1,6 @@
 """One artifact held against its reference: the results that the record, the card and the gate are made of."""
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -75,17 +76,27 @@ def logits_result(
 def _result(runtime: str, found: Comparison, text: EvaluationText, started: float) -> dict[str, Any]:
     expected = perplexities(found.reference_loss, text)
     measured = perplexities(found.loss, text)
-    return {
-        "runtime": runtime,
-        "status": "ok",
-        "reason": "",
+    figures = {
         **measured,
         "ratio": measured["ppl_per_token"] / expected["ppl_per_token"],
         "mean_kld": float(found.divergence.mean()),
         "p99_kld": float(torch.quantile(found.divergence, 0.99)),
         "top1_agreement": float(found.agrees.double().mean()),
+    }
+    if odd := no_numbers(figures):
+        return failed(runtime, f"its {odd[0]} is {figures[odd[0]]}: logits are not finite")
+    return {
+        "runtime": runtime,
+        "status": "ok",
+        "reason": "",
+        **figures,
         "seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def no_numbers(figures: Mapping[str, Any]) -> list[str]:
+    """Which of the figures are NaN or infinite."""
+    return [key for key, value in figures.items() if isinstance(value, float) and not math.isfinite(value)]
 
 
 def not_run(runtime: str, reason: str) -> dict[str, Any]:

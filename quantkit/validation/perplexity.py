@@ -4,7 +4,7 @@ Shape legend: N predicted tokens, D hidden size, V vocabulary, B windows, T toke
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +84,9 @@ def final_states(source: WeightSource, text: EvaluationText, decoder: Decoder, *
 
 def losses(states_ND: Tensor, head_VD: Tensor, targets: list[int]) -> Tensor:
     """Negative log-likelihood float64 [N] of each target, in nats; logits and softmax in float32, over all of V."""
+    wide_VD = head_VD.float()
     found = [
-        _loss(_log_softmax(states, head_VD), wanted) for states, wanted in _chunks(states_ND, targets, head_VD.device)
+        _loss(_log_softmax(states, wide_VD), wanted) for states, wanted in _chunks(states_ND, targets, head_VD.device)
     ]
     return torch.cat(found)
 
@@ -98,14 +99,13 @@ def compare(reference: tuple[Tensor, Tensor], artifact: tuple[Tensor, Tensor], t
         artifact: the same of the artifact.
         targets: the N tokens to be predicted.
     """
-    parts: list[tuple[Tensor, ...]] = []
     device = artifact[1].device
+    expected_VD, found_VD = reference[1].float(), artifact[1].float()
     pairs = zip(_chunks(reference[0], targets, device), _chunks(artifact[0], targets, device), strict=True)
-    for (reference_states, wanted), (states, _) in pairs:
-        expected = _log_softmax(reference_states, reference[1])
-        found = _log_softmax(states, artifact[1])
-        parts.append((_loss(expected, wanted), _loss(found, wanted), *divergence(expected, found)))
-    return Comparison(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+    return _joined(
+        (_log_softmax(expected, expected_VD), _log_softmax(found, found_VD), wanted)
+        for (expected, wanted), (found, _) in pairs
+    )
 
 
 def compare_logits(reference: tuple[Tensor, Tensor], logits_NV: Tensor, targets: list[int]) -> Comparison:
@@ -116,11 +116,25 @@ def compare_logits(reference: tuple[Tensor, Tensor], logits_NV: Tensor, targets:
         logits_NV: float32, the artifact's; columns beyond the reference's vocabulary are padding.
         targets: the N tokens to be predicted.
     """
-    head_VD = reference[1]
-    wanted_N = torch.tensor(targets, device=head_VD.device)
-    expected = _log_softmax(reference[0].to(head_VD.device), head_VD)
-    found = torch.log_softmax(logits_NV[:, : head_VD.shape[0]].to(head_VD.device), dim=-1)
-    return Comparison(_loss(expected, wanted_N), _loss(found, wanted_N), *divergence(expected, found))
+    head_VD = reference[1].float()
+    pairs = zip(_chunks(reference[0], targets, head_VD.device), logits_NV.split(CHUNK_POSITIONS), strict=True)
+    return _joined(
+        (
+            _log_softmax(expected, head_VD),
+            torch.log_softmax(found[:, : head_VD.shape[0]].to(head_VD.device), dim=-1),
+            wanted,
+        )
+        for (expected, wanted), found in pairs
+    )
+
+
+def _joined(chunks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Comparison:
+    """What chunks of log-probabilities [N, V] of both and the tokens wanted [N] come to, one after another."""
+    parts = [
+        (_loss(expected, wanted), _loss(found, wanted), *divergence(expected, found))
+        for expected, found, wanted in chunks
+    ]
+    return Comparison(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
 def divergence(expected_NV: Tensor, found_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,8 +155,8 @@ def _chunks(states_ND: Tensor, targets: list[int], device: torch.device) -> Iter
 
 
 def _log_softmax(states_ND: Tensor, head_VD: Tensor) -> Tensor:
-    """Log-probabilities float32 [N, V]: a product in bf16 would round the logits before they are compared."""
-    return torch.log_softmax(states_ND.float() @ head_VD.float().t(), dim=-1)
+    """Log-probabilities float32 [N, V] by a head in float32: a product in bf16 would round what is to be compared."""
+    return torch.log_softmax(states_ND.float() @ head_VD.t(), dim=-1)
 
 
 def _loss(log_probabilities_NV: Tensor, wanted_N: Tensor) -> Tensor:

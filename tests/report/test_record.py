@@ -108,6 +108,19 @@ def test_a_file_that_is_not_in_the_record_is_to_be_moved_away(tmp_path):
     assert caught.value.fix == "move what is not in the record elsewhere"
 
 
+def test_what_json_cannot_hold_is_null_in_a_record_that_counts_as_unedited(tmp_path):
+    record = record_of("gptq", outputs=[])
+    for linear, loss in zip(
+        record["build"]["items"]["layers.0"]["linears"], (float("nan"), float("inf")), strict=False
+    ):
+        linear["loss"] = loss
+    kept = keep(tmp_path, record)
+    read = read_record(tmp_path)
+    assert read == kept
+    assert [linear["loss"] for linear in read["build"]["items"]["layers.0"]["linears"][:3]] == [None, None, 1e-3]
+    assert "NaN" not in (tmp_path / "quantkit.json").read_text()
+
+
 def test_an_edited_card_is_named(tmp_path):
     record = keep(tmp_path, record_of("gptq", outputs=[]))
     assert changed_files(tmp_path, record) == []

@@ -1,6 +1,7 @@
 """Perplexity, divergence and agreement against the whole model's logits, one window at a time."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import head_tensors
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.texts import Document, TextSet
+from quantkit.validation.compare import logits_result
 from quantkit.validation.generation import greedy_answer, repeats_endlessly
 from quantkit.validation.perplexity import (
     CHUNK_POSITIONS,
@@ -110,6 +112,18 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_before_they_are_compared():
     torch.testing.assert_close(losses(*pair[1], wanted.tolist()), -second[rows, wanted], rtol=1e-5, atol=1e-5)
     logits = (pair[1][0].double() @ pair[1][1].double().t()).float()
     assert compare_logits(pair[0], logits, wanted.tolist()).divergence == pytest.approx(found.divergence, abs=1e-6)
+
+
+def test_a_reader_whose_logits_are_not_finite_has_failed(models):
+    text, _ = text_of(models[0])
+    states, head = judged(models[0], text)
+    whole = [states.float() @ head.float().t()]
+    logits = [part.numpy() for part in whole[0].split([len(window.targets) for window in text.windows])]
+    reference = SimpleNamespace(states_ND=states, head_VD=head)
+    assert logits_result("reader", logits, reference, text)["status"] == "ok"
+    logits[1][0, 0] = float("nan")
+    found = logits_result("reader", logits, reference, text)
+    assert (found["status"], found["reason"]) == ("failed", "its ppl_per_token is inf: logits are not finite")
 
 
 def test_perplexities_are_taken_over_tokens_words_and_bytes(models):

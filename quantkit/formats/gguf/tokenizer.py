@@ -411,7 +411,8 @@ def _special(settings: dict[str, Any], config: dict[str, Any], ids: dict[str, in
         token = ids.get(text) if text else config.get(f"{token_name}_token_id")
         if isinstance(token, list):
             token = token[0]
-        if token is not None:
+        # some say -1 where there is none
+        if token is not None and int(token) >= 0:
             found[key] = int(token)
     return found
 
