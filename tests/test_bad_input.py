@@ -202,6 +202,12 @@ CASES = {
         "set calibration.window_tokens to 256 or less",
         changes=("calibration.window_tokens=512",),
     ),
+    "an answer beyond the context": Case(
+        "the prompt's 39 tokens and 250 of an answer are more than the model's 256",
+        "validation.generated_tokens",
+        "ask for fewer, or a shorter validation.prompt",
+        changes=("validation.generated_tokens=250",),
+    ),
     "too little text": Case(
         "the text set text.txt gives 12 windows of 16 tokens, not 9999",
         "calibration.texts",
@@ -273,6 +279,56 @@ def test_a_mistake_gets_one_clear_error(case, run, model, tmp_path):
     assert error == f"error: {case.what}\n  at:  {case.at}\n  fix: {case.fix}\n".format(m=model, t=tmp_path)
     # a build has begun; its lines tell seconds and memory
     assert progress.partition("\n")[0] == ("hashing the source" if case.command == "build" else "")
+
+
+def test_a_folder_that_holds_something_else(run, tmp_path):
+    out = tmp_path / "other"
+    out.mkdir()
+    (out / "thesis.tex").write_text("słowa")
+    for command in ("plan", "build"):
+        code, said = run(command, out=out)
+        assert code == 2
+        assert said.endswith(
+            f"error: {out} exists and is no artifact of quantkit\n  at:  {out}\n"
+            "  fix: choose another folder with --out\n"
+        )
+
+
+@pytest.mark.parametrize(
+    ("home", "error"),
+    [
+        ("file", "quantkit's own folder cannot be written: File exists\n  at:  {t}/file\n"),
+        ("file/in", "quantkit's own folder cannot be written: Not a directory\n  at:  {t}/file/in\n"),
+        (
+            "~no-such-user/x",
+            "~no-such-user/x is no folder: Could not determine home directory.\n  at:  QUANTKIT_HOME\n",
+        ),
+    ],
+)
+def test_a_home_that_is_none_is_refused_before_the_work(run, tmp_path, monkeypatch, home, error):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QUANTKIT_HOME", home if home.startswith("~") else str(tmp_path / home))
+    for command in ("plan", "build"):
+        code, said = run(command)
+        assert code == 2
+        assert f"error: {error.format(t=tmp_path)}  fix: set " in said
+        assert "quantize" not in said.partition("error: ")[0]
+    # nothing is kept there by what is not judged
+    assert run("build", "--no-validate")[0] == 0
+
+
+def test_a_link_to_an_artifact_stays_one(run, tmp_path):
+    """Whose folder lies on another disk, say."""
+    scratch, link = tmp_path / "scratch" / "a", tmp_path / "a"
+    scratch.parent.mkdir()
+    link.symlink_to(scratch)
+    for options in ((), ("--fresh",)):
+        code, said = run("build", "--no-validate", *options)
+        assert code == 0, said
+        assert link.readlink() == scratch
+        assert sorted(path.name for path in tmp_path.glob("a*")) == ["a"]
+        assert [path.name for path in scratch.parent.iterdir()] == ["a"]
+        assert (scratch / "quantkit.json").is_file()
 
 
 def test_another_model_in_the_same_folder(run, model, tmp_path):

@@ -148,6 +148,15 @@ def test_json_is_the_only_thing_on_stdout(own_recipe, tmp_path):
     broken = quantkit("inspect", str(tmp_path / "a"), "--verify")
     assert broken.returncode == 1
     assert "tokenizer.json: changed" in broken.stdout
+    # nor can this one be opened any more
+    weights = tmp_path / "a" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    for command in (("inspect", "--verify"), ("validate",)):
+        cut = quantkit(*command, str(tmp_path / "a"))
+        assert cut.returncode == 1
+        assert "error: the artifact is not what was built:" in cut.stderr
+        assert "  model.safetensors: changed\n" in cut.stderr
+        assert cut.stdout == ""
 
 
 def test_a_failed_gate_keeps_the_artifact_exits_with_3_and_is_not_published(own_recipe, tmp_path):

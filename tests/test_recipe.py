@@ -145,7 +145,7 @@ def test_set_changes_one_key(tmp_path, change, expected):
     assert getattr(getattr(recipe, section), key) == value
 
 
-@pytest.mark.parametrize("change", ["quantize.bits", "=3", "format.x.y=3"])
+@pytest.mark.parametrize("change", ["quantize.bits", "=3", "format.x.y=3", "release.notes=\udcff"])
 def test_a_malformed_set_is_refused(tmp_path, change):
     with pytest.raises(RefusedError, match="--set"):
         load_recipe(write(tmp_path, GOOD), (change,))
@@ -197,6 +197,26 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
             for repo in ("", "foo", "a/b/c", "a b/c", "/a")
         ),
         (("compute.threads=1025",), "compute.threads: Input should be less than or equal to 1024, got 1025"),
+        (
+            ("compute.windows_per_batch=99999999999999999999999",),
+            "compute.windows_per_batch: Input should be less than or equal to 65536, got 99999999999999999999999",
+        ),
+        *(
+            (
+                (f"validation.gates.perplexity_ratio={value}",),
+                f"validation.gates.perplexity_ratio: Input should be a finite number, got {value}",
+            )
+            for value in ("inf", "nan")
+        ),
+        (("format=exl2", "quantize={bits=[nan]}"), "quantize.bits.0: Input should be a finite number, got nan"),
+        (
+            ("format=gguf", "quantize={types=['Q4_0','Q4_0']}"),
+            "quantize: types are file types, each once",
+        ),
+        (
+            ("format=gguf", "quantize={name='..'}"),
+            r"quantize.name: String should match pattern '^[\w+-][\w.+-]*$', got '..'",
+        ),
         (("quantize.skip=['']",), "quantize.skip.0: String should have at least 1 character, got ''"),
         (
             ("format=mlx", "quantize={skip=['lm_head','']}"),
@@ -256,6 +276,15 @@ def test_a_copied_recipe_resolves_to_the_same(tmp_path):
     assert load_recipe(tmp_path / "own.toml") == load_recipe(find_recipe("bielik-nano/gptq"))
     with pytest.raises(RefusedError, match="exists"):
         copy_recipe("bielik-nano/gptq", tmp_path / "own.toml")
+
+
+def test_a_copy_of_a_recipe_of_ones_own_names_the_same_files(tmp_path):
+    text = write(tmp_path, "słowa", "words.txt")
+    own = GOOD + f'[calibration]\ntexts = {{ "{text}" = 5 }}\n'
+    first = write(tmp_path, own.replace('"bielik-nano"', f'"{tmp_path}"'))
+    copy_recipe(str(first), tmp_path / "copy.toml")
+    assert load_recipe(tmp_path / "copy.toml") == load_recipe(first)
+    assert load_recipe(first).calibration.texts == {str(text): 5}
 
 
 def test_pin_writes_the_revision_and_keeps_comments(tmp_path):

@@ -30,7 +30,15 @@ from quantkit.formats.gguf.metadata import architecture_keys, rope_factors
 from quantkit.formats.gguf.mixtures import MIXTURES, tensor_type
 from quantkit.formats.gguf.names import Model, checkpoint_name, gguf_name, halves, interleave
 from quantkit.formats.gguf.read import open_file, open_variants
-from quantkit.formats.gguf.tokenizer import DIGITS, OWN_PATTERN, PRE_TOKENIZERS, Splitting, pre_tokenizer, vocabulary
+from quantkit.formats.gguf.tokenizer import (
+    DIGITS,
+    OWN_PATTERN,
+    PRE_TOKENIZERS,
+    Splitting,
+    _special,
+    pre_tokenizer,
+    vocabulary,
+)
 from quantkit.grids.block_bytes import encode
 from quantkit.grids.blocks import BlockType
 from quantkit.judgement import validate
@@ -423,6 +431,11 @@ def test_what_config_json_leaves_out_has_the_familys_own_value(kind, key, shape,
         files.append((out / "tiny.Q8_0.gguf").read_bytes())
     assert key in config
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(("said", "expected"), [(-1, {}), (None, {}), ([2, 3], {"padding": 2}), (0, {"padding": 0})])
+def test_a_special_token_that_is_none_has_no_id(said, expected):
+    assert _special({}, {"pad_token_id": said}, {}) == expected
 
 
 def test_the_importance_matrix_is_the_mean_square_of_the_float_models_inputs(artifacts, sources, text):

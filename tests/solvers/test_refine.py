@@ -73,6 +73,16 @@ def test_every_sweep_loses_less_and_says_how_much(rule, dtype):
     assert losses[0] * 0.92 > losses[1] > losses[2] > losses[3]
 
 
+def test_inputs_that_are_all_zero_lose_a_number():
+    """Not 0 over 0: damping counts as if the mean were 1, as in the factor."""
+    rule = RULES["symmetric"]
+    weight, hessian = torch.randn(6, 48), torch.zeros(48, 48)
+    found = solved(weight, hessian, rule)
+    refined = refine(weight, found.codes_OI, found.grid, hessian, rule, damping=DAMPING, sweeps=1)
+    assert -found.energy < refined.change <= 0
+    assert torch.isfinite(refined.grid.scale_OG).all()
+
+
 def test_what_is_exact_stays():
     """Weights that lie on the grid lose nothing, and rows of zeros have no scale to choose."""
     codes = torch.randint(0, 8, (5, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
