@@ -9,6 +9,7 @@ Shape legend: O out features, I in features of one group, G groups.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -349,8 +350,14 @@ def where(chosen_O: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, 
 
 
 def fractions(candidates: int, shrink: float, *, like: Tensor) -> Tensor:
-    """[candidates + 1, 1]: shares of the full range that are tried, from the whole down to `shrink`."""
-    steps_C = torch.arange(candidates + 1, device=like.device, dtype=like.dtype)
+    """[candidates + 1, 1]: shares of the full range that are tried, from it down to `shrink`; not to be modified."""
+    return _fractions(candidates, shrink, like.dtype, like.device)
+
+
+@cache
+def _fractions(candidates: int, shrink: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: for a group of few weights a GPU takes longer to be told than to compute."""
+    steps_C = torch.arange(candidates + 1, device=device, dtype=dtype)
     return (1 - (1 - shrink) * steps_C / max(candidates, 1)).unsqueeze(1)
 
 

@@ -150,7 +150,7 @@ def solve_gptq(
     codes_IO = torch.empty((num_channels, rows), dtype=torch.uint8, device=weight_IO.device)
     scale_GO = weight_IO.new_empty((-(-num_channels // size), rows))
     zero_GO = torch.empty_like(scale_GO)
-    lost = weight_IO.new_zeros(())
+    lost_O = weight_IO.new_zeros(rows)
 
     for first in range(0, num_channels, span):
         ahead = slice(first, min(first + span, num_channels))
@@ -168,9 +168,9 @@ def solve_gptq(
                 here = slice(at, min(at + panel, inside.stop))
                 feedback_PO = feedback_IO[at - start : here.stop - start]
                 feedback_PO += upper_II[start:at, here].t() @ error_IO[start:at]
-                lost += solve_panel(
+                lost_O += solve_panel(
                     weight_IO[here], feedback_PO, upper_II[here, here], levels, codes_IO[here], error_IO[here]
-                ).sum()
+                )
 
     group_I = torch.empty_like(order_I, dtype=torch.int32)
     group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
@@ -178,7 +178,7 @@ def solve_gptq(
     codes_OI[:, order_I] = codes_IO.t()
     grid = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), group_I)
     energy = output_energy(weight_IO, upper_II)
-    return GptqSolution(codes_OI, grid, float(lost) / energy if energy else 0.0, energy, factor.damping)
+    return GptqSolution(codes_OI, grid, float(lost_O.sum()) / energy if energy else 0.0, energy, factor.damping)
 
 
 def output_energy(weight_IO: Tensor, upper_II: Tensor) -> float:
