@@ -11,7 +11,7 @@ import torch
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.tokenizer import Tokenizer
-from quantkit.engines.env import find_engine, installed_facts, why_not
+from quantkit.engines.env import find_engine, installed_facts, list_engines, why_not
 from quantkit.engines.runtime import evaluate
 from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats import READERS, detect, open_variants, require_same_model
@@ -98,7 +98,7 @@ def validate(
     earlier = record["validation"] if record is not None else None
     runtimes = _runtimes(runtime, READERS[name].native_engine)
     section = recipe.validation
-    check_validation(section, decoder_of(recipe, source.checkpoint, device), source.tokenizer)
+    check_validation(section, name, decoder_of(recipe, source.checkpoint, device), source.tokenizer)
     text = text_to_judge_on(section, source.tokenizer, progress)
     result = judge(variants, source, recipe, text, device=device, runtimes=runtimes, progress=progress, earlier=earlier)
     if record is not None and _are_own_texts(section, text, record):
@@ -154,11 +154,12 @@ def check_window(num_tokens: int, decoder: Decoder, key: str) -> None:
         )
 
 
-def check_validation(section: ValidationSection, decoder: Decoder, tokenizer: Tokenizer | None) -> None:
-    """Stop at a [validation] that the model or the names of text sets do not allow; nothing is read or fetched.
+def check_validation(section: ValidationSection, form: str, decoder: Decoder, tokenizer: Tokenizer | None) -> None:
+    """Stop at a [validation] that the model, the format or the names of text sets do not allow; nothing is fetched.
 
     Args:
         section: to be checked.
+        form: the artifact's format.
         decoder: the model's.
         tokenizer: the model's; None where no more than its config.json is known.
 
@@ -184,8 +185,14 @@ def check_validation(section: ValidationSection, decoder: Decoder, tokenizer: To
             )
     for name in section.texts:
         require_known(name, "validation")
-    for name in {*section.require} - {REFERENCE_RUNTIME}:
-        find_engine(name)
+    for name in sorted({*section.require} - {REFERENCE_RUNTIME}):
+        if form not in find_engine(name).reads:
+            raise RefusedError(
+                f"the engine {name} does not read {form}",
+                where="validation.require",
+                fix=f"leave it out; {form} is read by "
+                + ", ".join(engine.name for engine in list_engines() if form in engine.reads),
+            )
 
 
 def text_to_judge_on(

@@ -202,7 +202,7 @@ class Making:
                 require_known(name, "calibration")
         if validated:
             require_home()
-            check_validation(recipe.validation, self._decoder, tokenizer)
+            check_validation(recipe.validation, recipe.format, self._decoder, tokenizer)
 
     def _calibration_texts(self, once: Once, *, fetched: bool) -> dict[str, TextSet]:
         """The text sets that windows are taken from, with those that would be fetched or without."""

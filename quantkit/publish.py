@@ -32,6 +32,7 @@ from quantkit.units import size_text
 from quantkit.workdir import RECORD
 
 MAIN = "main"
+BRANCH = re.compile(r"(?!.*\.\.)\w[\w./-]*")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,13 @@ def publish(
     release = record["recipe"]["release"]
     repo = repo or release["repo"]
     if repo is None or not re.fullmatch(REPO, repo):
-        raise RefusedError(f"no repository to publish to: {repo}", where=str(folder), fix="give --repo ORG/NAME")
+        raise RefusedError(
+            "the recipe names no repository to publish to" if repo is None else f"{repo!r} is no repository",
+            where=str(folder),
+            fix="give --repo ORG/NAME",
+        )
+    if not BRANCH.fullmatch(revision):
+        raise RefusedError(f"{revision!r} is no branch", where="--revision", fix="give a name, such as main or 4bit")
     passed, left_out = passing_variants(record, folder)
     _require_pinned(record, folder)
     pictures = {} if report is None else pictures_of(report, record)

@@ -208,6 +208,12 @@ CASES = {
         "ask for fewer, or a shorter validation.prompt",
         changes=("validation.generated_tokens=250",),
     ),
+    "a runtime that does not read the format": Case(
+        "the engine mlx-lm does not read gptq",
+        "validation.require",
+        "leave it out; gptq is read by auto-gptq, auto-round, gptqmodel",
+        changes=('validation.require=["reference","mlx-lm"]',),
+    ),
     "too little text": Case(
         "the text set text.txt gives 12 windows of 16 tokens, not 9999",
         "calibration.texts",

@@ -309,6 +309,8 @@ def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):
         (["build", "bielik-nano/gptq", "--model", "no/such/model"], 2, "error: the Hub has no no/such/model"),
         (["recipes", "pin", "nope.toml"], 2, "error: no such recipe file: nope.toml"),
         (["recipes", "pin", str(ROOT / "docs")], 2, "error: the recipe file cannot be read: Is a directory"),
+        (["build", "bielik-nano/gptq", "--junit", str(ROOT / "docs")], 2, "docs cannot be written\n  at:  --junit"),
+        (["validate", "x", "--junit", str(ROOT / "README.md" / "a.xml")], 2, "a.xml cannot be written\n  at:  --junit"),
         (["build", "bielik-nano/gptq", "--no-validate", "--junit", "a.xml"], 2, "error: there are no gates to write"),
         (["report", str(ROOT / "docs")], 2, "error: the folder has no record"),
         (["validate", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),

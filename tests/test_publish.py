@@ -222,6 +222,11 @@ def test_everything_arrives_once_in_one_private_commit_and_comes_back_whole(hub,
     fetched(hub, tmp_path / "fetched")
 
 
+@pytest.mark.parametrize("branch", ["", "../../x", "-x", "a b"])
+def test_what_is_no_branch_is_refused(artifact, branch):
+    refuses(artifact, RefusedError, f"{branch!r} is no branch", revision=branch)
+
+
 def test_a_dry_run_prints_the_plan_and_changes_nothing(hub, artifact):
     done = publish(hub, artifact, "--dry-run")
     assert done.returncode == 0, done.stderr

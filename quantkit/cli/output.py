@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from quantkit.errors import GateError, QuantkitError, worst
+from quantkit.errors import GateError, QuantkitError, RefusedError, worst
 
 INTERRUPTED = "interrupted; finished layers are kept, the same command goes on"
 # as a shell has it for SIGINT
@@ -81,15 +81,32 @@ def write_junit(
 
 @contextmanager
 def errors_in(path: Path | None, name: str) -> Iterator[None]:
-    """Write JUnit XML with one error for what ends before there are gates: a CI system shows no missing file."""
+    """Write JUnit XML with one error for what ends before there are gates: a CI system shows no missing file.
+
+    Raises:
+        RefusedError: it could not be written, before the work.
+    """
     from quantkit.report.junit import junit_error
 
+    if path is not None:
+        _require_place(path)
     try:
         yield
     except (QuantkitError, KeyboardInterrupt) as error:
         if path is not None:
             _write_below(path, junit_error(name, str(error) or INTERRUPTED))
         raise
+
+
+def _require_place(path: Path) -> None:
+    """Stop where a file cannot be; the folder it goes into is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        taken = path.is_dir() or not os.access(path.parent, os.W_OK)
+    except OSError:
+        taken = True
+    if taken:
+        raise RefusedError(f"{path} cannot be written", where="--junit", fix="choose another file")
 
 
 def _write_below(path: Path, text: str) -> None:
