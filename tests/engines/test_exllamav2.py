@@ -85,7 +85,13 @@ def test_weights_as_exllamav2_holds_them_make_the_same_mlp(tmp_path):
     tensors = {key: part for name, linear in linears.items() for key, part in encode_linear(name, linear).items()}
     save_file(tensors, tmp_path / "output.safetensors")
     settings = {"quant_method": "exl2", "bits": 4.0}
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 64}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 64,
+    }
     config = sizes | {"model_type": "mistral", "num_hidden_layers": 1, "quantization_config": settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (artifact,) = open_variants(tmp_path).values()

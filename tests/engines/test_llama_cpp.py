@@ -254,7 +254,12 @@ def test_ggml_is_not_trusted_blindly(engine, monkeypatch):
 SHAPES = {
     "grouped heads": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8},
     "tied": {"hidden_size": 256, "intermediate_size": 512, "tie_word_embeddings": True},
-    "rows of 96 and 160": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 3},
+    "rows of 96 and 160": {
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+    },
     "rows of 144": {"hidden_size": 256, "intermediate_size": 144},
 }
 

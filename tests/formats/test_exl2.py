@@ -558,7 +558,13 @@ def test_a_folder_without_a_part_is_refused_when_it_is_opened(part, tmp_path):
     del tensors[f"model.layers.0.mlp.up_proj.{part}"]
     save_file(tensors, tmp_path / "output.safetensors")
     settings = {"quant_method": "exl2", "bits": 4.0}
-    sizes = {"hidden_size": 192, "intermediate_size": 32, "num_attention_heads": 4, "vocab_size": 32}
+    sizes = {
+        "hidden_size": 192,
+        "intermediate_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 32,
+    }
     config = sizes | {"model_type": "mistral", "num_hidden_layers": 1, "quantization_config": settings}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RefusedError, match=rf"up_proj\.{part} is missing"):
