@@ -59,7 +59,7 @@ def recipe_keys() -> str:
     parts = [
         "# Recipe keys\n",
         "Generated from the code by `make docs`. A recipe is TOML; `extends` names a file beside it whose tables it "
-        "continues. Unknown keys are errors.\n",
+        "continues. Paths of models and texts start in the folder that a command is run in. Unknown keys are errors.\n",
     ]
     formats: list[str] = []
     for name, section in QUANTIZE.items():

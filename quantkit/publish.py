@@ -25,7 +25,7 @@ from quantkit.lock import alone
 from quantkit.recipe import REPO
 from quantkit.report.card import PICTURES, keep
 from quantkit.report.page import DATA
-from quantkit.report.record import CARD, read_record, require_unchanged, require_weights_here
+from quantkit.report.record import CARD, built_record, require_unchanged, require_weights_here
 from quantkit.report.verdict import judged_on_own_texts, own_failures, told
 from quantkit.signature import SIGNATURE, SIGNATURES, problem, public_part, sign
 from quantkit.units import size_text
@@ -91,13 +91,7 @@ def publish(
         RunFailedError: the bytes are not those that passed, or the Hub holds others after the upload.
         UnavailableError: the Hub cannot be reached, or signing needs what is not installed.
     """
-    record = read_record(folder)
-    if record is None:
-        raise RefusedError(
-            "the folder has no record of how it was made and judged",
-            where=str(folder),
-            fix="publish the folder of an artifact that `quantkit build` made",
-        )
+    record = built_record(folder)
     require_weights_here(folder, record)
     release = record["recipe"]["release"]
     repo = repo or release["repo"]

@@ -313,6 +313,8 @@ def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):
         (["validate", "x", "--junit", str(ROOT / "README.md" / "a.xml")], 2, "a.xml cannot be written\n  at:  --junit"),
         (["build", "bielik-nano/gptq", "--no-validate", "--junit", "a.xml"], 2, "error: there are no gates to write"),
         (["report", str(ROOT / "docs")], 2, "error: the folder has no record"),
+        (["report", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
+        (["publish", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
         (["validate", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
         (["inspect", str(ROOT / "docs")], 2, "error: config.json is missing"),
         (["recipes", "check", "gptq", "--set", "quantize.bit=3"], 2, "quantize.bit: unknown key; did you mean 'bits'?"),

@@ -15,7 +15,7 @@ from typing import Any
 from quantkit.errors import RefusedError
 from quantkit.files import disk_errors, finite, json_text, write_json, write_text
 from quantkit.report.plots import COLOURS, MEASURES, SHAPES, beyond, chart, draw_png, outline, require_matplotlib
-from quantkit.report.record import read_record
+from quantkit.report.record import built_record
 from quantkit.units import size_text
 from quantkit.workdir import RECORD
 
@@ -85,11 +85,7 @@ def report_of(folders: Sequence[Path]) -> dict[str, Any]:
     """
     records = {}
     for folder in folders:
-        record = read_record(folder)
-        if record is None:
-            raise RefusedError(
-                "the folder has no record", where=str(folder), fix="give folders that `quantkit build` made"
-            )
+        record = built_record(folder)
         name = folder.resolve().name
         if name in records:
             raise RefusedError(f"two artifacts are called {name}", where=str(folder), fix="rename one of the folders")

@@ -120,6 +120,24 @@ def recorded_recipe(record: dict[str, Any]) -> Recipe:
         ) from None
 
 
+def built_record(folder: Path) -> dict[str, Any]:
+    """The record of an artifact that `quantkit build` made.
+
+    Raises:
+        RefusedError: the folder is not there, or somebody else made it.
+    """
+    if not folder.is_dir():
+        raise RefusedError(f"no such folder: {folder}", fix="give the folder of an artifact")
+    record = read_record(folder)
+    if record is None:
+        raise RefusedError(
+            "the folder has no record of how it was made and judged",
+            where=str(folder),
+            fix="give the folder of an artifact that `quantkit build` made",
+        )
+    return record
+
+
 def write_record(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Put the record in place, whole or not at all; returns it with the hash that tells of a later edit."""
     record = finite(record)  # as it will be read again
