@@ -76,6 +76,16 @@ def test_sentences_become_documents_as_they_were_written(hub):
     ]
 
 
+@pytest.mark.parametrize(("most", "read"), [(1, ["nkjp1m_test"]), (3, ["nkjp1m_test", "nkjp1m_dev"])])
+def test_of_a_large_set_no_more_is_taken_than_any_recipe_uses(hub, most, read):
+    commit = held(hub)
+    limited = READ.replace("found =", f"import quantkit.texts\nquantkit.texts.MOST_DOCUMENTS = {most}\nfound =")
+    done = forked(limited, f"nkjp1m@{commit}", "validation", **hub.variables())
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)[2]) == most
+    assert sorted(hub.served) == sorted(f"{name}.jsonl.gz" for name in read)
+
+
 def test_calibration_reads_other_files_than_validation(hub):
     commit = held(hub)
     done = forked(READ, f"nkjp1m@{commit}", "calibration", **hub.variables())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.calibration.statistics import BLOCK, DEVIATION, HESSIAN, Statistics
+from quantkit.calibration.statistics import BLOCK, DEVIATION, HESSIAN, SQUARES, Statistics
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.errors import RefusedError
@@ -67,7 +67,7 @@ def test_statistics_are_sums_over_all_tokens(dtype, width):
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(3, 7, width, generator=generator).to(dtype) for _ in range(2)]
     exact = [batch + torch.randn(batch.shape, generator=generator).to(dtype) for batch in batches]
-    statistics = Statistics(frozenset({HESSIAN, DEVIATION}))
+    statistics = Statistics(frozenset({HESSIAN, DEVIATION, SQUARES}))
     for batch, other in zip(batches, exact, strict=True):
         statistics.add(batch, other)
     statistics.complete()
@@ -76,6 +76,7 @@ def test_statistics_are_sums_over_all_tokens(dtype, width):
         [(other.float() - batch.float()).flatten(0, 1) for batch, other in zip(batches, exact, strict=True)]
     )
     assert statistics.num_tokens == 42
+    torch.testing.assert_close(statistics.mean_square(), x.square().mean(0), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(statistics.hessian(), x.T @ x, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(statistics.deviation(), difference.T @ x, rtol=1e-4, atol=1e-3)
 
