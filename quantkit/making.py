@@ -153,6 +153,8 @@ class Making:
         self.recipe = settled(self.recipe)
         fix_arithmetic(self.recipe.compute.threads)
         recipe, model = self.recipe, self.recipe.model
+        # of a large model hashing takes a while
+        record_at(self.job.out)
         with timed(self._stages, "source"), self.ranks.first_goes_first():
             self.source = once(("source", model), partial(open_source, model.id, model.revision, self.progress))
         refuse_other_licence(recipe, self.source)
