@@ -16,6 +16,7 @@ from quantkit.recipe import Recipe, checked, is_on_hub
 
 DEFAULT_MODEL = "bielik-7b-instruct-v0.1"
 ALL = "all"
+SUFFIX = ".toml"  # by which a path is told from a name
 BOM = "\ufeff"  # what some editors begin a file with; TOML has none
 
 
@@ -26,7 +27,7 @@ def find_recipe(name: str) -> Path:
         RefusedError: nothing is there; the closest shipped names are suggested.
     """
     path = Path(name)
-    if path.suffix == ".toml":
+    if path.suffix == SUFFIX:
         if os.path.isfile(path):
             return path
         raise RefusedError(f"no such recipe file: {name}", fix="`quantkit recipes list` shows what is shipped")
@@ -170,14 +171,17 @@ def as_toml(resolved: dict[str, Any]) -> str:
 
 
 def copy_recipe(name: str, target: Path) -> None:
-    """Write a recipe, with every key and its paths as they are, to a new file.
+    """Write a recipe, with every key and its paths as they are, to a new file; its folder is made.
 
     Raises:
-        RefusedError: the file exists, or the recipe is not to be found.
+        RefusedError: the file exists or has another suffix, or the recipe is not to be found.
     """
     whole = load_recipe(find_recipe(name)).model_dump(mode="json")
     if target.exists():
         raise RefusedError(f"{target} exists", fix="choose another file name")
+    if target.suffix != SUFFIX:
+        raise RefusedError(f"{target} would not be taken for a recipe", fix=f"let its name end in {SUFFIX}")
+    target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, as_toml(whole))
 
 

@@ -335,6 +335,11 @@ def test_mistakes_get_one_clear_error(arguments, code, message):
 
 def test_a_recipe_is_copied_into_a_folder_that_is_not_there_yet(tmp_path):
     assert quantkit("recipes", "copy", "no-such", str(tmp_path / "none" / "a.toml")).returncode == 2
+    unnamed = quantkit("recipes", "copy", "gptq", str(tmp_path / "none" / "a"))
+    assert unnamed.returncode == 2
+    assert f"error: {tmp_path / 'none' / 'a'} would not be taken for a recipe\n  fix: let its name end in .toml" in (
+        unnamed.stderr
+    )
     assert not (tmp_path / "none").exists()
     own = tmp_path / "made" / "for" / "a.toml"
     assert quantkit("recipes", "copy", "gptq", str(own)).returncode == 0

@@ -32,12 +32,9 @@ def copy(
 ) -> None:
     """Write a shipped recipe, resolved, as a file of your own."""
     from quantkit.files import disk_errors
-    from quantkit.recipe_files import copy_recipe, find_recipe
+    from quantkit.recipe_files import copy_recipe
 
-    # no folder is made for a recipe that is not there
-    find_recipe(recipe)
     with disk_errors(target, "choose another file"):
-        target.parent.mkdir(parents=True, exist_ok=True)
         copy_recipe(recipe, target)
     say(f"wrote {target}")
 
