@@ -10,7 +10,7 @@ from quantkit.machine import pieces_at_a_time, product_dtype
 from quantkit.progress import timed
 from quantkit.solvers.contract import Solver
 
-PROBE_SIDES = (1024, 4096, 8192)  # of matrices that are multiplied, the first that keeps the device at work
+PROBE_SIDES = (1024, 4096)  # of matrices that are multiplied, the first that keeps the device at work
 PROBES = 3
 AT_WORK_SECONDS = 2e-3  # less is as long as it takes to hand products to a fast device
 IN_FLOAT32 = ("factorise", "solve", "survey")

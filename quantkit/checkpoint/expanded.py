@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv
 
 EXPANDED_ATTENTION = "sdpa-expanded"  # how transformers finds it
 
@@ -27,7 +28,7 @@ def _attend(
     """Causal attention [B, T, H, E] within whole windows."""
     assert attention_mask is None, "windows are whole"
     shared = query_BHTE.shape[1] // key_BKTE.shape[1]
-    key_BHTE, value_BHTE = (each.repeat_interleave(shared, dim=1) for each in (key_BKTE, value_BKTE))
+    key_BHTE, value_BHTE = (repeat_kv(each, shared) for each in (key_BKTE, value_BKTE))
     attended_BHTE = nn.functional.scaled_dot_product_attention(
         query_BHTE, key_BHTE, value_BHTE, is_causal=True, scale=scaling
     )

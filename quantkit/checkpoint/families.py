@@ -202,13 +202,11 @@ def attention_sizes(config: dict, family: Family, *, where: str) -> tuple[int, i
         length_of(config, key, where=where) if config.get(key) is not None else otherwise
         for key, otherwise in (("num_key_value_heads", heads), ("head_dim", hidden // heads))
     )
-    together = {
-        f"{heads} query heads cannot share {keys} key heads evenly": heads % keys,
-        f"a head of {head} numbers cannot be turned in pairs": head % 2,
-    }
-    for problem in filter(together.get, together):
+    problems = [f"{heads} query heads cannot share {keys} key heads evenly"] if heads % keys else []
+    problems += [f"a head of {head} numbers cannot be turned in pairs"] if head % 2 else []
+    if problems:
         raise RefusedError(
-            f"config.json does not go together: {problem}",
+            f"config.json does not go together: {'; '.join(problems)}",
             where=where,
             fix="take config.json from the model's own repository",
         )

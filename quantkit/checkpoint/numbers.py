@@ -45,11 +45,13 @@ def require_computable(config: dict[str, Any], *, where: str) -> None:
         where: its path.
 
     Raises:
-        RefusedError: naming the number.
+        RefusedError: naming each.
     """
-    for problem in _problems(config):
+    if problems := _problems(config):
         raise RefusedError(
-            f"config.json says {problem}", where=where, fix="take config.json from the model's own repository"
+            f"config.json says {'; '.join(problems)}",
+            where=where,
+            fix="take config.json from the model's own repository",
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from quantkit.errors import RefusedError
 from quantkit.formats import detect, open_variants
 from quantkit.formats.contract import Artifact
-from quantkit.report.record import CARD, branches_of, changed_files, read_record, require_unchanged
+from quantkit.report.record import CARD, branches_of, changed_files, read_record, refuse_changed
 from quantkit.signature import SIGNATURE, problem
 from quantkit.units import size_text
 from quantkit.workdir import RECORD
@@ -43,8 +43,8 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
         opened = {} if branches else open_variants(name, folder)
     except RefusedError:
         # what cannot be opened because it is not what was built
-        if record is not None and verify:
-            require_unchanged(folder, record)
+        if record is not None:
+            refuse_changed(folder, changed)
         raise
     variants = [_variant(name, artifact) for name, artifact in opened.items()]
     signature, why = _signature(folder, public_key)

@@ -188,7 +188,15 @@ def require_unchanged(folder: Path, record: dict[str, Any], *, but: tuple[str, .
     Raises:
         RunFailedError: naming every file that differs.
     """
-    changed = [line for line in changed_files(folder, record) if line.partition(":")[0] not in but]
+    refuse_changed(folder, [line for line in changed_files(folder, record) if line.partition(":")[0] not in but])
+
+
+def refuse_changed(folder: Path, changed: list[str]) -> None:
+    """Stop at files that `changed_files` names.
+
+    Raises:
+        RunFailedError: naming every one.
+    """
     if changed:
         strange = [line for line in changed if line.endswith(f": {UNRECORDED}")]
         fixes = [f"move what is {UNRECORDED} elsewhere"] if strange else []
