@@ -7,9 +7,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from quantkit.errors import RunFailedError
 
+PIECE_BYTES = 1 << 23  # hashed at a time
 # what `replacing` leaves when it is killed
 PARTIAL = re.compile(r"\..+\.\d+\.partial")
 # safetensors wraps what the system said into text
@@ -49,15 +50,28 @@ REFUSALS: tuple[tuple[tuple[int, ...], str, str | None], ...] = (
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in chunks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Hex SHA-256 of a file, read in pieces: large ones, for beside a busy interpreter each is waited for."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(min(PIECE_BYTES, max(path.stat().st_size, 1))))
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(piece):
+            digest.update(piece[:read])
+    return digest.hexdigest()
 
 
 def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
     """SHA-256 of files of a folder by name; several are read at once (hashing releases the interpreter)."""
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(lambda name: sha256_of(folder / name), names), strict=True))
+    return hash_beside(folder, names, threads=4)()
+
+
+def hash_beside(folder: Path, names: list[str], *, threads: int) -> Callable[[], dict[str, str]]:
+    """Begin to hash files of a folder, and go on with other work: what is returned waits for the hashes by name.
+
+    A process that ends before does not wait.
+    """
+    pool = ThreadPool(threads)
+    found = pool.map_async(lambda name: sha256_of(folder / name), names, chunksize=1)
+    pool.close()
+    return lambda: dict(zip(names, found.get(), strict=True))
 
 
 def json_text(content: Any) -> str:

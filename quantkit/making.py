@@ -6,8 +6,8 @@ What is the same for several of them is made once. `quantkit.pipeline` decides w
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.errors import QuantkitError
 from quantkit.formats import open_variants
 from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
-from quantkit.formats.shards import read_item, write_item
 from quantkit.home import require_home
 from quantkit.job import Build, Job, Once, Outcome
 from quantkit.judgement import (
@@ -32,12 +31,12 @@ from quantkit.judgement import (
     judged_by,
     text_to_judge_on,
 )
+from quantkit.keeping import Behind, Keeping
 from quantkit.machine import fix_arithmetic, peak_memory_bytes
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan, reads_text, require_here
 from quantkit.progress import Progress, timed
 from quantkit.provenance import finished_record, identity_of, new_record, record_at, refuse_other_licence
-from quantkit.qtensor import Item, QuantizedLinear
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, public_name
 from quantkit.report.card import keep
@@ -51,7 +50,7 @@ from quantkit.texts import SHIPPED, TextSet, load_text_set, own_text, require_kn
 from quantkit.upstream import adopt, adopt_files, prepare, prepared_items, quantize_upstream, settled
 from quantkit.validation.compare import REFERENCE_RUNTIME
 from quantkit.validation.text import EvaluationText
-from quantkit.workdir import Behind, Workdir, open_workdir
+from quantkit.workdir import Workdir, open_workdir
 
 
 class Making:
@@ -69,7 +68,7 @@ class Making:
     needed: Plan
     source: Source
     _texts: dict[str, TextSet]
-    _identity: dict[str, Any]
+    _identity: Callable[[], dict[str, Any]]
     _decoder: Decoder
     _calibration: Calibration | None
     _work: Workdir
@@ -83,7 +82,6 @@ class Making:
         self.passes: list[tuple[str, Callable[[SourcePass], Iterator[None]]]] = []
         self._reused = False
         self._text: EvaluationText | None = None  # to be judged on
-        self._waiting: dict[str, torch.Tensor] = {}  # of the item at work, for its own file
         self._seconds = 0.0
         self._stages: dict[str, float] = {}
         self._engine_facts: dict[str, Any] | None = None
@@ -162,8 +160,12 @@ class Making:
         with self.ranks.first_goes_first():
             self._texts = self._calibration_texts(once, fetched=True)
         engine = recipe.engine if self.method.engine is None else self.method.engine
-        self._identity = identity_of(recipe, self.source, self._texts, self.device, engine, self.method.read)
-        self.ranks.require_alike(self._identity)
+        # asked when it is needed: it waits for the hashes of the source
+        self._identity = cache(
+            partial(identity_of, recipe, self.source, self._texts, self.device, engine, self.method.read)
+        )
+        if self.ranks.size > 1:
+            self.ranks.require_alike(self._identity())
         self.record = self.ranks.from_first(partial(finished_record, self.job.out, self._identity, fresh=fresh))
         self._reused = self.record is not None
         judging = validated and not self._is_judged
@@ -288,18 +290,13 @@ class Making:
         if places is not None and places.fresh:
             work.forget_items()
 
-        def finished(name: str) -> dict[str, torch.Tensor] | None:
-            if not work.is_finished(name):
-                return None
-            placed = {} if places is None else places.read(name)
-            return form.decode_item(read_item(work.path(name)) | placed)
-
         names, behind = checkpoint.items, Behind()
+        keeping = Keeping(form, work, places, behind if self.ranks.is_first else None)
         at_once = places is not None and not goes_on_quantized(self._calibration)
         sinks = Sinks(
             item=lambda name: self.progress.steps("quantize", names.index(name), len(names)),
             linear=self.progress.linear,
-            taken=partial(self._keep_linear, behind) if at_once else None,
+            taken=keeping.keep_linear if at_once else None,
         )
         solved = stream(
             shared,
@@ -308,48 +305,17 @@ class Making:
             decoder=self._decoder,
             stored_dtype=form.stored_dtype,
             skip=form.skip,
-            finished=finished,
+            finished=keeping.finished,
             sinks=sinks,
         )
 
         def go_through() -> Iterator[None]:
             with behind:
                 # mapped, for a loop would hold on to an item while others take their turns
-                yield from map(partial(self._keep, behind), solved)
+                yield from map(keeping.keep, solved)
             self.progress.steps("quantize", len(names), len(names))
 
         return go_through()
-
-    def _keep(self, behind: Behind, item: Item | None) -> None:
-        """Encode a solved item, and have it written durably while the next one is solved."""
-        if item is None or not self.ranks.is_first:
-            return
-        # encoded here: another thread would have another number of threads below it
-        with timed(item.seconds, "pack"):
-            tensors = self.method.format.encode_item(item)
-        facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
-        behind.do(partial(self._work.finish, item.name, partial(self._write, tensors, item.seconds), facts))
-
-    def _keep_linear(self, behind: Behind, item: Item, full: str, linear: QuantizedLinear) -> None:
-        """Encode a solved linear, and have it put into its places while the next one is solved."""
-        if not self.ranks.is_first:
-            return
-        with timed(item.seconds, "pack"):
-            tensors = self.method.format.encode_item(Item(item.name, {full: linear}, {}))
-        behind.do(partial(self._put, tensors, item.seconds))
-
-    def _put(self, tensors: dict[str, torch.Tensor], seconds: dict[str, float]) -> None:
-        """Write what has a place in the artifact's files; the rest waits for the item's own."""
-        with timed(seconds, "write"):
-            self._waiting |= tensors if self._places is None else self._places.write(tensors)
-
-    def _write(self, tensors: dict[str, torch.Tensor], seconds: dict[str, float], path: Path) -> None:
-        self._put(tensors, seconds)
-        with timed(seconds, "write"):
-            if self._places is not None:
-                self._places.keep()
-            waiting, self._waiting = self._waiting, {}
-            write_item(path, waiting)
 
     @property
     def _prepared(self) -> Path:
@@ -406,7 +372,7 @@ class Making:
                     work.assemble(lambda folder: adopt_files(left, form, source.checkpoint, items, folder))
                 opened = open_variants(self.recipe.format, work.artifact)
                 variants = {name: artifact.tensors.files for name, artifact in opened.items()}
-        record = new_record(self.recipe, source, self._texts, self._identity, self.device, self._calibration)
+        record = new_record(self.recipe, source, self._texts, self._identity(), self.device, self._calibration)
         record["environment"]["ranks"] = self.ranks.size
         record["engine_facts"] = self._engine_facts
         record["reproducible"] = self._engine_facts is None

@@ -1,6 +1,6 @@
 """Where an artifact's bytes come from: what decides them, and the record that tells."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,13 @@ def refuse_other_licence(recipe: Recipe, source: Source) -> None:
             )
 
 
-def finished_record(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
+def finished_record(out: Path, identity: Callable[[], dict[str, Any]], *, fresh: bool) -> dict[str, Any] | None:
     """The record of an artifact that is there already and is this one; None if it is to be made.
+
+    Args:
+        out: its folder.
+        identity: gives what `identity_of` gave; asked if there is something to compare it with.
+        fresh: replace what is there.
 
     Raises:
         RefusedError: the folder holds something else (`fresh` allows another build of quantkit, nothing more), or
@@ -74,7 +79,7 @@ def finished_record(out: Path, identity: dict[str, Any], *, fresh: bool) -> dict
     if fresh:
         require_replaceable(out, record)
         return None
-    refuse_other(record["identity"], identity, where=out)
+    refuse_other(record["identity"], identity(), where=out)
     # a kill may have come between card and record; publishing looks at both
     require_unchanged(out, record, but=(CARD,))
     discard_work(out)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from quantkit.checkpoint.index import (
 )
 from quantkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
 from quantkit.errors import RefusedError
-from quantkit.files import hash_files
+from quantkit.files import hash_beside
 from quantkit.formats.sidecars import COPIED
 from quantkit.hub import fetch_checkpoint, fetch_header
 from quantkit.nano import NAME as NANO
@@ -44,14 +45,22 @@ class Source:
         id: Hub id, `bielik-nano`, or a local folder's name.
         revision: commit on the Hub, if it is from there.
         license: as its own model card states it: `license`, and `license_name` and `license_link` where it has them.
-        sha256: of every file that goes into an artifact, by name: weights, config, tokenizer, licence.
+        hashes: waits for `sha256`.
     """
 
     checkpoint: Checkpoint
     id: str
     revision: str | None
     license: dict[str, str]
-    sha256: dict[str, str]
+    hashes: Callable[[], dict[str, str]]
+
+    @cached_property
+    def sha256(self) -> dict[str, str]:
+        """SHA-256 of every file that goes into an artifact, by name: weights, config, tokenizer, licence.
+
+        They are hashed beside whatever is done from when the source was opened; who asks waits.
+        """
+        return self.hashes()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -80,8 +89,10 @@ def open_source(model_id: str, revision: str | None, progress: Progress) -> Sour
     require_one_head(checkpoint)
     progress.stage("hashing the source")
     sidecars = [name for name in HASHED_SIDECARS if (folder / name).is_file()]
-    sha256 = hash_files(folder, [*checkpoint.tensors.files, *sidecars])
-    return Source(checkpoint, public_name(model_id), commit, stated_licence(folder), sha256)
+    # a quarter of the cores: what is done meanwhile takes them all
+    threads = max(1, (os.cpu_count() or 1) // 4)
+    hashes = hash_beside(folder, [*checkpoint.tensors.files, *sidecars], threads=threads)
+    return Source(checkpoint, public_name(model_id), commit, stated_licence(folder), hashes)
 
 
 def describe_checkpoint(model_id: str, revision: str | None, progress: Progress) -> Checkpoint:

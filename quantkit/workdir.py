@@ -11,9 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from quantkit.errors import RefusedError
@@ -41,53 +39,28 @@ def _shown(value: Any) -> str:
     return "(absent)" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-class Behind:
-    """One piece of work at a time in a thread of its own, while the caller goes on. A context: leaving it waits."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="write-behind")
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> "Behind":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if error is None:
-                self._wait()
-        finally:
-            self._thread.shutdown()
-
-    def do(self, work: Callable[[], None]) -> None:
-        """Begin once what was begun before is done; an error of that is raised here."""
-        self._wait()
-        self._last = self._thread.submit(work)
-
-    def _wait(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
-
-
 class Workdir:
     """Finished items of one build, kept until the artifact is complete. Use `open_workdir`.
 
     Args:
         out: the artifact's final folder.
-        identity: everything that decides the artifact's bytes, as a nested table.
+        identity: gives everything that decides the artifact's bytes, as a nested table; may take its time, and is not
+            asked before something is to be kept.
         journal: what an earlier run left, or an empty journal.
     """
 
-    def __init__(self, out: Path, identity: dict[str, Any], journal: dict[str, Any]) -> None:
+    def __init__(self, out: Path, identity: Callable[[], dict[str, Any]], journal: dict[str, Any]) -> None:
         self.out = real(out)
         self.folder = work_folder(out)
-        self.identity = identity
+        self._identity = identity
         self._journal = journal
         self._opened = time.perf_counter()
         self.earlier_seconds = float(journal.get("seconds", 0.0))
         """Wall time of earlier runs, up to the last that they kept."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For other processes of the build, which keep nothing."""
+        return self.__dict__ | {"_identity": None}
 
     @property
     def artifact(self) -> Path:
@@ -108,6 +81,7 @@ class Workdir:
 
     def finish(self, item: str, write: Callable[[Path], None], facts: dict[str, Any]) -> None:
         """Keep one item: `write` fills the file it is given, then the journal names it."""
+        self._name_build()
         with disk_errors(self.folder):
             path = self.path(item)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,11 +92,16 @@ class Workdir:
 
     def note(self, name: str, content: Any) -> None:
         """Keep something for JSON beside the items."""
+        self._name_build()
         with disk_errors(self.folder):
             path = self.folder / "notes" / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
             self._write_journal()
+
+    def _name_build(self) -> None:
+        if "identity" not in self._journal:
+            self._journal = {"identity": self._identity()} | self._journal
 
     def _write_journal(self) -> None:
         self._journal["seconds"] = self.earlier_seconds + time.perf_counter() - self._opened
@@ -218,12 +197,12 @@ def put_right(out: Path) -> None:
         remove_partials(out)
 
 
-def open_workdir(out: Path, identity: dict[str, Any], *, fresh: bool) -> Workdir:
+def open_workdir(out: Path, identity: Callable[[], dict[str, Any]], *, fresh: bool) -> Workdir:
     """The work folder of a build, new or continued. Hold `locked(out)` around its whole use.
 
     Args:
         out: the artifact's final folder.
-        identity: everything that decides the artifact's bytes.
+        identity: gives everything that decides the artifact's bytes; see `Workdir`.
         fresh: throw away what an earlier run left.
 
     Raises:
@@ -236,14 +215,13 @@ def open_workdir(out: Path, identity: dict[str, Any], *, fresh: bool) -> Workdir
         journal_path = folder / JOURNAL
         if journal_path.exists():
             journal = json.loads(journal_path.read_text(encoding="utf-8"))
-            refuse_other(journal["identity"], identity, where=folder)
+            refuse_other(journal["identity"], identity(), where=folder)
             remove_partials(folder)
         else:
             # a kill may have come while another build's work was being thrown away
             discard_work(out)
             folder.mkdir(parents=True, exist_ok=True)
-            journal = {"identity": identity, "items": {}}
-            write_json(journal_path, journal)
+            journal = {"items": {}}
         work = Workdir(out, identity, journal)
         for item, entry in list(journal["items"].items()):
             path = work.path(item)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import quantkit
-from quantkit import making, pipeline
+from quantkit import keeping, pipeline
 from quantkit.checkpoint.index import open_checkpoint, read_json
 from quantkit.files import hash_files
 from quantkit.formats import READERS, detect
@@ -150,7 +150,7 @@ def test_a_linear_may_be_skipped_in_one_layer_only(name, source, tmp_path):
 def test_an_interrupted_build_ends_in_the_same_bytes(recipe, items, tmp_path):
     whole = build(recipe, out=tmp_path / "whole", device=CPU, validated=False)
     out = tmp_path / "out"
-    with interrupted(making, "write_item", after=items):
+    with interrupted(keeping, "write_item", after=items):
         build(recipe, out=out, device=CPU, validated=False)
     assert work_folder(out).exists()
     build(recipe, out=out, device=CPU, validated=False)
@@ -164,6 +164,7 @@ def test_no_format_is_named_where_all_are_alike():
     alike = [
         "stream.py",
         "making.py",
+        "keeping.py",
         "pipeline.py",
         "plan.py",
         "judgement.py",

@@ -27,7 +27,7 @@ from tests.test_pipeline import changed, hashes, recipe, text_file  # noqa: F401
 CPU = torch.device("cpu")
 SIDES = ("before", "after")
 # of a build that validates, and of one that replaces an artifact; a new rename is a new moment to be killed at
-RENAMES, RENAMES_OF_REPLACING = 16, 18
+RENAMES, RENAMES_OF_REPLACING = 15, 17
 SERVER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -175,14 +175,14 @@ def killed_while_replacing(wanted: Recipe, tmp_path: Path, builds: Builds, momen
 
 
 def test_a_build_killed_at_a_rename_ends_in_the_same_bytes(recipe, tmp_path, builds, seed):  # noqa: F811
-    # 12 the artifact itself, 16 the record with its validation
-    moments = [(12, "after"), (16, "before"), (seed.randint(1, RENAMES), seed.choice(SIDES))]
+    # 11 the artifact itself, 15 the record with its validation
+    moments = [(11, "after"), (15, "before"), (seed.randint(1, RENAMES), seed.choice(SIDES))]
     killed_at_renames(recipe, tmp_path, builds, moments)
 
 
 def test_an_artifact_is_whole_while_another_replaces_it(recipe, tmp_path, builds):  # noqa: F811
-    # 12 the old artifact goes aside, 13 the new one takes its place
-    killed_while_replacing(recipe, tmp_path, builds, [(12, "after"), (13, "after")])
+    # 11 the old artifact goes aside, 12 the new one takes its place
+    killed_while_replacing(recipe, tmp_path, builds, [(11, "after"), (12, "after")])
 
 
 @pytest.mark.slow

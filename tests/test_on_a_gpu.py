@@ -6,7 +6,7 @@ Every format is built on the same GPU in `tests.test_formats`; where there is no
 import pytest
 import torch
 
-from quantkit import making
+from quantkit import keeping
 from quantkit.checkpoint.spill import Kept, Spill
 from quantkit.pipeline import Job, Progress, build, build_all, plan
 from quantkit.recipe_files import load_recipe
@@ -55,7 +55,7 @@ def test_the_pretended_gpu_refuses_what_a_gpu_sums_in_any_order(pretended):
 def test_a_build_goes_on_after_an_interruption(own_recipe, gpu, tmp_path):
     recipe = load_recipe(own_recipe)
     whole = build(recipe, out=tmp_path / "whole", device=gpu, validated=False)
-    with interrupted(making, "write_item", after=2):
+    with interrupted(keeping, "write_item", after=2):
         build(recipe, out=tmp_path / "out", device=gpu, validated=False)
     done = build(recipe, out=tmp_path / "out", device=gpu, validated=False)
     assert hashes(done.out) == hashes(whole.out)

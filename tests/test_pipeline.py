@@ -260,10 +260,10 @@ def test_a_folder_of_somebody_else_is_never_overwritten(recipe, tmp_path):
 def test_an_item_is_written_while_the_next_is_solved(recipe, tmp_path, monkeypatch):
     from threading import Event
 
-    from quantkit import making
+    from quantkit import keeping
     from quantkit.progress import Progress
 
-    real, begun, waited = making.write_item, Event(), []
+    real, begun, waited = keeping.write_item, Event(), []
 
     def write(path, tensors):
         if any("layers.0" in name for name in tensors):
@@ -274,25 +274,25 @@ def test_an_item_is_written_while_the_next_is_solved(recipe, tmp_path, monkeypat
         if "layers.1" in facts.name:
             begun.set()
 
-    monkeypatch.setattr(making, "write_item", write)
+    monkeypatch.setattr(keeping, "write_item", write)
     build(recipe, out=tmp_path / "a", device=CPU, validated=False, progress=Progress(linear=solved))
     assert waited == [True]
-    monkeypatch.setattr(making, "write_item", real)
+    monkeypatch.setattr(keeping, "write_item", real)
     whole = build(recipe, out=tmp_path / "b", device=CPU, validated=False)
     assert hashes(tmp_path / "a") == hashes(whole.out)
 
 
 def test_a_last_item_that_cannot_be_written_is_no_artifact(recipe, tmp_path, monkeypatch):
-    from quantkit import making
+    from quantkit import keeping
 
-    real = making.write_item
+    real = keeping.write_item
 
     def full_at_the_head(path, tensors):
         if "model.norm.weight" in tensors:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, tensors)
 
-    monkeypatch.setattr(making, "write_item", full_at_the_head)
+    monkeypatch.setattr(keeping, "write_item", full_at_the_head)
     with pytest.raises(RunFailedError, match="the disk is full"):
         build(recipe, out=tmp_path / "a", device=CPU, validated=False)
     assert not (tmp_path / "a").exists()

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quantkit import making, pipeline
+from quantkit import keeping, pipeline
 from quantkit.errors import RefusedError
 from quantkit.files import hash_files, sha256_of
 from quantkit.formats.bitstream import pack
@@ -512,7 +512,7 @@ def test_a_build_of_several_variants_that_was_killed_ends_in_the_same_bytes(
     place, built, source, text, tmp_path, monkeypatch
 ):
     recipe, out = recipe_for(source, text, bits=[4.0, 5.0, 8.0]), tmp_path / "d"
-    owner, name = {"measuring": (Workdir, "note"), "solving": (making, "write_item")}[place]
+    owner, name = {"measuring": (Workdir, "note"), "solving": (keeping, "write_item")}[place]
     measured, measure = [], OptionTrial.measure
 
     def counted(self, layer, *arguments):

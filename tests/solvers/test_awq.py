@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quantkit import making
+from quantkit import keeping
 from quantkit.calibration.statistics import Statistics
 from quantkit.checkpoint.families import FAMILIES
 from quantkit.checkpoint.index import open_checkpoint
@@ -347,7 +347,7 @@ def test_a_killed_build_ends_in_the_same_bytes(
             assert builds.run(recipe, tmp_path / "out", renames=7)[0] == -signal.SIGKILL
     else:
         with monkeypatch.context() as patch:
-            patch.setattr(making, "write_item", full_at_the_third())
+            patch.setattr(keeping, "write_item", full_at_the_third())
             with pytest.raises(RunFailedError, match="the disk is full"):
                 build(recipe, out=tmp_path / "out", device=CPU)
     solved = []
@@ -357,7 +357,7 @@ def test_a_killed_build_ends_in_the_same_bytes(
 
 
 def full_at_the_third():
-    calls, real = [], making.write_item
+    calls, real = [], keeping.write_item
 
     def write(path, tensors):
         calls.append(path)
