@@ -10,14 +10,14 @@ from transformers import MistralConfig
 from tests.tiny import make_tokenizer
 
 
-def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int) -> None:
+def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int, vocabulary: int = 384) -> None:
     """A random Mistral of the wanted size, saved layer by layer so that making it takes no more than a layer.
 
     mlx-lm opens files whose names begin with "model", and no others.
     """
     heads = max(hidden // 128, 1)
     config = MistralConfig(
-        vocab_size=384,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=feed_forward,
         num_hidden_layers=layers,
@@ -54,8 +54,8 @@ def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int) -> 
     keep(
         "model-ends.safetensors",
         {
-            "model.embed_tokens.weight": drawn(384, hidden),
-            "lm_head.weight": drawn(384, hidden),
+            "model.embed_tokens.weight": drawn(vocabulary, hidden),
+            "lm_head.weight": drawn(vocabulary, hidden),
             "model.norm.weight": torch.ones(hidden).bfloat16(),
         },
     )

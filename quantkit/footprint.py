@@ -11,8 +11,11 @@ from quantkit.costs import FLOAT_BYTES
 from quantkit.formats.contract import InPlace
 from quantkit.methods import Method
 from quantkit.recipe import Recipe
+from quantkit.validation.perplexity import chunk_positions
+from quantkit.validation.text import EvaluationText
 from quantkit.workload import Work, compared_tokens, compute_dtype, held_tokens, solving, surveying
 
+CHUNK_COPIES = 6  # log-probabilities of both, and what their divergence is summed from
 AT_WORK = 2  # batches whose activations are on the device when all others wait elsewhere
 FIXED_BYTES = 660 * 1024**2  # interpreter, libraries and allocator slack
 
@@ -63,6 +66,36 @@ def in_passes(builds: Sequence[Footprint], free: int) -> list[list[int]]:
         else:
             passes.append([place])
     return passes
+
+
+def judging_bytes(recipe: Recipe, checkpoint: Checkpoint, text: EvaluationText | None) -> int:
+    """Peak of judging a variant: all windows on their way through it, or its logits beside the source's.
+
+    Layers that are held for the answer to the prompt take what is free, and are not counted; nor are engines, which are
+    processes of their own.
+
+    Args:
+        recipe, checkpoint: of the build.
+        text: to judge on; of one that is not at hand no state is counted.
+    """
+    width = compute_dtype(recipe).itemsize
+    windows, together = (() if text is None else text.windows), recipe.compute.windows_per_batch
+    lengths = [len(window.inputs) for window in windows]
+    batches = [lengths[first : first + together] for first in range(0, len(lengths), together)]
+    padded = [len(batch) * max(batch) for batch in batches]
+    state = int(checkpoint.config["hidden_size"]) * width
+    predicted = state * sum(len(window.targets) for window in windows)
+    vocabulary = int(checkpoint.config["vocab_size"])
+    head = vocabulary * int(checkpoint.config["hidden_size"])
+    infos = checkpoint.tensors.tensors
+    layer = [infos[name].num_elements for name in checkpoint.names("layers.0")]
+    columns = max(columns for _, _, columns in checkpoint.linear_shapes())
+    # decoded to float32, and then cast where that is another dtype
+    wide = FLOAT_BYTES + (width if width != FLOAT_BYTES else 0)
+    through = wide * sum(layer) + FLOAT_BYTES * max(layer) + 3 * max(padded, default=0) * columns * width
+    walking = state * sum(padded) + predicted + max(through, wide * head)
+    logits = CHUNK_COPIES * FLOAT_BYTES * chunk_positions(vocabulary) * vocabulary
+    return FIXED_BYTES + max(walking, 2 * predicted + 2 * wide * head + logits)
 
 
 def footprint_of(

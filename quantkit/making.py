@@ -133,11 +133,13 @@ class Making:
             record_at(self.job.out)
         tokenizer = None if checkpoint.described else once(("tokenizer", model), partial(tokenizer_of, checkpoint))
         self._check(checkpoint, tokenizer, once, validated=True)
-        self._find_needs(checkpoint, here=here, reserved_bytes=reserved_bytes, timed=True)
+        at_hand = here or all(name in SHIPPED or own_text(name) for name in recipe.validation.texts)
+        if tokenizer is not None and at_hand:
+            self._text = self._held_out(tokenizer, once)
+        self._find_needs(checkpoint, here=here, judged=True, reserved_bytes=reserved_bytes, timed=True)
         if here and tokenizer is not None:
             texts = self._calibration_texts(once, fetched=False)
             _tokens(recipe, texts, checkpoint.folder, tokenizer, once)
-            self._held_out(tokenizer, once)
 
     def open(self, once: Once, *, fresh: bool, validated: bool, reserved_bytes: int) -> None:
         """Find the artifact complete, or find out what it will need. Hold its lock from here on.
@@ -173,10 +175,10 @@ class Making:
             # checked now, used later
             tokenizer = once(("tokenizer", model), lambda: self.source.tokenizer)
             self._check(self.source.checkpoint, tokenizer, once, validated=judging)
-        if self.record is None:
-            self._find_needs(self.source.checkpoint, here=True, reserved_bytes=reserved_bytes)
         if judging:
             self._text = self._held_out(self.source.tokenizer, once)
+        if self.record is None:
+            self._find_needs(self.source.checkpoint, here=True, judged=judging, reserved_bytes=reserved_bytes)
 
     @property
     def _reads_text(self) -> bool:
@@ -224,15 +226,17 @@ class Making:
         key = ("held-out windows", self.recipe.model, *section.texts.items(), section.window_tokens, section.seed)
         return once(key, partial(text_to_judge_on, section, tokenizer, self.progress, load))
 
-    def _find_needs(self, checkpoint: Checkpoint, *, here: bool, reserved_bytes: int, timed: bool = False) -> None:
+    def _find_needs(
+        self, checkpoint: Checkpoint, *, here: bool, judged: bool, reserved_bytes: int, timed: bool = False
+    ) -> None:
         """The plan of what was checked."""
-        recipe = self.recipe
+        recipe, method, out, device = self.recipe, self.method, self.job.out, self.device
         self.needed = make_plan(
-            recipe, checkpoint, self.method, out=self.job.out, device=self.device, ranks=self.ranks.size, timed=timed
+            recipe, checkpoint, method, out=out, device=device, text=self._text, ranks=self.ranks.size, timed=timed
         )
         if here:
             require_here(
-                self.needed, recipe, self.method, out=self.job.out, device=self.device, reserved_bytes=reserved_bytes
+                self.needed, recipe, method, out=out, device=device, judged=judged, reserved_bytes=reserved_bytes
             )
 
     def begin(self, once: Once, *, fresh: bool) -> None:

@@ -37,7 +37,7 @@ class Planned:
         plans: by the job's name.
         errors: why those that are not among them cannot be built here.
         passes: names of those that go through the checkpoint together; as many as memory allows.
-        memory_bytes: peak of the largest pass.
+        memory_bytes: peak of the largest pass, or of judging where that takes more.
         disk_bytes: of all.
     """
 
@@ -105,7 +105,11 @@ def plan_all(jobs: Sequence[Job], *, device: torch.device, progress: Progress, r
         {artifact.job.name: artifact.needed for artifact in good},
         {artifact.job.name: artifact.error for artifact in artifacts if artifact.error is not None},
         [[artifact.job.name for artifact in taking] for taking in passes],
-        max((together_bytes([artifact.needed.footprint for artifact in taking]) for taking in passes), default=0),
+        max(
+            *(together_bytes([artifact.needed.footprint for artifact in taking]) for taking in passes),
+            *(artifact.needed.judging_bytes for artifact in good),
+            0,
+        ),
         reserved_bytes,
     )
 

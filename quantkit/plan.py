@@ -17,13 +17,14 @@ from quantkit.engines.env import find_engine
 from quantkit.engines.runtime import require
 from quantkit.errors import RefusedError
 from quantkit.estimate import crowding, product_seconds, search_seconds
-from quantkit.footprint import AT_WORK, FIXED_BYTES, Footprint, footprint_of, together_bytes
+from quantkit.footprint import AT_WORK, FIXED_BYTES, Footprint, footprint_of, judging_bytes, together_bytes
 from quantkit.formats.contract import Format, Headed, InPlace, Particular, SeveralVariants
 from quantkit.launch import TOGETHER
 from quantkit.methods import Method
 from quantkit.ranks import owners
 from quantkit.recipe import OWN_ENGINE, Recipe
 from quantkit.units import duration_text, size_text
+from quantkit.validation.text import EvaluationText
 from quantkit.workload import Work, compute_dtype, held_tokens, operations, work_of
 
 DISK_MARGIN_BYTES = 64 * 1024**2
@@ -45,6 +46,7 @@ class Plan:
         rank_bytes: of it, the one process that needs most.
         memory_free_bytes: available there.
         waiting_bytes: of a rank's memory, activations that can wait in the host's where the device has its own.
+        judging_bytes: peak of judging the artifact afterwards, by one process, on the same device.
         reserve_bytes: of such a device, what is to be free for what is at work; 0 on a CPU.
         host_free_bytes: available there.
         tokens: of calibration.
@@ -66,6 +68,7 @@ class Plan:
     rank_bytes: int
     memory_free_bytes: int
     waiting_bytes: int
+    judging_bytes: int
     reserve_bytes: int
     host_free_bytes: int
     tokens: int
@@ -101,6 +104,7 @@ def make_plan(
     *,
     out: Path,
     device: torch.device,
+    text: EvaluationText | None = None,
     ranks: int = 1,
     timed: bool = False,
 ) -> Plan:
@@ -110,6 +114,7 @@ def make_plan(
         recipe, checkpoint, method: what is built.
         out: the artifact's folder.
         device: where is computed.
+        text: that the artifact is to be judged on, if it is at hand.
         ranks: how many processes make it together.
         timed: try how long it will take, which takes a moment itself.
 
@@ -157,6 +162,7 @@ def make_plan(
         rank_bytes=rank_bytes,
         memory_free_bytes=free_bytes(device),
         waiting_bytes=waiting_bytes,
+        judging_bytes=judging_bytes(recipe, checkpoint, text),
         reserve_bytes=rank_bytes - waiting_bytes if waiting_bytes and has_own_memory(device) else 0,
         host_free_bytes=free_bytes(torch.device("cpu")),
         tokens=tokens,
@@ -169,7 +175,14 @@ def make_plan(
 
 
 def require_here(
-    plan: Plan, recipe: Recipe, method: Method, *, out: Path, device: torch.device, reserved_bytes: int = 0
+    plan: Plan,
+    recipe: Recipe,
+    method: Method,
+    *,
+    out: Path,
+    device: torch.device,
+    judged: bool,
+    reserved_bytes: int = 0,
 ) -> None:
     """Stop unless this machine can run the build.
 
@@ -178,6 +191,7 @@ def require_here(
         recipe, method: what it calls.
         out: the artifact's folder.
         device: where to compute.
+        judged: it is to be judged there as well.
         reserved_bytes: of the disk, for other builds.
 
     Raises:
@@ -214,6 +228,15 @@ def require_here(
             "larger machine",
         )
 
+    if judged and plan.judging_bytes > plan.memory_free_bytes:
+        raise RefusedError(
+            f"judging the artifact needs about {size_text(plan.judging_bytes)} of memory on {device.type}, "
+            f"{size_text(plan.memory_free_bytes)} are free",
+            where="validation and compute",
+            fix="use fewer or shorter windows (validation.texts, validation.window_tokens) or a smaller "
+            "compute.windows_per_batch, or build with --no-validate and run `quantkit validate` on a larger machine",
+        )
+
 
 def _require_disk(plan: Plan, out: Path, reserved_bytes: int) -> None:
     if not (there := _existing(out)).is_dir():
@@ -237,6 +260,7 @@ def plan_lines(plan: Plan) -> list[str]:
         *(f"  {name:<16}{size_text(size)}" for name, size in plan.variants.items()),
         f"disk              {size_text(plan.disk_bytes)} while building, {size_text(plan.disk_free_bytes)} free",
         f"memory            {_memory_text(plan)}, {size_text(plan.memory_free_bytes)} free",
+        f"judging           {size_text(plan.judging_bytes)} of memory",
         f"calibration       {plan.tokens} tokens",
         f"operations        {_operations_text(plan)}",
         f"time              {_time_text(plan)}",

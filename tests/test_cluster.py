@@ -50,6 +50,8 @@ def test_a_build_asks_for_what_its_plan_needs():
     asked = resources(Resources(60, 0, 0, partition="cpu"), threads=4, rank_bytes=8 * 10**9)
     assert asked == Resources(60, 4, 10, partition="cpu")
     assert resources(Resources(60, 16, 64), threads=4, rank_bytes=8 * 10**9) == Resources(60, 16, 64)
+    # a job judges what it has built, in one process
+    assert resources(Resources(60, 0, 0, ranks=2), threads=4, rank_bytes=10**9, judging_bytes=8 * 10**9).memory_gb == 10
 
 
 def test_ranks_share_what_a_build_asks_for():
@@ -412,6 +414,8 @@ def test_a_build_too_large_for_the_gpus_is_refused_before_it_queues(partition, s
     assert resources(asked, threads=2, rank_bytes=(holds + 5) * 10**9, waiting_bytes=5 * 10**9).gpus == 1
     with pytest.raises(RefusedError, match=f"have {holds}") as caught:
         resources(asked, threads=2, rank_bytes=holds * 10**9 + 10**8)
+    with pytest.raises(RefusedError, match=f"have {holds}"):
+        resources(asked, threads=2, rank_bytes=10**9, judging_bytes=holds * 10**9 + 10**8)
     assert caught.value.where == "--partition"
 
 

@@ -52,6 +52,8 @@ def test_a_config_alone_is_planned_as_the_model_would_be(family, form, tmp_path)
         plan(recipe_of(folder, form), out=tmp_path / "out", device=CPU, progress=Progress()).facts()
         for folder in (model, bare)
     )
+    # what text comes to is known by the tokenizer, which is not there
+    assert described.pop("judging_bytes") < known.pop("judging_bytes")
     assert {key: value for key, value in known.items() if key not in HERE} == {
         key: value for key, value in described.items() if key not in HERE
     }
@@ -179,7 +181,8 @@ def test_ranks_for_which_memory_does_not_suffice_are_refused(tmp_path, monkeypat
     model = make_tiny(tmp_path / "model", "mistral", hidden_size=128, intermediate_size=256)
 
     def run(ranks: int):
-        return plan(recipe_of(model, "gptq"), out=tmp_path / "out", device=CPU, progress=Progress(), ranks=ranks)
+        recipe = recipe_of(model, "gptq", validation={"texts": {"polish-core": 1}, "window_tokens": 64})
+        return plan(recipe, out=tmp_path / "out", device=CPU, progress=Progress(), ranks=ranks)
 
     needed = run(1).memory_bytes
     monkeypatch.setattr("quantkit.plan.free_bytes", lambda device: needed)
@@ -189,14 +192,45 @@ def test_ranks_for_which_memory_does_not_suffice_are_refused(tmp_path, monkeypat
     assert run(1).memory_free_bytes == needed
 
 
-def peak_and_plan(content: dict, folder: Path, ranks: int = 1) -> tuple[float, int]:
-    """Bytes that a build's process takes at most, and what its plan says of each rank."""
+def test_what_memory_does_not_suffice_to_judge_is_refused_before_the_work(tmp_path, monkeypatch):
+    model, out = make_tiny(tmp_path / "model", "mistral", vocab_size=65536), tmp_path / "out"
+    recipe = recipe_of(model, "hqq", quantize={"group_size": 32})
+    found = plan(recipe, out=out, device=CPU, progress=Progress())
+    assert found.judging_bytes > found.memory_bytes
+    monkeypatch.setattr("quantkit.plan.free_bytes", lambda device: found.judging_bytes - 1)
+    with pytest.raises(RefusedError, match="judging the artifact needs") as caught:
+        build(recipe, out=out, device=CPU)
+    assert "--no-validate" in caught.value.fix
+    assert not out.exists()
+    assert build(recipe, out=out, device=CPU, validated=False).record["validation"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocabulary", [384, 131072])
+def test_judging_takes_no_more_than_was_planned(vocabulary, tmp_path):
+    """A small layer under a large vocabulary, where heads and logits are what takes memory."""
+    model, text = tmp_path / "model", ROOT / "calibration" / "validation.jsonl"
+    model.mkdir()
+    make_model(model, layers=1, hidden=256, feed_forward=512, vocabulary=vocabulary)
+    content = {
+        "format": "hqq",
+        "model": {"id": str(model)},
+        "validation": {"texts": {str(text): 4}},
+        "compute": {"threads": 2},
+    }
+    peak, needed = peak_and_plan(content, tmp_path, judged=True)
+    assert 0.7 * needed < peak < needed
+
+
+def peak_and_plan(content: dict, folder: Path, ranks: int = 1, *, judged: bool = False) -> tuple[float, int]:
+    """Bytes that a build's process takes at most, and what its plan says of each rank, or of judging."""
     (folder / "recipe.toml").write_text(tomlkit.dumps(content))
     command = ["build", str(folder / "recipe.toml"), "--out", str(folder / "out"), "--device", "cpu"]
-    given = [sys.executable, "-m", "quantkit", *command, "--no-validate", "--ranks", str(ranks)]
+    given = [sys.executable, "-m", "quantkit", *command, "--ranks", str(ranks)]
+    given += [] if judged else ["--no-validate"]
     peak_gb = measured(given, os.environ | {"PYTHONPATH": str(ROOT)})["peak_gb"]
     found = plan(Recipe.of(content), out=folder / "other", device=CPU, progress=Progress(), ranks=ranks)
-    return peak_gb * 1e9, found.rank_bytes
+    return peak_gb * 1e9, found.judging_bytes if judged else found.rank_bytes
 
 
 @pytest.mark.slow

@@ -124,6 +124,7 @@ def job_of(
         threads=chosen.compute.threads,
         rank_bytes=found.rank_bytes,
         waiting_bytes=found.waiting_bytes,
+        judging_bytes=found.judging_bytes,
     )
     given: tuple[str, ...] = ("--device", "cuda" if granted.gpus else "cpu")
     given += ("--ranks", str(granted.ranks)) if granted.ranks > 1 else ()

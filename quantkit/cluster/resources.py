@@ -94,7 +94,9 @@ def ranks_of(asked: Resources, *, divisible: bool) -> int:
     return ranks
 
 
-def resources(asked: Resources, *, threads: int, rank_bytes: int, waiting_bytes: int = 0) -> Resources:
+def resources(
+    asked: Resources, *, threads: int, rank_bytes: int, waiting_bytes: int = 0, judging_bytes: int = 0
+) -> Resources:
     """What a build gets: what was asked, else what its partition gives with a GPU, else what its plan needs.
 
     Args:
@@ -102,11 +104,12 @@ def resources(asked: Resources, *, threads: int, rank_bytes: int, waiting_bytes:
         threads: of the recipe, each rank's.
         rank_bytes: of the plan, each rank's.
         waiting_bytes: of them, what can wait in the host's memory.
+        judging_bytes: of the plan, one process's.
 
     Raises:
         RefusedError: it does not agree with the rules of the partition.
     """
-    needed_gb = math.ceil(asked.ranks * rank_bytes * MEMORY_SLACK / 1e9)
+    needed_gb = math.ceil(max(asked.ranks * rank_bytes, judging_bytes) * MEMORY_SLACK / 1e9)
     rules = PARTITIONS.get(asked.partition or "")
     if rules is None:
         return replace(asked, cpus=asked.cpus or asked.ranks * threads, memory_gb=asked.memory_gb or needed_gb)
@@ -122,7 +125,7 @@ def resources(asked: Resources, *, threads: int, rank_bytes: int, waiting_bytes:
             where="--time",
             fix="ask for less: a build that reaches its limit is queued again and goes on",
         )
-    least_bytes = rank_bytes - waiting_bytes
+    least_bytes = max(rank_bytes - waiting_bytes, judging_bytes)
     if least_bytes > rules.gpu_memory_gb * 1e9:
         each = f"each of {asked.ranks} GPUs" if asked.ranks > 1 else "the GPU"
         raise RefusedError(

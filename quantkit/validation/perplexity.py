@@ -15,7 +15,8 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import WeightSource, head_tensors
 from quantkit.validation.text import EvaluationText, Window
 
-CHUNK_POSITIONS = 256
+CHUNK_POSITIONS = 256  # whose logits are there at once, while the vocabulary is no larger than 32,768
+CHUNK_LOGITS = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def final_states(source: WeightSource, text: EvaluationText, decoder: Decoder, *
             hidden[position] = layer.forward(states, (cos[:, :length], sin[:, :length]))
     head = head_tensors(source)
     rows = []
-    for batch, states in zip(batches, hidden, strict=True):
-        normed = decoder.normed(head, states)
+    for batch in batches:
+        normed = decoder.normed(head, hidden.pop(0))
         for window, row in zip(batch, normed, strict=True):
             rows.append(row[len(window.inputs) - len(window.targets) : len(window.inputs)].cpu())
     return torch.cat(rows)
@@ -85,9 +86,7 @@ def final_states(source: WeightSource, text: EvaluationText, decoder: Decoder, *
 def losses(states_ND: Tensor, head_VD: Tensor, targets: list[int]) -> Tensor:
     """Negative log-likelihood float64 [N] of each target, in nats; logits and softmax in float32, over all of V."""
     wide_VD = head_VD.float()
-    found = [
-        _loss(_log_softmax(states, wide_VD), wanted) for states, wanted in _chunks(states_ND, targets, head_VD.device)
-    ]
+    found = [_loss(_log_softmax(states, wide_VD), wanted) for states, wanted in _chunks(states_ND, targets, wide_VD)]
     return torch.cat(found)
 
 
@@ -100,8 +99,11 @@ def compare(reference: tuple[Tensor, Tensor], artifact: tuple[Tensor, Tensor], t
         targets: the N tokens to be predicted.
     """
     device = artifact[1].device
-    expected_VD, found_VD = reference[1].float(), artifact[1].float()
-    pairs = zip(_chunks(reference[0], targets, device), _chunks(artifact[0], targets, device), strict=True)
+    expected_VD = reference[1].float()
+    # most formats leave the head as it is
+    same = reference[1].device == device and torch.equal(reference[1], artifact[1])
+    found_VD = expected_VD if same else artifact[1].float()
+    pairs = zip(_chunks(reference[0], targets, found_VD), _chunks(artifact[0], targets, found_VD), strict=True)
     return _joined(
         (_log_softmax(expected, expected_VD), _log_softmax(found, found_VD), wanted)
         for (expected, wanted), (found, _) in pairs
@@ -117,7 +119,8 @@ def compare_logits(reference: tuple[Tensor, Tensor], logits_NV: Tensor, targets:
         targets: the N tokens to be predicted.
     """
     head_VD = reference[1].float()
-    pairs = zip(_chunks(reference[0], targets, head_VD.device), logits_NV.split(CHUNK_POSITIONS), strict=True)
+    parts = logits_NV.split(chunk_positions(head_VD.shape[0]))
+    pairs = zip(_chunks(reference[0], targets, head_VD), parts, strict=True)
     return _joined(
         (
             _log_softmax(expected, head_VD),
@@ -147,11 +150,16 @@ def divergence(expected_NV: Tensor, found_NV: Tensor) -> tuple[Tensor, Tensor]:
     return kld_N.double().cpu(), (expected_NV.argmax(-1) == found_NV.argmax(-1)).cpu()
 
 
-def _chunks(states_ND: Tensor, targets: list[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    wanted_N = torch.tensor(targets)
-    for first in range(0, states_ND.shape[0], CHUNK_POSITIONS):
-        chunk = slice(first, first + CHUNK_POSITIONS)
-        yield states_ND[chunk].to(device), wanted_N[chunk].to(device)
+def chunk_positions(vocabulary: int) -> int:
+    """Positions whose logits are there at once."""
+    return max(1, min(CHUNK_POSITIONS, CHUNK_LOGITS // vocabulary))
+
+
+def _chunks(states_ND: Tensor, targets: list[int], head_VD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    wanted_N, positions = torch.tensor(targets), chunk_positions(head_VD.shape[0])
+    for first in range(0, states_ND.shape[0], positions):
+        chunk = slice(first, first + positions)
+        yield states_ND[chunk].to(head_VD.device), wanted_N[chunk].to(head_VD.device)
 
 
 def _log_softmax(states_ND: Tensor, head_VD: Tensor) -> Tensor:

@@ -12,10 +12,12 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import head_tensors
 from quantkit.checkpoint.tokenizer import load_tokenizer
 from quantkit.texts import Document, TextSet
+from quantkit.validation import perplexity
 from quantkit.validation.compare import logits_result
 from quantkit.validation.generation import greedy_answer, repeats_endlessly
 from quantkit.validation.perplexity import (
     CHUNK_POSITIONS,
+    chunk_positions,
     compare,
     compare_logits,
     final_states,
@@ -112,6 +114,20 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_before_they_are_compared():
     torch.testing.assert_close(losses(*pair[1], wanted.tolist()), -second[rows, wanted], rtol=1e-5, atol=1e-5)
     logits = (pair[1][0].double() @ pair[1][1].double().t()).float()
     assert compare_logits(pair[0], logits, wanted.tolist()).divergence == pytest.approx(found.divergence, abs=1e-6)
+
+
+def test_a_large_vocabulary_is_gone_through_in_smaller_chunks(models, monkeypatch):
+    """Fewer positions at once, so that logits take no more memory; what comes out is the same."""
+    assert [chunk_positions(vocabulary) for vocabulary in (384, 32768, 151936, 10**9)] == [256, 256, 55, 1]
+    text, _ = text_of(models[0])
+    pair = judged(models[0], text), judged(models[1], text)
+    whole = compare(*pair, text.targets)
+    monkeypatch.setattr(perplexity, "CHUNK_LOGITS", 5 * pair[0][1].shape[0])
+    assert 5 == chunk_positions(pair[0][1].shape[0]) < text.tokens
+    found = compare(*pair, text.targets)
+    for part in ("reference_loss", "loss", "divergence"):
+        torch.testing.assert_close(getattr(found, part), getattr(whole, part), rtol=1e-4, atol=1e-5)
+    assert found.agrees.tolist() == whole.agrees.tolist()
 
 
 def test_a_reader_whose_logits_are_not_finite_has_failed(models):
