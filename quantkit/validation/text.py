@@ -12,7 +12,6 @@ import hashlib
 import json
 import random
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -152,9 +151,20 @@ def _fitting(words: list[str], tokenizer: Tokenizer, limit: int) -> int:
     def num_tokens(num_words: int) -> int:
         return len(tokenizer.encode(_text(words[:num_words])))
 
-    if num_tokens(len(words)) <= limit:
-        return len(words)
-    return bisect_right(range(1, len(words)), limit, key=num_tokens)
+    # so many words that fit, and so many that do not, with their tokens
+    low, less, high, more = 0, 0, len(words), num_tokens(len(words))
+    if more <= limit:
+        return high
+    while high - low > 1:
+        # tokens are spread about evenly: half as many steps as halving takes
+        tried = low + round((limit + 0.5 - less) * (high - low) / (more - less))
+        tried = min(max(tried, low + 1), high - 1)
+        found = num_tokens(tried)
+        if found <= limit:
+            low, less = tried, found
+        else:
+            high, more = tried, found
+    return low
 
 
 def evaluation_text(
