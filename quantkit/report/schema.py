@@ -107,7 +107,8 @@ class BuildFacts(Part):
     wall_seconds: float = Field(description="Sum of the stages.")
     operations: dict[str, float] = Field(
         default={},
-        description="Least floating-point operations of each stage, two for a multiply-add; see docs/growth.md.",
+        description="Least floating-point operations of each stage, two for a multiply-add: products and "
+        "factorizations, no searches; see docs/growth.md.",
     )
     bytes: dict[str, int] = Field(
         default={}, description="`read`: of the source's weights; `written`: of the artifact."
