@@ -11,7 +11,7 @@ import torch
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.tokenizer import Tokenizer
-from quantkit.engines.env import find_engine, installed_facts, list_engines, why_not
+from quantkit.engines.env import REFERENCE_RUNTIME, find_engine, installed_facts, require_readers, why_not
 from quantkit.engines.runtime import evaluate
 from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats import READERS, detect, open_variants, require_same_model
@@ -27,7 +27,6 @@ from quantkit.report.verdict import gates_of, judged_on_own_texts, told
 from quantkit.sources import Source, open_source
 from quantkit.texts import TextSet, known_sha256, load_text_set, own_text, require_known
 from quantkit.validation.compare import (
-    REFERENCE_RUNTIME,
     failed,
     gated,
     logits_result,
@@ -185,14 +184,7 @@ def check_validation(section: ValidationSection, form: str, decoder: Decoder, to
             )
     for name in section.texts:
         require_known(name, "validation")
-    for name in sorted({*section.require} - {REFERENCE_RUNTIME}):
-        if form not in find_engine(name).reads:
-            raise RefusedError(
-                f"the engine {name} does not read {form}",
-                where="validation.require",
-                fix=f"leave it out; {form} is read by "
-                + ", ".join(engine.name for engine in list_engines() if form in engine.reads),
-            )
+    require_readers(section.require, form)
 
 
 def text_to_judge_on(

@@ -17,6 +17,7 @@ from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.index import Checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.tokenizer import Tokenizer
+from quantkit.engines.env import REFERENCE_RUNTIME
 from quantkit.errors import QuantkitError
 from quantkit.formats import open_variants
 from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
@@ -36,7 +37,14 @@ from quantkit.machine import fix_arithmetic, peak_memory_bytes
 from quantkit.methods import METHODS, Method
 from quantkit.plan import Plan, make_plan, reads_text, require_here
 from quantkit.progress import Progress, timed
-from quantkit.provenance import finished_record, identity_of, new_record, record_at, refuse_other_licence
+from quantkit.provenance import (
+    finished_record,
+    identity_of,
+    new_record,
+    record_at,
+    refuse_other_licence,
+    refuse_other_recipe,
+)
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, public_name
 from quantkit.report.card import keep
@@ -48,7 +56,6 @@ from quantkit.stream import Sinks, Solvers, goes_on_quantized, stream
 from quantkit.survey import survey
 from quantkit.texts import SHIPPED, TextSet, load_text_set, own_text, require_known
 from quantkit.upstream import adopt, adopt_files, prepare, prepared_items, quantize_upstream, settled
-from quantkit.validation.compare import REFERENCE_RUNTIME
 from quantkit.validation.text import EvaluationText
 from quantkit.workdir import Workdir, open_workdir
 
@@ -130,7 +137,7 @@ class Making:
         # a model that is only described has no tokenizer, and is not to be built on this machine
         here = here and not checkpoint.described
         if here:
-            record_at(self.job.out)
+            refuse_other_recipe(self.job.out, recipe)
         tokenizer = None if checkpoint.described else once(("tokenizer", model), partial(tokenizer_of, checkpoint))
         self._check(checkpoint, tokenizer, once, validated=True)
         at_hand = here or all(name in SHIPPED or own_text(name) for name in recipe.validation.texts)

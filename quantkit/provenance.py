@@ -86,6 +86,21 @@ def finished_record(out: Path, identity: Callable[[], dict[str, Any]], *, fresh:
     return record
 
 
+def refuse_other_recipe(out: Path, recipe: Recipe) -> None:
+    """Stop where an artifact is by another recipe: what `finished_record` refuses, as far as no hash is needed.
+
+    Raises:
+        RefusedError: naming every key that differs; see also `record_at`.
+    """
+    if (record := record_at(out)) is None:
+        return
+    earlier, deciding = record["identity"]["recipe"], recipe.deciding()
+    if recipe.model.revision is None:
+        # which one it would be resolved to is not known yet
+        deciding["model"] = deciding["model"] | {"revision": earlier["model"]["revision"]}
+    refuse_other({"recipe": earlier}, {"recipe": deciding}, where=out)
+
+
 def record_at(out: Path) -> dict[str, Any] | None:
     """The record of an artifact that is where one is to be made; None where nothing is.
 

@@ -106,7 +106,11 @@ def describe_checkpoint(model_id: str, revision: str | None, progress: Progress)
     folder, commit = _folder_of(model_id, revision, progress, weights=False)
     if commit is None:
         bare = (folder / "config.json").is_file() and not holds_weights(folder)
-        return describe_model(folder) if bare else open_checkpoint(folder)
+        if bare:
+            return describe_model(folder)
+        checkpoint = open_checkpoint(folder)
+        require_one_head(checkpoint)
+        return checkpoint
 
     def header(file: str) -> dict[str, TensorInfo] | None:
         if (held := read_header(folder, file)) is not None:

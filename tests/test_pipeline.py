@@ -229,15 +229,17 @@ def test_a_record_with_the_keys_of_another_version_is_refused(recipe, tmp_path):
 
 def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(recipe, tmp_path):
     build(recipe, out=tmp_path / "a", device=CPU, validated=False)
-    with pytest.raises(RefusedError) as caught:
-        build(changed(recipe, "quantize", bits=3, damping=0.05), out=tmp_path / "a", device=CPU)
-    assert str(caught.value) == (
-        "the folder belongs to another build:\n"
-        "  recipe.quantize.bits: 4 -> 3\n"
-        "  recipe.quantize.damping: 0.01 -> 0.05\n"
-        f"  at:  {tmp_path / 'a'}\n"
-        "  fix: choose another --out, or --fresh to throw the earlier build away"
-    )
+    plan(recipe, out=tmp_path / "a", device=CPU, progress=Progress())
+    for run in (build, plan):
+        with pytest.raises(RefusedError) as caught:
+            run(changed(recipe, "quantize", bits=3, damping=0.05), out=tmp_path / "a", device=CPU, progress=Progress())
+        assert str(caught.value) == (
+            "the folder belongs to another build:\n"
+            "  recipe.quantize.bits: 4 -> 3\n"
+            "  recipe.quantize.damping: 0.01 -> 0.05\n"
+            f"  at:  {tmp_path / 'a'}\n"
+            "  fix: choose another --out, or --fresh to throw the earlier build away"
+        )
     notes = tmp_path / "a" / "notes.md"
     notes.write_text("of nobody's record")
     with pytest.raises(RefusedError, match=r"not in the record:\n  notes\.md\n"):
@@ -261,7 +263,6 @@ def test_an_item_is_written_while_the_next_is_solved(recipe, tmp_path, monkeypat
     from threading import Event
 
     from quantkit import keeping
-    from quantkit.progress import Progress
 
     real, begun, waited = keeping.write_item, Event(), []
 

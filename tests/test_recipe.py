@@ -4,8 +4,11 @@ import shutil
 import tomllib
 
 import pytest
+import typer
 
-from quantkit.errors import RefusedError
+from quantkit.cli.output import fail
+from quantkit.cli.recipes import check
+from quantkit.errors import RefusedError, RunFailedError
 from quantkit.home import shipped
 from quantkit.recipe import Recipe, is_on_hub, require_pinned
 from quantkit.recipe_files import (
@@ -353,3 +356,26 @@ def test_another_width_than_the_repository_says_is_refused(name, changes, good):
         "1 problem(s) in the recipe:\n  release.repo = 'speakleash/Bielik-7B-Instruct-v0.1-3bit-HQQ' says 3 bits, "
         "quantize.bits = 4; give them a repository of their own with --set release.repo=ORG/NAME"
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ('calibration.texts={"polish-cor"=4}', "no text set 'polish-cor'\n  at:  calibration.texts\n"),
+        ('validation.texts=["polish-plus"]', "the text set polish-plus has no validation half\n"),
+        ('validation.require=["reference","mlx-ml"]', "no engine named 'mlx-ml'\n  fix: did you mean 'mlx-lm'? "),
+        ('validation.require=["mlx-lm"]', "the engine mlx-lm does not read gptq\n  at:  validation.require\n"),
+    ],
+)
+def test_names_that_mean_nothing_are_no_good_recipe(change, error):
+    with pytest.raises(RefusedError) as refused:
+        check(["gptq"], [change])
+    assert str(refused.value).startswith(error)
+
+
+def test_an_error_of_several_recipes_is_said_once(capsys):
+    errors = {"a": RefusedError("x", fix="y"), "b": RunFailedError("z"), "c": RefusedError("x", fix="y")}
+    with pytest.raises(typer.Exit) as left:
+        fail(errors, several=True)
+    assert left.value.exit_code == 2
+    assert capsys.readouterr().err == "error: a, c: x\n  fix: y\nerror: b: z\n"

@@ -13,7 +13,7 @@ from quantkit.errors import RefusedError
 from quantkit.pipeline import plan
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
-from quantkit.sources import open_source
+from quantkit.sources import describe_checkpoint, open_source
 from tests.commands import quantkit
 from tests.hub_server import HubServer, Repo
 from tests.tiny import make_tiny
@@ -130,8 +130,9 @@ def test_a_head_that_is_tied_to_the_embedding_and_another(tmp_path):
     save_file(weights | {"lm_head.weight": embedding.clone()}, path)
     open_source(str(folder), None, Progress())
     save_file(weights | {"lm_head.weight": embedding + 1}, path)
-    with pytest.raises(RefusedError, match="says tie_word_embeddings, but"):
-        open_source(str(folder), None, Progress())
+    for opened in (open_source, describe_checkpoint):
+        with pytest.raises(RefusedError, match="says tie_word_embeddings, but"):
+            opened(str(folder), None, Progress())
 
 
 def test_a_plan_hashes_nothing(tiny_mistral, tmp_path, monkeypatch):

@@ -130,10 +130,13 @@ def gate_error(validation: dict[str, Any], where: Path) -> QuantkitError | None:
 
 
 def fail(errors: dict[str, QuantkitError], *, several: bool) -> None:
-    """End with the error there is; of several, name each and exit as the worst of them would."""
+    """End with the error there is; of several, say each once with the names it is of, and exit as the worst would."""
+    named: dict[str, list[str]] = {}
     for name, error in errors.items():
         if not several:
             raise error
-        say(f"error: {name}: {error}")
+        named.setdefault(str(error), []).append(name)
+    for said, names in named.items():
+        say(f"error: {', '.join(names)}: {said}")
     if errors:
         raise typer.Exit(worst(error.exit_code for error in errors.values()))

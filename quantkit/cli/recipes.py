@@ -1,7 +1,7 @@
 """Commands about recipes."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,6 +9,9 @@ from quantkit.cli.named import recipe_of
 from quantkit.cli.options import Json, Name, Set
 from quantkit.cli.output import fail, print_document, say
 from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    from quantkit.recipe import Recipe
 
 
 def names(as_json: Json = False) -> None:
@@ -53,12 +56,24 @@ def check(
     errors = {}
     for name in names:
         try:
-            recipe_of(name, changes, None)
+            _require_names(recipe_of(name, changes, None)[0])
         except QuantkitError as error:
             errors[name] = error
         else:
             say(f"{name} is a good recipe")
     fail(errors, several=len(names) > 1)
+
+
+def _require_names(recipe: "Recipe") -> None:
+    """Stop at a text set or a runtime that is none; nothing is fetched."""
+    from quantkit.engines.env import require_readers
+    from quantkit.texts import require_known
+
+    for name in recipe.calibration.texts:
+        require_known(name, "calibration")
+    for name in recipe.validation.texts:
+        require_known(name, "validation")
+    require_readers(recipe.validation.require, recipe.format)
 
 
 def pin(

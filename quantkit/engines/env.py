@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ MARKER = "installed.json"
 INSTALL_LOG = "install.log"
 LAST_LINES = 12
 CHECKPOINT = "checkpoint"
+REFERENCE_RUNTIME = "reference"  # the one runtime that is no engine: our own decode
 # of the caller's environment, what would make a runner import from elsewhere than its own environment
 FOREIGN_VARIABLES = ("PYTHONPATH", "PYTHONHOME", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
@@ -142,6 +143,26 @@ def find_engine(name: str) -> Engine:
     near = difflib.get_close_matches(name, engines, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise RefusedError(f"no engine named {name!r}", fix=f"{hint}there are: {', '.join(engines)}")
+
+
+def require_readers(runtimes: Iterable[str], form: str) -> None:
+    """Stop at the name of a runtime that is none, or does not read a format.
+
+    Args:
+        runtimes: as `validation.require` names them.
+        form: the format.
+
+    Raises:
+        RefusedError: naming those that read it.
+    """
+    for name in sorted({*runtimes} - {REFERENCE_RUNTIME}):
+        if form not in find_engine(name).reads:
+            raise RefusedError(
+                f"the engine {name} does not read {form}",
+                where="validation.require",
+                fix=f"leave it out; {form} is read by "
+                + ", ".join(engine.name for engine in list_engines() if form in engine.reads),
+            )
 
 
 def describe(engine: Engine) -> dict[str, Any]:

@@ -12,12 +12,11 @@ import torch
 from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.source import WeightSource
 from quantkit.checkpoint.tokenizer import Tokenizer
+from quantkit.engines.env import REFERENCE_RUNTIME
 from quantkit.validation.gate import judge
 from quantkit.validation.perplexity import Comparison, compare, compare_logits, losses, perplexities
 from quantkit.validation.reference import Judged, Settings, run
 from quantkit.validation.text import EvaluationText
-
-REFERENCE_RUNTIME = "reference"
 
 
 def reference_figures(reference: Judged, text: EvaluationText) -> dict[str, Any]:
