@@ -77,7 +77,7 @@ def _format_line(name: str, facts: dict[str, Any]) -> str:
         f"{reader['engine']} {reader['installed']}" if reader["why_not"] is None else str(reader["why_not"])
         for reader in facts["readers"]
     ]
-    return f"{name:<17} builds on {' and '.join(facts['builds_on'])}; its own readers: {'; '.join(readers)}"
+    return f"{name:<16}  builds on {' and '.join(facts['builds_on'])}; its own readers: {'; '.join(readers)}"
 
 
 def _formats(devices: list[str]) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ def sign(folder: Path, private_key: Path, signature: Path) -> None:
         UnavailableError: model-signing is not installed.
     """
     hashing, signing, _ = _library()
-    _check(private_key, "--sign")
+    require_key(private_key, "--sign")
     try:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)
     except (ValueError, TypeError) as error:
@@ -56,7 +56,7 @@ def problem(folder: Path, signature: Path, public_key: Path, *, covers: tuple[st
         UnavailableError: model-signing is not installed.
     """
     hashing, _, verifying = _library()
-    _check(public_key, "--public-key")
+    require_key(public_key, "--public-key")
     try:
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (ValueError, TypeError) as error:
@@ -91,7 +91,12 @@ def _signed_names(signature: Path) -> set[str]:
     return {resource["name"] for resource in statement["predicate"]["resources"]}
 
 
-def _check(key: Path, option: str) -> None:
+def require_key(key: Path, option: str) -> None:
+    """Stop where there is no file for a key that an option names.
+
+    Raises:
+        RefusedError: naming both.
+    """
     if not key.is_file():
         raise RefusedError(f"no such key: {key}", where=option, fix="give the file of a PEM key")
 

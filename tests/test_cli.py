@@ -317,6 +317,7 @@ def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):
         (["publish", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
         (["validate", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
         (["inspect", str(ROOT / "docs")], 2, "error: config.json is missing"),
+        (["inspect", str(ROOT / "docs"), "--verify", "--public-key", "no.pem"], 2, "error: no such key: no.pem"),
         (["recipes", "check", "gptq", "--set", "quantize.bit=3"], 2, "quantize.bit: unknown key; did you mean 'bits'?"),
         (["recipes", "copy", "gptq", str(ROOT / "README.md")], 2, "README.md exists"),
         (["recipes", "copy", "gptq", str(ROOT / "README.md" / "a.toml")], 1, "error: cannot be written there: File ex"),
@@ -471,7 +472,9 @@ def test_doctor_says_what_each_format_needs():
         assert all(reader["installed"] is None and reader["why_not"] for reader in readers.values())
     install = "mlx-lm is not installed: `quantkit engines install mlx-lm`"
     line = f"mlx               builds on {' and '.join(devices)}; its own readers: {install}"
-    assert line in quantkit("doctor").stdout.splitlines()
+    told = quantkit("doctor").stdout.splitlines()
+    assert line in told
+    assert any(line.startswith("compressed-tensors  builds on ") for line in told)
 
 
 def test_doctor_tells_of_a_rival_package(monkeypatch):

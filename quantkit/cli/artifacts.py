@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from quantkit.cli.options import Device, Folder, Json, Junit, Readable
-from quantkit.cli.output import errors_in, gate_error, print_document, print_result, say, write_junit
+from quantkit.cli.output import errors_in, fail, gate_error, print_document, print_result, say, write_junit
+from quantkit.errors import QuantkitError
 
 
 def validate(
@@ -70,12 +71,25 @@ def report(
 ) -> None:
     """Draw all artifacts of a model: one page that needs nothing else, its data, and plots as pictures."""
     from quantkit.report.page import DATA, write_report
+    from quantkit.report.record import built_record
 
-    written = write_report(artifacts, out)
+    good, errors = [], {}
+    for folder in artifacts:
+        try:
+            built_record(folder)
+        except QuantkitError as error:
+            errors[str(folder)] = error
+        else:
+            good.append(folder)
+    if not good:
+        fail(errors, several=len(errors) > 1)
+    written = write_report(good, out)
     for path in written:
         say(f"wrote {path}")
     if as_json:
         print_document(json.loads((out / DATA).read_text(encoding="utf-8")), [])
+    # of what is left out
+    fail(errors, several=True)
 
 
 def publish(

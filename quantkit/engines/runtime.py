@@ -338,10 +338,10 @@ def require(engine: Engine, device: str) -> None:
     """Stop where an engine cannot run.
 
     Raises:
-        UnavailableError: it is not installed, or its hardware is not here.
+        UnavailableError: it is not installed, or its hardware is not here; what mends it is a part of the reason.
     """
     if reason := why_not(engine, device):
-        raise UnavailableError(reason, fix=f"`{engine.install_command}`" if "not installed" in reason else "")
+        raise UnavailableError(reason)
 
 
 def _open(pipe: IO[str] | None) -> IO[str]:

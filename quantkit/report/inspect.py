@@ -8,7 +8,7 @@ from quantkit.errors import RefusedError
 from quantkit.formats import detect, open_variants
 from quantkit.formats.contract import Artifact
 from quantkit.report.record import CARD, branches_of, changed_files, read_record, refuse_changed
-from quantkit.signature import SIGNATURE, problem
+from quantkit.signature import SIGNATURE, problem, require_key
 from quantkit.units import size_text
 from quantkit.workdir import RECORD
 
@@ -33,6 +33,8 @@ def inspect_artifact(folder: Path, *, verify: bool, public_key: Path | None = No
     """
     if public_key is not None and not verify:
         raise RefusedError("a signature is checked with --verify only", where="--public-key", fix="add --verify")
+    if public_key is not None:
+        require_key(public_key, "--public-key")
     record = read_record(folder)
     branches = [] if record is None else branches_of(record)
     changed = []

@@ -109,6 +109,7 @@ def test_not_installed_names_the_command(tiny_mistral, tmp_path):
     with pytest.raises(UnavailableError) as caught:
         runtime.evaluate(engine, tiny_mistral, WINDOWS)
     assert caught.value.what == "gptqmodel is not installed: `quantkit engines install gptqmodel`"
+    assert str(caught.value) == caught.value.what, "the remedy is said once"
     assert caught.value.exit_code == 4
     with pytest.raises(UnavailableError, match="not installed"):
         runtime.build(engine, "gptq", tiny_mistral, TOKENS, SETTINGS, tmp_path / "out")

@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import typer
 
+from quantkit.cli.artifacts import report
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.report.card import keep
 from quantkit.report.page import page, report_of, write_report
@@ -81,6 +83,18 @@ class Links(HTMLParser):
 
     def handle_data(self, data):
         self.text.append(data)
+
+
+def test_a_folder_without_a_record_is_left_out_and_told_of(artifacts, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="of the extra `report`")
+    junk = tmp_path / "junk"
+    junk.mkdir()
+    with pytest.raises(typer.Exit) as left:
+        report([artifacts[0], junk, artifacts[1]], tmp_path / "report")
+    assert left.value.exit_code == 2
+    assert f"error: {junk}: the folder has no record" in capsys.readouterr().err
+    found = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))
+    assert [each["name"] for each in found["artifacts"]] == [folder.name for folder in artifacts[:2]]
 
 
 @pytest.mark.parametrize("below", [".", "report"])
