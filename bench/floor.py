@@ -161,7 +161,9 @@ def main() -> None:
     rows = stages(record, found)
     total = sum(row["floor"] or 0.0 for row in rows)
     facts = {
-        "artifact": options.artifact.name,
+        "command": f"python -m bench.floor --artifact {options.artifact.name}",
+        "format": record["format"],
+        "quantize": record["recipe"]["quantize"],
         "environment": record["environment"],
         "rates": {name: f"{rate:.3g}" for name, rate in found.items()},
         "stages": rows,
