@@ -11,7 +11,7 @@ import torch
 from quantkit import pipeline, source_pass
 from quantkit.calibration.statistics import Statistics
 from quantkit.checkpoint.families import FAMILIES
-from quantkit.checkpoint.index import TensorFolder
+from quantkit.checkpoint.index import Checkpoint, TensorFolder
 from quantkit.checkpoint.layer import DecoderLayer
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.footprint import Footprint, in_passes, together_bytes
@@ -20,6 +20,7 @@ from quantkit.lock import locked
 from quantkit.pipeline import build, build_all, plan_all
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
+from quantkit.validation import reference
 from quantkit.workdir import work_folder
 from tests.commands import forked
 from tests.test_formats import CASES, hashes
@@ -124,6 +125,21 @@ def test_tensors_are_read_once_and_the_unquantized_model_is_run_once(source, tmp
         frozenset({"hessian", "squares"}): layers * stages * batches + batches,
         frozenset({"hessian", "deviation"}): 3 * layers * stages * batches,
     }
+
+
+def test_all_artifacts_are_judged_by_one_run_of_the_source(source, tmp_path, monkeypatch):
+    """Its states are made once and kept, whatever the formats; each artifact is run for itself."""
+    runs = Counter()
+    plain = reference.final_states
+
+    def final_states(source, *arguments, **options):
+        runs["source" if isinstance(source, Checkpoint) else "artifacts"] += 1
+        return plain(source, *arguments, **options)
+
+    monkeypatch.setattr(reference, "final_states", final_states)
+    names = ["gptq", "hqq", "mlx"]
+    assert errors_of(build_all(jobs_of(names, source, tmp_path), device=CPU)) == {}
+    assert runs == {"source": 1, "artifacts": len(names)}
 
 
 def test_exl2_is_measured_beside_the_others_and_solved_after_them(source, tmp_path, monkeypatch):
