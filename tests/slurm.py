@@ -38,10 +38,19 @@ JobAcctGatherType=jobacct_gather/none
 KillWait=1
 MinJobAge=600
 EnforcePartLimits=ALL
+JobRequeue=0
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{more}
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=16000 State=UNKNOWN
 PartitionName=cpu Nodes={host} Default=YES MaxTime=60 State=UP
 PartitionName=grant Nodes={host} AllowAccounts=ours State=UP
+PartitionName=grace Nodes={host} GraceTime=60 State=UP
+PartitionName=cancel Nodes={host} GraceTime=60 PreemptMode=CANCEL State=UP
+PartitionName=urgent Nodes={host} PriorityTier=10 PreemptMode=OFF State=UP
 """
+WITH_USER_SIGNAL = "SlurmctldParameters=preempt_send_user_signal"
+"""What a cluster has set where a job is preempted with the signal that it asked for."""
 
 
 def missing() -> str:
@@ -53,8 +62,8 @@ def missing() -> str:
 
 
 @contextmanager
-def running_slurm(folder: Path) -> Iterator[Path]:
-    """Slurm's configuration file, for SLURM_CONF, while its daemons run; stopped afterwards."""
+def running_slurm(folder: Path, more: str = "") -> Iterator[Path]:
+    """Slurm's configuration file, with more lines in it, for SLURM_CONF while its daemons run; stopped afterwards."""
     host = socket.gethostname().split(".")[0]
     for name in ("slurmd", "slurmctld"):
         (folder / name).mkdir()
@@ -63,7 +72,7 @@ def running_slurm(folder: Path) -> Iterator[Path]:
     key.chmod(0o400)
     folder.chmod(0o755)  # munge trusts no socket below a folder that others write or cannot enter
     config = folder / "slurm.conf"
-    config.write_text(CONFIG.format(host=host, folder=folder, controller=free_port(), node=free_port()))
+    config.write_text(CONFIG.format(host=host, folder=folder, controller=free_port(), node=free_port(), more=more))
     commands = [
         [
             "munged",

@@ -22,7 +22,7 @@ from quantkit.cluster.status import submitted_jobs
 from quantkit.cluster.submit import JOBS, _beside, _refused
 from quantkit.errors import RefusedError
 from tests.commands import quantkit
-from tests.slurm import missing, running_slurm
+from tests.slurm import WITH_USER_SIGNAL, missing, running_slurm
 from tests.tiny import WORDS, make_tiny
 
 PATIENCE_S = 150
@@ -322,28 +322,75 @@ def interrupt_in_its_layers(
     ids=["kill", "warn", "limit", "kill two", "warn two"],
 )
 def test_an_interrupted_job_goes_on_and_ends_in_the_same_bytes(slurm, recipes, tmp_path, interruption, minutes, ranks):
-    options = ("--time", minutes, "--ranks", ranks, "--json")
-    submitted = quantkit("submit", str(recipes[0]), *options, cwd=tmp_path, **slurm)
+    interrupted_to_the_same_bytes(recipes[0], tmp_path, slurm, interruption, "--time", minutes, "--ranks", ranks)
+
+
+def displace(job: dict[str, Any], slurm: dict[str, str]) -> None:
+    """A job of a higher partition takes the whole node."""
+    wanted = ("-p", "urgent", "-c", "2", "-o", "/dev/null", "--wrap", "sleep 1")
+    urgent = slurms("sbatch", "--parsable", *wanted, slurm=slurm).strip()
+    until(lambda: "JobState=COMPLETED" in slurms("scontrol", "show", "job", urgent, slurm=slurm), job["log"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("partition", "ranks", "config", "said"),
+    [
+        ("grace", "1", "", "Caught signal SIGTERM"),
+        ("cancel", "2", "", "Caught signal SIGTERM"),
+        ("grace", "2", WITH_USER_SIGNAL, "Caught signal SIGUSR2"),
+        ("cpu", "1", WITH_USER_SIGNAL, "DUE TO PREEMPTION"),
+    ],
+)
+def test_a_preempted_job_goes_on_and_ends_in_the_same_bytes(recipes, tmp_path, partition, ranks, config, said):
+    """With time of grace or none, and whatever signal Slurm is set up to send; no finished layer is solved again."""
+    if reason := missing():
+        pytest.skip(reason)
+    kept: list[str] = []
+
+    def preempted(job: dict[str, Any], slurm: dict[str, str]) -> None:
+        take_too_long(job, slurm)
+        journal = tmp_path / "artifacts" / f"{job['name']}.work" / "journal.json"
+        kept.extend(item for item in json.loads(journal.read_text())["items"] if item.startswith("layers."))
+        displace(job, slurm)
+
+    (tmp_path / "slurm").mkdir()
+    with running_slurm(tmp_path / "slurm", config) as running:
+        options = ("--time", "30", "--ranks", ranks, "--partition", partition)
+        log = interrupted_to_the_same_bytes(recipes[0], tmp_path, {"SLURM_CONF": str(running)}, preempted, *options)
+    assert said in log
+    assert 0 < len(kept) < 8
+    assert {log.count(f"{layer}.self_attn.q_proj  loss") for layer in kept} == {1}
+    assert {log.count(f"layers.{index}.self_attn.q_proj  loss") for index in range(8)} <= {1, 2}
+
+
+def interrupted_to_the_same_bytes(
+    recipe: Path, cwd: Path, slurm: dict[str, str], interruption: Interruption, *options: str
+) -> str:
+    """Submit a build, interrupt it in its layers, and see it go on from these to its end; returns its log."""
+    submitted = quantkit("submit", str(recipe), *options, "--json", cwd=cwd, **slurm)
     assert submitted.returncode == 0, submitted.stderr
     job = json.loads(submitted.stdout)[0]
+    ranks = job["resources"]["ranks"]
     interrupted: list[psutil.Process] = []
 
     def interrupt(job: dict[str, Any], slurm: dict[str, str]) -> None:
         interrupted.extend(builds_of(job))
         interruption(job, slurm)
 
-    interrupt_in_its_layers(job, tmp_path / "artifacts", interrupt, slurm)
+    interrupt_in_its_layers(job, cwd / "artifacts", interrupt, slurm)
     # the ranks and who has started them; none is at work on what the next run goes on with
-    assert len(interrupted) == (1 if ranks == "1" else 1 + int(ranks))
+    assert len(interrupted) == (1 if ranks == 1 else 1 + ranks)
     assert psutil.wait_procs(interrupted, timeout=10)[1] == []
-    until(lambda: jobs(tmp_path, slurm)[job["name"]]["state"] in ("done", "failed", LOST), job["log"])
+    until(lambda: jobs(cwd, slurm)[job["name"]]["state"] in ("done", "failed", LOST), job["log"])
     log = Path(job["log"]).read_text()
-    assert jobs(tmp_path, slurm)[job["name"]]["state"] == "done", log
+    assert jobs(cwd, slurm)[job["name"]]["state"] == "done", log
     assert log.count("quantkit build") == 2
     assert "Traceback" not in log
-    artifact = tmp_path / "artifacts" / "model-GOOD"
-    assert json.loads((artifact / "quantkit.json").read_text())["environment"]["ranks"] == int(ranks)
-    assert files(artifact) == direct(recipes[0], tmp_path)
+    artifact = cwd / "artifacts" / "model-GOOD"
+    assert json.loads((artifact / "quantkit.json").read_text())["environment"]["ranks"] == ranks
+    assert files(artifact) == direct(recipe, cwd)
+    return log
 
 
 @pytest.mark.slow
@@ -399,6 +446,7 @@ def test_a_cancelled_job_is_lost(slurm, recipes, tmp_path):
         slurms("scancel", job["id"], slurm=slurm)
     until(lambda: all(job["state"] == LOST for job in jobs(tmp_path, slurm).values()), build["log"])
     until(lambda: "CANCELLED" in (jobs(tmp_path, slurm)[build["name"]]["reason"] or ""), build["log"])
+    assert builds_of(build) == []
 
 
 def test_what_follows_takes_no_gpu():

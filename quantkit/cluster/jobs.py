@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+from quantkit.cluster.slurm import is_running
 from quantkit.errors import GateError, worst
 from quantkit.files import write_json
 from quantkit.workdir import RECORD
@@ -16,6 +18,8 @@ from quantkit.workdir import RECORD
 DONE, GATE, LOST = "done", "gate failed", "lost"
 STATES = {0: DONE, GateError.exit_code: GATE}
 """What an exit code means; any other is `failed`."""
+ANNOUNCEMENTS = (signal.SIGUSR2, signal.SIGTERM)
+"""What Slurm sends a job whose time or place it is about to take: the first where it sends what the job asked for."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +123,8 @@ def _word(logs: Path, identifier: str) -> Path:
 def _run_in_job(commands: Iterable[tuple[str, ...]]) -> None:
     """Run commands of quantkit inside a job, every one of them, and leave word of how the job ended.
 
-    The signal that announces a time limit goes to every process of the job. A build must not die of it before the job
-    has put itself back into the queue. One that was killed leaves no word: the queue knows what comes next.
+    A signal that announces the end goes to every process of the job. A build must not die of it before the job has put
+    itself back into the queue. One that was killed leaves no word: the queue knows what comes next.
 
     Raises:
         SystemExit: a command failed, and Slurm is to know; its own message is in the log.
@@ -130,11 +134,12 @@ def _run_in_job(commands: Iterable[tuple[str, ...]]) -> None:
     environment = JobEnvironment()
     word = _word(environment.paths.folder, environment.job_id)
     word.unlink(missing_ok=True)
+    _heed_announcements(environment.job_id)
     codes = []
     for arguments in commands:
         print("quantkit", *arguments, flush=True)
         # a job's process has no other thread that could hold a lock while it forks
-        done = subprocess.run([sys.executable, "-m", "quantkit", *arguments], preexec_fn=_ignore_announcement)
+        done = subprocess.run([sys.executable, "-m", "quantkit", *arguments], preexec_fn=_ignore_announcements)
         if done.returncode < 0:
             sys.exit(f"error: {arguments[0]} was killed by {signal.Signals(-done.returncode).name}")
         codes.append({"exit_code": done.returncode})
@@ -144,5 +149,30 @@ def _run_in_job(commands: Iterable[tuple[str, ...]]) -> None:
         sys.exit(code)
 
 
-def _ignore_announcement() -> None:
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+def _heed_announcements(identifier: str) -> None:
+    """Let this process, and what it has started, end when Slurm announces that; first the job goes back into the queue.
+
+    submitit does so at SIGUSR2 alone, and ends with a traceback where Slurm has requeued the job already. A job that
+    Slurm preempts with a time of grace has SIGTERM, unless the cluster is set up to send the other; so has one that is
+    cancelled, but that one Slurm does not call running any more.
+    """
+    put_back = signal.getsignal(signal.SIGUSR2)
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        # going back into the queue brings another
+        _ignore_announcements()
+        if callable(put_back) and (number == signal.SIGUSR2 or is_running(identifier)):
+            try:
+                put_back(number, frame)
+            except subprocess.SubprocessError:
+                # Slurm's reason is in the log: most often, that it has done so itself
+                sys.exit("error: the job could not put itself back into the queue")
+        sys.exit(f"ended by Slurm with {signal.Signals(number).name}")
+
+    for announcement in ANNOUNCEMENTS:
+        signal.signal(announcement, heed)
+
+
+def _ignore_announcements() -> None:
+    for announcement in ANNOUNCEMENTS:
+        signal.signal(announcement, signal.SIG_IGN)

@@ -6,6 +6,8 @@ import subprocess
 
 from quantkit.errors import UnavailableError
 
+RUNNING = ("RUNNING", "SIGNALING")  # the second while a signal is on its way to the job
+
 
 def require_slurm(program: str) -> None:
     """Stop where one of its programs is not.
@@ -31,3 +33,9 @@ def queued() -> dict[str, dict[str, str]]:
         )
     rows = (line.split(maxsplit=2) for line in listed.stdout.splitlines())
     return {identifier: {"state": state.lower(), "reason": reason} for identifier, state, reason in rows}
+
+
+def is_running(identifier: str) -> bool:
+    """Whether Slurm lets a job go on, as far as it answers; one that it ends or has requeued is in another state."""
+    listed = subprocess.run(["squeue", "-h", "-j", identifier, "-o", "%T"], capture_output=True, text=True)
+    return listed.stdout.strip() in RUNNING

@@ -135,7 +135,8 @@ def _parameters(group: list[Job], asked: Resources, at_once: int | None, further
         "qos": asked.qos,
         "array_parallelism": (at_once or len(group)) if len(group) > 1 else None,
         "stderr_to_stdout": True,
-        "additional_parameters": further or None,
+        # a cluster need not let jobs be requeued that do not ask for it
+        "additional_parameters": {"requeue": True, **further},
     }
     return {key: value for key, value in given.items() if value is not None}
 
