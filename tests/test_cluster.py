@@ -318,7 +318,7 @@ def interrupt_in_its_layers(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("interruption", "minutes", "ranks"),
-    [(requeue, "30", "1"), (preempt, "30", "1"), (take_too_long, "1", "1"), (requeue, "30", "2"), (preempt, "30", "2")],
+    [(requeue, "30", "1"), (preempt, "30", "1"), (take_too_long, "2", "1"), (requeue, "30", "2"), (preempt, "30", "2")],
     ids=["kill", "warn", "limit", "kill two", "warn two"],
 )
 def test_an_interrupted_job_goes_on_and_ends_in_the_same_bytes(slurm, recipes, tmp_path, interruption, minutes, ranks):
