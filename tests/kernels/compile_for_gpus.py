@@ -1,5 +1,6 @@
 """Compile every Triton kernel to machine code for GPUs that need not be here; run as a program, without an interpreter.
 
+Its argument says how many: `few`, every kernel for one architecture, or `all`, with more constants and for every one.
 Prints JSON: by kernel, variant and architecture the bytes of machine code, how many products were fused with sums, and
 the bytes of a thread that its registers did not hold.
 """
@@ -7,6 +8,7 @@ the bytes of a thread that its registers did not hold.
 import json
 import re
 import subprocess
+import sys
 import tempfile
 
 import torch
@@ -40,6 +42,17 @@ def solve(dtype: torch.dtype, half: bool):
         | whole("channels rows")
         | whole(" ".join(f"{name}_stride" for name in strides.split()))
     ), {"TOP": 15, "HALF": half, "MAGIC": gpu.MAGIC[dtype], "CHANNELS": 128, "ROWS": gpu.ROWS}  # fmt: skip
+
+
+def pack(bits: int):
+    signature = pointers("codes", "u8") | pointers("words", "i32") | whole("width code_stride width_stride")
+    overlap = -(-32 // bits) + (32 % bits > 0)
+    return gpu._pack_words, signature, {"BITS": bits, "OVERLAP": overlap, "WIDTH": gpu.CODES}
+
+
+def unpack(bits: int):
+    signature = pointers("words", "i32") | pointers("codes", "u8") | whole("num_words width word_stride width_stride")
+    return gpu._unpack_words, signature, {"BITS": bits, "WIDTH": gpu.CODES}
 
 
 def decode(kind: str):
@@ -81,16 +94,8 @@ CASES = {
         pointers("weight importance scale zero moments", "fp32") | whole("channels rows channel_stride row_stride"),
         {"TOP": 15, "MAGIC": gpu.MAGIC[torch.float32], "CHANNELS": 8, "ROWS": gpu.COLUMNS},
     ),
-    "pack": (
-        gpu._pack_words,
-        pointers("codes", "u8") | pointers("words", "i32") | whole("width code_stride width_stride"),
-        {"BITS": 3, "OVERLAP": 12, "WIDTH": gpu.CODES},
-    ),
-    "unpack": (
-        gpu._unpack_words,
-        pointers("words", "i32") | pointers("codes", "u8") | whole("num_words width word_stride width_stride"),
-        {"BITS": 3, "WIDTH": gpu.CODES},
-    ),
+    "pack": pack(3),
+    "unpack": unpack(3),
     "decode float32": decode("fp32"),
     "decode float16": decode("fp16"),
     "decode bfloat16": decode("bf16"),
@@ -104,6 +109,11 @@ CASES = {
     "search, with mins": search("Q4_K"),
     "search, with an offset": search("Q6_K"),
 }
+
+# what differs from a case above in its constants alone
+VARIANTS = {f"search for {name}": search(name) for name in ("Q2_K", "Q3_K", "Q5_K")}
+VARIANTS |= {f"{made.__name__} {bits} bits": made(bits) for made in (pack, unpack) for bits in (2, 4, 8)}
+WANTED = {"few": (CASES, ARCHITECTURES[-1:]), "all": (CASES | VARIANTS, ARCHITECTURES)}
 
 
 def compiled(case, architecture: int) -> dict[str, int]:
@@ -131,8 +141,9 @@ def spilled(machine_code: bytes) -> int:
 
 
 if __name__ == "__main__":
+    cases, architectures = WANTED[sys.argv[1]]
     print(
         json.dumps(
-            {f"{name}, sm_{each}": compiled(case, each) for name, case in CASES.items() for each in ARCHITECTURES}
+            {f"{name}, sm_{each}": compiled(case, each) for name, case in cases.items() for each in architectures}
         )
     )
