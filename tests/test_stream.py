@@ -1,6 +1,7 @@
 """The streamed pass against the whole model with hooks: the slow, obvious way to collect a layer's inputs."""
 
 import gc
+import json
 import weakref
 from dataclasses import dataclass, field
 
@@ -66,23 +67,42 @@ def test_what_is_moved_is_moved_as_it_is_stored_and_of_an_embedding_its_rows_alo
     assert moved == [((6, 24, 64), *stored), ((3, 5), *stored)]
 
 
-@pytest.mark.parametrize("model_type", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_streamed_logits_are_the_models(model_type, dtype, tmp_path):
-    folder = make_tiny(tmp_path / "m", model_type, dtype=dtype, sharded=dtype == torch.bfloat16, **VARIANTS[model_type])
+def streamed_logits(folder, ids: torch.Tensor) -> torch.Tensor:
     checkpoint = open_checkpoint(folder)
     decoder = decoder_of(checkpoint)
-    ids = tokens()
     hidden = decoder.embed(checkpoint.read("embedding"), ids)
     for index in range(checkpoint.num_layers):
         layer = decoder.layer(index, checkpoint.read(f"layers.{index}"))
         hidden = layer.forward(hidden, decoder.rope(ids.shape[1]))
     head = head_tensors(checkpoint)
-    logits = decoder.normed(head, hidden) @ decoder.head(head).T
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return decoder.normed(head, hidden) @ decoder.head(head).T
+
+
+def whole_logits(folder, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        expected = model(ids).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+
+
+@pytest.mark.parametrize("model_type", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_streamed_logits_are_the_models(model_type, dtype, tmp_path):
+    folder = make_tiny(tmp_path / "m", model_type, dtype=dtype, sharded=dtype == torch.bfloat16, **VARIANTS[model_type])
+    torch.testing.assert_close(streamed_logits(folder, tokens()), whole_logits(folder, tokens()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", VARIANTS)
+def test_a_config_in_the_words_of_transformers_4_is_the_same_model(model_type, tmp_path):
+    """As nearly all that is published has it: `rope_theta`, `rope_scaling` and `torch_dtype`."""
+    rope = {"rope_type": "default"} | VARIANTS[model_type].get("rope_parameters", {}) | {"rope_theta": 500.0}
+    folder = make_tiny(tmp_path / "m", model_type, **VARIANTS[model_type] | {"rope_parameters": rope})
+    expected, path = whole_logits(folder, tokens()), folder / "config.json"
+    content = json.loads(path.read_text())
+    scaling = content.pop("rope_parameters")
+    content |= {"rope_theta": scaling.pop("rope_theta"), "torch_dtype": content.pop("dtype")}
+    content["rope_scaling"] = scaling if scaling["rope_type"] != "default" else None
+    path.write_text(json.dumps(content))
+    torch.testing.assert_close(streamed_logits(folder, tokens()), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(whole_logits(folder, tokens()), expected, rtol=0, atol=0)
 
 
 def captured_inputs(model, name: str, ids: torch.Tensor) -> torch.Tensor:
