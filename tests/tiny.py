@@ -32,6 +32,13 @@ VARIANTS = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32},
 }
+# sizes that do not follow from others, where a reader may think that they do: heads are not hidden / heads wide in the
+# families that state it, and a vocabulary is no multiple of 32
+UNEVEN = {"vocab_size": 419, "hidden_size": 128, "intermediate_size": 256, "sharded": False}
+WIDE_HEADS = {"head_dim": 64}
+UNEVEN_VARIANTS = {
+    kind: UNEVEN | changes | ({} if kind == "qwen2" else WIDE_HEADS) for kind, changes in VARIANTS.items()
+}
 
 
 def make_tokenizer(folder: Path, *, vocab_size: int = 384, chatml: bool = False) -> None:

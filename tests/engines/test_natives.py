@@ -1,6 +1,7 @@
 """Each format's own package: reads what quantkit wrote, runs the card's snippet, and builds what quantkit reads."""
 
 import itertools
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -22,12 +23,11 @@ from quantkit.pipeline import build
 from quantkit.quantize import QUANTIZE
 from quantkit.recipe import Recipe
 from quantkit.solvers.rtn import RoundToNearest
-from tests.tiny import VARIANTS, make_text, make_tiny
+from tests.tiny import UNEVEN_VARIANTS, VARIANTS, make_text, make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 CPU = torch.device("cpu")
-SHAPE = {"vocab_size": 416, "hidden_size": 128, "intermediate_size": 256, "sharded": False}
 # of the largest logit: what half precision costs a reader; mlx-lm computes in float32 here
 TOLERANCE = {
     "autoawq": 0.004,
@@ -78,7 +78,15 @@ def named(case) -> str:
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sources")
-    return {kind: make_tiny(folder / kind, kind, **(SHAPE | changes)) for kind, changes in VARIANTS.items()}
+    return {kind: make_tiny(folder / kind, kind, **changes) for kind, changes in UNEVEN_VARIANTS.items()}
+
+
+def test_no_size_follows_from_others(sources):
+    """So that a reader which takes one for another is caught; of qwen2 transformers has no head_dim of its own."""
+    for kind, folder in sources.items():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["vocab_size"] % 32
+        assert kind == "qwen2" or config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]
 
 
 def recipe_of(name: str, source: Path, quantize: dict, folder: Path, **keys) -> Recipe:

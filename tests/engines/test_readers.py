@@ -27,20 +27,22 @@ from quantkit.formats.gptq import open_artifact
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
 from quantkit.upstream import adopt
-from tests.tiny import VARIANTS, make_text, make_tiny
+from tests.tiny import UNEVEN, UNEVEN_VARIANTS, VARIANTS, WIDE_HEADS, make_text, make_tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 LARGEST_DIFFERENCE = 0.004  # of the largest logit
-SHAPE = {"vocab_size": 416, "hidden_size": 128, "intermediate_size": 256, "sharded": False}
 # not the default of any reader, and in the source only where transformers 5 looks for it
 ROPE = {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}
-KINDS = {name: (name, ROPE | changes) for name, changes in VARIANTS.items()} | {
-    "qwen2-untied": ("qwen2", ROPE),
-    "odd": ("mistral", {"intermediate_size": 250, "vocab_size": 419}),
-    "narrow": ("mistral", ROPE | {"intermediate_size": 160}),
-    "float16": ("llama", ROPE | {"dtype": torch.float16, "sharded": True}),
-    "float32": ("qwen2", ROPE | {"dtype": torch.float32, "sharded": True}),
+KINDS = {name: (name, ROPE | changes) for name, changes in UNEVEN_VARIANTS.items()} | {
+    # as wide as transformers 4.40, hence auto-gptq, takes heads to be
+    "mistral": ("mistral", UNEVEN | ROPE),
+    "wide-heads": ("mistral", UNEVEN | ROPE | WIDE_HEADS),
+    "qwen2-untied": ("qwen2", UNEVEN | ROPE),
+    "odd": ("mistral", UNEVEN | {"intermediate_size": 250}),
+    "narrow": ("mistral", UNEVEN | ROPE | {"intermediate_size": 160}),
+    "float16": ("llama", UNEVEN | ROPE | {"dtype": torch.float16, "sharded": True}),
+    "float32": ("qwen2", UNEVEN | ROPE | {"dtype": torch.float32, "sharded": True}),
 }
 
 
@@ -69,6 +71,7 @@ CASES = [
     *(Case("mistral", bits, order) for bits in (2, 3, 4, 8) for order in ("group-aware", "activation")),
     Case("mistral", 4, "natural", symmetric=False),
     *(Case(kind) for kind in VARIANTS if kind != "mistral"),
+    Case("wide-heads"),
     Case("qwen2-untied"),
     Case("odd", skip=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")),
     Case("qwen3", 3, skip=("self_attn.v_proj",)),
@@ -85,16 +88,20 @@ BUILT = [
     ("mistral", 3, "activation", 0.25),
     ("qwen2-untied", 3, "natural", 0.0),
     ("float16", 2, "natural", 0.0),
+    *((kind, 4, "natural", 0.0) for kind in ("llama", "qwen2", "qwen3", "wide-heads")),
 ]
 # what auto-gptq, tied to transformers 4.40, and auto-round have no way to read, and say so
 UNKNOWN = {
     ("auto-gptq", "llama"): "the position encoding 'llama3'",
     ("auto-gptq", "qwen3"): "auto-gptq knows no qwen3",
     ("auto-gptq", "qwen2"): "a head that is the embedding",
+    ("auto-gptq", "wide-heads"): r"not 64 \(head_dim\)",
     ("auto-gptq", "skip"): "left in 16 bits",
     ("auto-round", "activation"): "looks at no g_idx",
     ("auto-round", "asymmetric"): "reads symmetric GPTQ only",
 }
+# a tied head auto-gptq leaves alone when it builds, which is right, and when it loads, which is not
+BUILT_UNREAD = {"qwen2"}
 SETTINGS = {"bits": 4, "group_size": 32, "symmetric": True, "damping": 0.01}
 
 
@@ -106,7 +113,7 @@ def engine(request, kept_engine):
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sources")
-    return {name: make_tiny(folder / name, kind, **(SHAPE | changes)) for name, (kind, changes) in KINDS.items()}
+    return {name: make_tiny(folder / name, kind, **changes) for name, (kind, changes) in KINDS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +137,18 @@ def artifacts(sources, tmp_path_factory) -> dict[Case, Path]:
             )
             built[case] = build(recipe, out=folder / str(case), device=torch.device("cpu"), validated=False).out
     return built
+
+
+def test_no_size_follows_from_others(sources):
+    """So that a reader which takes one for another is caught; of qwen2 transformers has no head_dim of its own."""
+    found = {name: json.loads((folder / "config.json").read_text()) for name, folder in sources.items()}
+    assert not [name for name, config in found.items() if config["vocab_size"] % 32 == 0]
+    widths = {
+        name: (config["head_dim"], config["hidden_size"] // config["num_attention_heads"])
+        for name, config in found.items()
+        if config.get("head_dim")
+    }
+    assert {name for name, (stated, divided) in widths.items() if stated != divided} == {"llama", "qwen3", "wide-heads"}
 
 
 def fields(words: np.ndarray, bits: int) -> np.ndarray:
@@ -265,11 +284,17 @@ def test_it_builds_what_our_reader_decodes(engine, kind, bits, order, asymmetric
     source = model_of(sources[kind])
     tokens = spoken(source, number=24, length=64)
     made, out = tmp_path / "made", tmp_path / "built"
+    unknown = UNKNOWN.get((engine.name, kind))
+    if unknown and kind not in BUILT_UNREAD:
+        with pytest.raises(RunFailedError, match=unknown):
+            runtime.build(engine, "gptq", sources[kind], tokens[8:], settings, made)
+        return
     facts = runtime.build(engine, "gptq", sources[kind], tokens[8:], settings, made)
     out.mkdir()
     adopt(made, open_checkpoint(sources[kind]), out)
     assert facts["version"] == installed_facts(engine)["version"]
-    assert json.loads((out / "config.json").read_text())["rope_theta"] == 500.0
+    theta = KINDS[kind][1]["rope_parameters"]["rope_theta"]
+    assert json.loads((out / "config.json").read_text())["rope_theta"] == theta
     assert not [path.name for path in out.glob("*.json") if str(tmp_path) in path.read_text()]
     said = json.loads((out / "config.json").read_text())["quantization_config"].get("meta", {}).get("gptaq")
     assert (said or {}).get("alpha", 0.0) == asymmetric
@@ -286,11 +311,15 @@ def test_it_builds_what_our_reader_decodes(engine, kind, bits, order, asymmetric
     exact = nats(logits_of(source, windows), windows)
     worse = nats(expected, windows) - exact
     rounding = nats(logits_of(model_of(sources[kind], rounded(source, bits)), windows), windows) - exact
-    difference = largest_difference(list(runtime.evaluate(engine, out, windows)), expected)
     print(f"{engine.name} {kind} {bits} {order} {asymmetric}: {facts['seconds']} s, {worse:+.4f} nats on {exact:.3f}")
-    print(f"  rounding {rounding:+.4f}; largest difference {difference:.5f} of the scale")
     assert worse < LARGEST_LOSS[bits] * rounding
     assert bits < 4 or worse < 0.15
+    if unknown:
+        with pytest.raises(RunFailedError, match=unknown):
+            list(runtime.evaluate(engine, out, windows))
+        return
+    difference = largest_difference(list(runtime.evaluate(engine, out, windows)), expected)
+    print(f"  rounding {rounding:+.4f}; largest difference {difference:.5f} of the scale")
     assert difference <= LARGEST_DIFFERENCE
 
 

@@ -37,20 +37,30 @@ def load(request):
 
 def refuse_what_it_misreads(folder):
     """It loads such artifacts without a word and gives wrong numbers, or stops at something far from the cause."""
-    from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
-
     config = read_json(folder, "config.json")
     settings = config.get("quantization_config") or read_json(folder, "quantize_config.json")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if config["model_type"] not in GPTQ_CAUSAL_LM_MODEL_MAP:
-        sys.exit(f"auto-gptq knows no {config['model_type']}")
+    refuse_unknown_model(config)
     if config.get("tie_word_embeddings"):
         sys.exit("auto-gptq leaves a head that is the embedding (tie_word_embeddings) as it was allocated")
     if settings.get("dynamic"):
         sys.exit("auto-gptq takes linears that were left in 16 bits (dynamic) for packed ones")
+
+
+def refuse_unknown_model(config):
+    """A family that auto-gptq has not, or what transformers 4.40 does not know of the others."""
+    from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
+
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    width = config.get("head_dim") or hidden // heads
+    if config["model_type"] not in GPTQ_CAUSAL_LM_MODEL_MAP:
+        sys.exit(f"auto-gptq knows no {config['model_type']}")
     if kind not in KNOWN_ROPES:
         sys.exit(f"transformers 4.40 does not know the position encoding {kind!r} of this model")
+    if width * heads != hidden:
+        # of llama and mistral it looks at no head_dim, and makes attention of another shape
+        sys.exit(f"transformers 4.40 takes heads for {hidden} / {heads} numbers wide, and not {width} (head_dim)")
 
 
 def build(request):
@@ -60,6 +70,7 @@ def build(request):
     from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
     from transformers import AutoModelForCausalLM
 
+    refuse_unknown_model(read_json(request["checkpoint"], "config.json"))
     torch.set_num_threads(request["threads"])
     settings = request["settings"]
     if request["device"] == "cpu":
@@ -112,8 +123,6 @@ def old_config(folder):
     if "rope_theta" in rope:
         config.rope_theta = rope["rope_theta"]
     kind = rope.get("rope_type", "default")
-    if kind not in KNOWN_ROPES:
-        sys.exit(f"transformers 4.40 does not know the position encoding {kind!r} of this model")
     if kind != "default":
         config.rope_scaling = {"type": kind, "factor": rope["factor"]}
     return config
