@@ -98,7 +98,7 @@ docs-check: setup
 
 # the upstream packages read what quantkit writes, and build; their environments are made once, under ~/.cache
 test-engines: setup
-	$(BIN)/pytest -m "slow and not gpu" tests/engines tests/test_upstream.py
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow and not gpu" tests/engines tests/test_upstream.py
 
 # minutes each; `harness` installs lm-evaluation-harness, which one of them compares with
 test-slow: setup

@@ -1,13 +1,17 @@
 """What a build must take on a device at least, stage by stage; and what one took.
 
     python -m bench.floor --shape mistral-7b --device cuda
+    python -m bench.floor --shape mistral-7b --device cuda --layers 32
     python -m bench.floor --artifact artifacts/bielik-nano-GPTQ
 
 The first is of a shape in bench/shapes and a recipe (GPTQ of Bielik-7B unless --recipe names another), without a build.
-The second takes operations, bytes and seconds from an artifact's record: run it on the machine that built. Rates are
-measured here and now, so with nothing else running: a square matmul in the recipe's dtype, or in what the device
-multiplies that in, and one in float32, a copy in memory, and a file in the current folder, written with fsync and read
-after its pages were dropped from the cache (where the system lets a program do so: Linux). A stage's floor is its
+The second makes random weights of that shape, with so many layers, on the disk of the current folder, builds them, and
+has what that took beside each floor. The third takes operations, bytes and seconds from an artifact's record: run it on
+the machine that built.
+
+Rates are measured here and now, so with nothing else running: a square matmul in the recipe's dtype, or in what the
+device multiplies that in, and one in float32, a copy in memory, and a file in the current folder, written durably and
+read after its pages were dropped from the cache (where the system lets a program do so: Linux). A stage's floor is its
 operations or bytes at that rate. The inner loops are compiled once for each machine, at their first use, and then
 loaded: seconds of a first build have that in `solve`.
 """
@@ -15,6 +19,8 @@ loaded: seconds of a first build have that in `solve`.
 import argparse
 import json
 import os
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,13 +29,15 @@ from typing import Any
 
 import torch
 
+from bench.models import make_shape
 from quantkit.checkpoint.index import describe_model
 from quantkit.estimate import IN_FLOAT32
 from quantkit.machine import choose_device, environment, product_dtype
 from quantkit.methods import METHODS
+from quantkit.pipeline import build
 from quantkit.plan import make_plan
 from quantkit.recipe_files import find_recipe, load_recipe
-from quantkit.report.record import read_record
+from quantkit.report.record import built_record
 
 SHAPES = Path(__file__).parent / "shapes"
 SIDE = 2048
@@ -101,10 +109,10 @@ def floors(operations: dict[str, float], read: int, written: int, found: dict[st
     return {stage: seconds for stage, seconds in (counted | moved).items() if seconds}
 
 
-def shape_floors(shape: str, recipe_name: str, device: torch.device) -> dict[str, Any]:
+def shape_floors(shape: str, recipe_name: str, changes: tuple[str, ...], device: torch.device) -> dict[str, Any]:
     """Floors of a model that need not be here."""
     checkpoint = describe_model(SHAPES / shape)
-    recipe = load_recipe(find_recipe(recipe_name))
+    recipe = load_recipe(find_recipe(recipe_name), changes)
     method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
     plan = make_plan(recipe, checkpoint, method, out=Path(), device=device)
     torch.set_num_threads(recipe.compute.threads)
@@ -118,6 +126,41 @@ def shape_floors(shape: str, recipe_name: str, device: torch.device) -> dict[str
         "operations": plan.operations,
         "floor_by_stage": {stage: round(seconds, 3) for stage, seconds in least.items()},
         "floor_seconds": round(sum(least.values()), 3),
+    }
+
+
+def built_floors(
+    shape: str, recipe_name: str, changes: tuple[str, ...], layers: int, device: torch.device
+) -> dict[str, Any]:
+    """Floors of a random model of a shape, and what building it took."""
+    with tempfile.TemporaryDirectory(dir=".") as scratch:
+        folder, out = Path(scratch) / "model", Path(scratch) / "artifact"
+        folder.mkdir()
+        make_shape(folder, SHAPES / shape, layers=layers)
+        recipe = load_recipe(find_recipe(recipe_name), changes, model=str(folder))
+        build(recipe, out=out, device=device, validated=False)
+        return artifact_floors(out) | {"shape": shape, "recipe": recipe_name, "layers": layers}
+
+
+def artifact_floors(artifact: Path) -> dict[str, Any]:
+    """Floors of an artifact's build on this machine, and what it took.
+
+    Raises:
+        RefusedError: it has no record.
+    """
+    record = built_record(artifact)
+    device = torch.device(record["environment"]["device"])
+    torch.set_num_threads(record["recipe"]["compute"]["threads"])
+    found = rates(getattr(torch, record["recipe"]["compute"]["dtype"]), device)
+    rows = stages(record, found)
+    return {
+        "format": record["format"],
+        "quantize": record["recipe"]["quantize"],
+        "environment": record["environment"],
+        "rates": {name: f"{rate:.3g}" for name, rate in found.items()},
+        "stages": rows,
+        "seconds": record["build"]["seconds"],
+        "floor_seconds": round(sum(row["floor"] or 0.0 for row in rows), 3),
     }
 
 
@@ -148,29 +191,18 @@ def main() -> None:
     what.add_argument("--shape", choices=sorted(each.name for each in SHAPES.iterdir()))
     parser.add_argument("--recipe", default="bielik-7b-instruct-v0.1/gptq")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--layers", type=int, help="of a model of that shape to be made and built; none without it")
+    parser.add_argument("--set", action="append", default=[], help="a key of the recipe, as TABLE.KEY=VALUE")
     options = parser.parse_args()
-    if options.shape:
-        print(json.dumps(shape_floors(options.shape, options.recipe, choose_device(options.device)), indent=2))
-        return
-    record = read_record(options.artifact)
-    if record is None:
-        parser.error(f"{options.artifact} has no record")
-    device = torch.device(record["environment"]["device"])
-    torch.set_num_threads(record["recipe"]["compute"]["threads"])
-    found = rates(getattr(torch, record["recipe"]["compute"]["dtype"]), device)
-    rows = stages(record, found)
-    total = sum(row["floor"] or 0.0 for row in rows)
-    facts = {
-        "command": f"python -m bench.floor --artifact {options.artifact.name}",
-        "format": record["format"],
-        "quantize": record["recipe"]["quantize"],
-        "environment": record["environment"],
-        "rates": {name: f"{rate:.3g}" for name, rate in found.items()},
-        "stages": rows,
-        "quantize_seconds": record["build"]["seconds"]["quantize"],
-        "floor_seconds": round(total, 3),
-    }
-    print(json.dumps(facts, indent=2))
+    recipe, device = (options.recipe, tuple(options.set)), choose_device(options.device)
+    command = {"command": f"python -m bench.floor {shlex.join(sys.argv[1:])}"}
+    if options.artifact:
+        found = artifact_floors(options.artifact)
+    elif options.layers:
+        found = built_floors(options.shape, *recipe, options.layers, device)
+    else:
+        found = shape_floors(options.shape, *recipe, device)
+    print(json.dumps(command | found, indent=2))
 
 
 if __name__ == "__main__":

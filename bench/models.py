@@ -7,14 +7,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import MistralConfig
 
+from quantkit.checkpoint.index import describe_model
 from tests.tiny import make_tokenizer
 
 
 def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int, vocabulary: int = 384) -> None:
-    """A random Mistral of the wanted size, saved layer by layer so that making it takes no more than a layer.
-
-    mlx-lm opens files whose names begin with "model", and no others.
-    """
+    """A random Mistral of the wanted size in a folder that is there."""
     heads = max(hidden // 128, 1)
     config = MistralConfig(
         vocab_size=vocabulary,
@@ -30,43 +28,35 @@ def make_model(folder: Path, *, layers: int, hidden: int, feed_forward: int, voc
     )
     config.architectures = ["MistralForCausalLM"]
     config.save_pretrained(folder)
+    _fill(folder)
+
+
+def make_shape(folder: Path, shape: Path, *, layers: int) -> None:
+    """A random model as a folder with a config.json describes it, in another, but for the number of its layers."""
+    config = json.loads((shape / "config.json").read_text(encoding="utf-8"))
+    changed = config | {"num_hidden_layers": layers, "bos_token_id": 1, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    _fill(folder)
+
+
+def _fill(folder: Path) -> None:
+    """Tokenizer and random bfloat16 weights beside a config.json, an item in each file: more is not in memory.
+
+    mlx-lm opens files whose names begin with "model", and no others.
+    """
     make_tokenizer(folder)
-    key_rows = config.num_key_value_heads * config.head_dim
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (key_rows, hidden),
-        "self_attn.v_proj": (key_rows, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (feed_forward, hidden),
-        "mlp.up_proj": (feed_forward, hidden),
-        "mlp.down_proj": (hidden, feed_forward),
-    }
+    checkpoint = describe_model(folder)
     generator = torch.Generator().manual_seed(0)
-    weight_map = {}
 
-    def keep(file: str, tensors: dict[str, torch.Tensor]) -> None:
+    def drawn(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if "norm" in name:
+            return torch.ones(shape).bfloat16()
+        return (torch.randn(shape, generator=generator) * 0.5 / shape[-1] ** 0.5).bfloat16()
+
+    weight_map: dict[str, str] = {}
+    for item in checkpoint.items:
+        file, names = f"model-{item}.safetensors", checkpoint.names(item)
+        tensors = {name: drawn(name, checkpoint.tensors.tensors[name].shape) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, file))
-
-    def drawn(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * 0.5 / columns**0.5).bfloat16()
-
-    keep(
-        "model-ends.safetensors",
-        {
-            "model.embed_tokens.weight": drawn(vocabulary, hidden),
-            "lm_head.weight": drawn(vocabulary, hidden),
-            "model.norm.weight": torch.ones(hidden).bfloat16(),
-        },
-    )
-    for index in range(layers):
-        prefix = f"model.layers.{index}"
-        norms = {
-            f"{prefix}.{name}.weight": torch.ones(hidden).bfloat16()
-            for name in ("input_layernorm", "post_attention_layernorm")
-        }
-        keep(
-            f"model-layer-{index}.safetensors",
-            norms | {f"{prefix}.{name}.weight": drawn(*shape) for name, shape in shapes.items()},
-        )
+        weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
