@@ -101,15 +101,12 @@ def plan_all(jobs: Sequence[Job], *, device: torch.device, progress: Progress, r
             reserved_bytes += artifact.needed.disk_bytes
     good = [artifact for artifact in artifacts if artifact.error is None]
     passes = _passes(good, device)
+    built = [together_bytes([artifact.needed.footprint for artifact in taking]) for taking in passes]
     return Planned(
         {artifact.job.name: artifact.needed for artifact in good},
         {artifact.job.name: artifact.error for artifact in artifacts if artifact.error is not None},
         [[artifact.job.name for artifact in taking] for taking in passes],
-        max(
-            *(together_bytes([artifact.needed.footprint for artifact in taking]) for taking in passes),
-            *(artifact.needed.judging_bytes for artifact in good),
-            0,
-        ),
+        max((*built, *(artifact.needed.judging_bytes for artifact in good)), default=0),
         reserved_bytes,
     )
 

@@ -71,10 +71,10 @@ def test_a_record_that_cannot_be_read_says_which_folder_to_remove(content, tmp_p
         (out / "quantkit.json").write_text(json.dumps(edited) if content == "edited" else content, encoding="utf-8")
     for fresh in (False, True):
         with pytest.raises((RefusedError, RunFailedError)) as caught:
-            finished_record(out, {}, fresh=fresh)
+            finished_record(out, dict, fresh=fresh)
         assert f"remove the folder {out} and build the artifact again" in caught.value.fix
     shutil.rmtree(out)
-    assert finished_record(out, {}, fresh=False) is None
+    assert finished_record(out, dict, fresh=False) is None
 
 
 @pytest.mark.parametrize("name", ["notes.md", "deep/.hidden", ".git"])
@@ -84,14 +84,14 @@ def test_fresh_replaces_what_was_changed_and_never_what_is_not_in_the_record(nam
     (tmp_path / "config.json").write_text("changed")
     (tmp_path / "README.md").write_text("changed")
     (tmp_path / ".gitattributes").touch()
-    assert finished_record(tmp_path, record["identity"], fresh=True) is None
+    assert finished_record(tmp_path, lambda: record["identity"], fresh=True) is None
     with pytest.raises(RunFailedError, match=r"config\.json: changed\n  model\.safetensors: missing\n") as caught:
-        finished_record(tmp_path, record["identity"], fresh=False)
+        finished_record(tmp_path, lambda: record["identity"], fresh=False)
     assert caught.value.fix == "build it again with --fresh, or restore the files"
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
     with pytest.raises(RefusedError) as refused:
-        finished_record(tmp_path, record["identity"], fresh=True)
+        finished_record(tmp_path, lambda: record["identity"], fresh=True)
     assert str(refused.value) == (
         f"--fresh would delete what is not in the record:\n  {name}\n"
         f"  at:  {tmp_path}\n"
@@ -104,7 +104,7 @@ def test_a_file_that_is_not_in_the_record_is_to_be_moved_away(tmp_path):
     record = keep(tmp_path, record_of("gptq", outputs=[]))
     (tmp_path / "notes.md").touch()
     with pytest.raises(RunFailedError) as caught:
-        finished_record(tmp_path, record["identity"], fresh=False)
+        finished_record(tmp_path, lambda: record["identity"], fresh=False)
     assert caught.value.fix == "move what is not in the record elsewhere"
 
 
