@@ -16,6 +16,7 @@ from quantkit.engines.runtime import evaluate
 from quantkit.errors import RefusedError, RunFailedError
 from quantkit.formats import READERS, detect, open_variants, require_same_model
 from quantkit.formats.contract import Artifact
+from quantkit.home import require_home
 from quantkit.lock import alone
 from quantkit.machine import deciding_versions, device_model, fix_arithmetic
 from quantkit.nano import NAME as NANO
@@ -70,12 +71,15 @@ def validate(
         the document of `validate --json`.
     """
     progress = progress or Progress()
+    require_home()
     record = read_record(folder)
     if record is not None:
         require_weights_here(folder, record)
         progress.stage("checking the artifact's hashes")
         require_unchanged(folder, record, but=(CARD,))  # the card is written anew
     name = detect(folder)
+    runtimes = _runtimes(runtime, READERS[name].native_engine)
+    require_readers(runtimes, name, where="--runtime")
     variants = open_variants(name, folder)
     model = model or _recorded_source(record, folder)
     recipe = _recipe_of(record, name, model)
@@ -95,7 +99,6 @@ def validate(
             fix="give the source with --model; its files must hash as the record says",
         )
     earlier = record["validation"] if record is not None else None
-    runtimes = _runtimes(runtime, READERS[name].native_engine)
     section = recipe.validation
     check_validation(section, name, decoder_of(recipe, source.checkpoint, device), source.tokenizer)
     text = text_to_judge_on(section, source.tokenizer, progress)

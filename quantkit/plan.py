@@ -132,7 +132,9 @@ def make_plan(
     quantized, added = (sum(rows * columns for _, rows, columns in found) for found in (solved, untied))
     quantized_bits = sum(method.format.stored_bits(*shape) for shape in solved)
     dense_bytes = (parameters + added - quantized) * method.format.stored_dtype.itemsize
-    beside_bytes = dense_bytes + (method.format.head_bytes(checkpoint) if isinstance(method.format, Headed) else 0)
+    # of a model that is only described the tokenizer, which most of it is, is not there
+    headed = method.format if isinstance(method.format, Headed) and not checkpoint.described else None
+    beside_bytes = dense_bytes + (0 if headed is None else headed.head_bytes(checkpoint))
     variants = _variants(method.format, solved, beside_bytes)
     artifact_bytes = quantized_bits // 8 + beside_bytes * max(len(variants), 1)
     _require_whole(recipe, variants)
@@ -365,7 +367,9 @@ def _require_names(recipe: Recipe, method: Method, linears: list[str]) -> None:
         )
     form = method.format
     variants = form.variants if isinstance(form, SeveralVariants) else (form.name,)
-    if strange := sorted(recipe.validation.variant_gates.keys() - {*variants}):
+    others = recipe.validation.variant_gates.keys() - {*variants}
+    # a recipe that extends another, or that --set changes, need not make all that the other has gates for
+    if strange := sorted(name for name in others if not (isinstance(form, SeveralVariants) and form.could_make(name))):
         raise RefusedError(
             f"the recipe makes no variant {strange[0]!r}",
             where="validation.variant_gates",

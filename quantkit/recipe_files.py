@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,17 @@ from tomlkit.exceptions import TOMLKitError
 from quantkit.errors import RefusedError
 from quantkit.files import write_text
 from quantkit.home import shipped
-from quantkit.recipe import Recipe, checked, is_on_hub
+from quantkit.recipe import Recipe, checked, is_on_hub, public_name
 
 DEFAULT_MODEL = "bielik-7b-instruct-v0.1"
 ALL = "all"
 SUFFIX = ".toml"  # by which a path is told from a name
+# what recipes say of their model, by table
+OF_ITS_MODEL = {
+    "release": ("repo", "collection", "license", "quantized_by", "notes"),
+    "quantize": ("name", "license", "base_model", "quantized_by", "system"),
+}
+UNFIT_FOR_NAMES = re.compile(r"[^\w.+-]+")
 BOM = "\ufeff"  # what some editors begin a file with; TOML has none
 
 
@@ -72,17 +79,39 @@ def load_recipe(path: Path, changes: tuple[str, ...] = (), *, model: str | None 
     Args:
         path: the TOML file.
         changes: "table.key=value" from the command line; the value is TOML, a bare word is taken as a string.
-        model: replaces model.id; the recipe's revision does not apply to it then.
+        model: replaces model.id, and the revision with it; where it is called otherwise than the recipe's own, what the
+            recipe says of that does not apply either: repository, licence and names (see OF_ITS_MODEL).
 
     Raises:
         RefusedError: every problem of the recipe, one per line.
     """
     content = _read(path)
+    if model is not None:
+        _give_model(content, model)
     for change in changes:
         _apply(content, change)
-    if model is not None:
-        content["model"] = {"id": model}
     return checked(content, where=str(path))
+
+
+def _give_model(content: dict[str, Any], model: str) -> None:
+    """Name another model in a recipe, and leave out what it says of its own; a folder may be a copy of that."""
+    section = content.get("model")
+    own = str(section.get("id")) if isinstance(section, dict) else ""
+    if own == model:
+        return
+    content["model"] = {"id": model}
+    if _last_part(own) == _last_part(model):
+        return
+    for table, keys in OF_ITS_MODEL.items():
+        if isinstance(section := content.get(table), dict):
+            named = "name" in section
+            content[table] = {key: value for key, value in section.items() if key not in keys}
+            if named and (name := UNFIT_FOR_NAMES.sub("-", _last_part(model)).strip(".-")):
+                content[table]["name"] = name
+
+
+def _last_part(model: str) -> str:
+    return public_name(model).rpartition("/")[2]
 
 
 def _read(path: Path, extended: str | None = None, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -65,6 +65,15 @@ def test_commands_and_options_are_frozen():
     assert found == FROZEN
 
 
+@pytest.mark.parametrize("closed", ["1", "2"])
+def test_a_closed_stream_is_no_error(closed, tmp_path):
+    """As `>&-` in a shell and as some daemons start programs; nor is what is opened next written to in its place."""
+    command = [sys.executable, "-m", "quantkit", "recipes", "copy", "gptq", str(tmp_path / "own.toml")]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "own.toml").read_text("utf-8").startswith("format")
+
+
 def test_help_starts_light():
     """Neither torch nor transformers nor pydantic is loaded before a command needs it."""
     program = (

@@ -417,6 +417,20 @@ def test_an_engine_that_is_not_there_is_not_run_and_says_how_to_mend_it(recipe, 
     assert result["gate"]["passed"]
     with pytest.raises(RefusedError, match="no engine named 'gptq-model'"):
         validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="gptq-model", device=CPU)
+    # its failure would stay in the record, and the gate fail from then on
+    with pytest.raises(RefusedError, match="llama-cpp does not read gptq") as caught:
+        validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="llama-cpp", device=CPU)
+    assert caught.value.where == "--runtime"
+    assert len(read_record(out)["validation"]["variants"][0]["results"]) == 2
+
+
+def test_a_home_that_cannot_be_written_is_refused_before_an_artifact_is_hashed(recipe, tmp_path, monkeypatch):
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("QUANTKIT_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("quantkit.judgement.require_unchanged", None)
+    with pytest.raises(RefusedError, match="quantkit's own folder cannot be written"):
+        validate(out, model=recipe.model.id, texts=(), runtime="reference", device=CPU)
 
 
 def test_an_engine_that_breaks_fails_the_gate_and_nothing_else_is_lost(recipe, tmp_path):

@@ -20,7 +20,7 @@ from quantkit.pipeline import build, plan
 from quantkit.plan import make_plan, plan_lines
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
-from quantkit.recipe_files import find_recipe, load_recipe
+from quantkit.recipe_files import find_recipe, list_recipes, load_recipe
 from tests.commands import ROOT
 from tests.test_pipeline import hashes
 from tests.tiny import make_tiny
@@ -91,6 +91,14 @@ def planned(shape: str, name: str, ranks: int = 1, device: torch.device = CPU, *
     checkpoint = describe_model(SHAPES / shape)
     method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
     return make_plan(recipe, checkpoint, method, out=SHAPES, device=device, ranks=ranks, timed=device == CPU)
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if not name.startswith("bielik-nano/")])
+def test_every_shipped_recipe_can_be_planned(name, tmp_path):
+    """Of the shape of a 7B; one that extends another has gates for variants that it does not make."""
+    recipe, checkpoint = load_recipe(find_recipe(name)), describe_model(SHAPES / "mistral-7b")
+    method = METHODS[recipe.format](recipe.quantize, checkpoint.config)
+    assert make_plan(recipe, checkpoint, method, out=tmp_path, device=CPU).artifact_bytes > 0
 
 
 def test_ranks_divide_the_activations_and_the_time_and_nothing_else(monkeypatch):

@@ -154,6 +154,25 @@ def test_a_malformed_set_is_refused(tmp_path, change):
         load_recipe(write(tmp_path, GOOD), (change,))
 
 
+def test_a_command_line_model_is_not_called_as_the_recipes_own(tmp_path):
+    """Its artifact would go to the other's repository, under the other's licence; a copy of a model is that model."""
+    folder = tmp_path / "moja kopia"
+    folder.mkdir()
+    for name in ("gptq", "gguf"):
+        other, copied, again = (
+            load_recipe(find_recipe(name), model=model)
+            for model in (str(folder), "mirror/Bielik-7B-Instruct-v0.1", "speakleash/Bielik-7B-Instruct-v0.1")
+        )
+        own = load_recipe(find_recipe(name))
+        assert (copied.release, again) == (own.release, own)
+        told = {key: value for key, value in other.release.model_dump().items() if value is not None}
+        assert told == {"languages": ("pl",)}
+    assert (other.quantize.name, other.quantize.base_model, other.quantize.license) == ("moja-kopia", None, None)
+    assert copied.quantize == own.quantize
+    named = load_recipe(find_recipe("gptq"), ("release.repo=a/b", f"model.revision={'0' * 40}"), model="c/d")
+    assert (named.release.repo, named.model.revision) == ("a/b", "0" * 40)
+
+
 def test_a_command_line_model_drops_the_recipes_revision(tmp_path):
     path = write(tmp_path, f'format = "gptq"\n[model]\nid = "a/b"\nrevision = "{"0" * 40}"\n')
     assert load_recipe(path).model.revision == "0" * 40

@@ -104,6 +104,10 @@ def _start(
 
 def main() -> None:
     """Entry point: run a command, and turn a known failure into its message and exit code."""
+    for stream in ("stdout", "stderr"):
+        # closed by whoever started us: what is opened next would be written to in its place
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
     try:
         app()
     except QuantkitError as error:

@@ -70,11 +70,17 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Draw all artifacts of a model: one page that needs nothing else, its data, and plots as pictures."""
+    from quantkit.lock import lock_file
     from quantkit.report.page import DATA, write_report
     from quantkit.report.record import built_record
+    from quantkit.workdir import real, work_folder
 
     good, errors = [], {}
+    # of `artifacts/*`, what a build that is at work or was stopped has beside its artifact
+    beside = {lock_file(folder) for folder in artifacts} | {work_folder(folder) for folder in artifacts}
     for folder in artifacts:
+        if real(folder) in beside:
+            continue
         try:
             built_record(folder)
         except QuantkitError as error:

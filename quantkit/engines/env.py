@@ -145,12 +145,13 @@ def find_engine(name: str) -> Engine:
     raise RefusedError(f"no engine named {name!r}", fix=f"{hint}there are: {', '.join(engines)}")
 
 
-def require_readers(runtimes: Iterable[str], form: str) -> None:
+def require_readers(runtimes: Iterable[str], form: str, *, where: str = "validation.require") -> None:
     """Stop at the name of a runtime that is none, or does not read a format.
 
     Args:
-        runtimes: as `validation.require` names them.
+        runtimes: their names.
         form: the format.
+        where: they are named.
 
     Raises:
         RefusedError: naming those that read it.
@@ -159,7 +160,7 @@ def require_readers(runtimes: Iterable[str], form: str) -> None:
         if form not in find_engine(name).reads:
             raise RefusedError(
                 f"the engine {name} does not read {form}",
-                where="validation.require",
+                where=where,
                 fix=f"leave it out; {form} is read by "
                 + ", ".join(engine.name for engine in list_engines() if form in engine.reads),
             )

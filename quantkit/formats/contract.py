@@ -92,6 +92,10 @@ class SeveralVariants(Protocol):
         """Their names."""
         ...
 
+    def could_make(self, variant: str) -> bool:
+        """Whether a recipe of the format can ask for a variant of that name."""
+        ...
+
     def variant_bits(self, name: str, rows: int, columns: int) -> dict[str, int]:
         """Bits that a quantized linear takes in each variant, by the variant's name."""
         ...

@@ -5,6 +5,7 @@ Shape legend: O out features (N where padded to 32), I in features, G groups, Q 
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -211,6 +212,9 @@ class Exl2Format:
     @property
     def variants(self) -> tuple[str, ...]:
         return tuple(variant_name(bits) for bits in self.bits)
+
+    def could_make(self, variant: str) -> bool:
+        return re.fullmatch(rf"\d+\.\d+{SUFFIX}", variant) is not None
 
     def problems(self, shapes: list[tuple[str, int, int]]) -> list[str]:
         """Why linears of these (name, out, in) shapes cannot be stored, one line each; empty if all can."""

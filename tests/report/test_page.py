@@ -14,8 +14,10 @@ import typer
 
 from quantkit.cli.artifacts import report
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
+from quantkit.lock import lock_file
 from quantkit.report.card import keep
 from quantkit.report.page import page, report_of, write_report
+from quantkit.workdir import work_folder
 from tests.commands import quantkit
 from tests.conftest import KEPT
 from tests.report.records import HASH, record_of, result, variant
@@ -89,6 +91,12 @@ def test_a_folder_without_a_record_is_left_out_and_told_of(artifacts, tmp_path, 
     pytest.importorskip("matplotlib", reason="of the extra `report`")
     junk = tmp_path / "junk"
     junk.mkdir()
+    # of `artifacts/*`: what a build that was stopped has beside its artifact
+    beside = [lock_file(artifacts[0]), work_folder(artifacts[1])]
+    beside[0].touch()
+    report([artifacts[0], *beside, artifacts[1]], tmp_path / "whole")
+    assert capsys.readouterr().err.count("error") == 0
+    beside[0].unlink()
     with pytest.raises(typer.Exit) as left:
         report([artifacts[0], junk, artifacts[1]], tmp_path / "report")
     assert left.value.exit_code == 2

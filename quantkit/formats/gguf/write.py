@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import gguf
 import numpy as np
@@ -31,6 +32,7 @@ from quantkit.formats.gguf.tokenizer import Vocabulary, vocabulary
 from quantkit.formats.shards import copy_file, extents
 from quantkit.grids.encoded import EncodedGrid
 from quantkit.qtensor import Item
+from quantkit.quantize import FileType
 
 NAME = "gguf"
 IMPORTANCE, TOKENS = "importance", "tokens"
@@ -69,6 +71,9 @@ class GgufFormat:
     @property
     def variants(self) -> tuple[str, ...]:
         return self.file_types
+
+    def could_make(self, variant: str) -> bool:
+        return variant in get_args(FileType)
 
     def types(self, module: str, columns: int) -> tuple[str, ...]:
         """The distinct ggml types that a linear is needed in, in the order of the file types."""
