@@ -5,6 +5,8 @@ The signature is a Sigstore bundle, so that `model_signing verify key` reads it 
 
 import base64
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +31,9 @@ def sign(folder: Path, private_key: Path, signature: Path) -> None:
     """
     hashing, signing, _ = _library()
     require_key(private_key, "--sign")
-    try:
+    fix = "give an elliptic curve key without a password as PEM: openssl ecparam -name prime256v1 -genkey -noout"
+    with _taking(private_key, "sign", fix):
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)
-    except (ValueError, TypeError) as error:
-        raise RefusedError(
-            f"the key cannot sign: {error}",
-            where=str(private_key),
-            fix="give an elliptic curve key without a password: openssl ecparam -name prime256v1 -genkey -noout",
-        ) from None
     config.set_hashing_config(hashing.Config().set_allow_symlinks(True)).sign(folder, signature)
 
 
@@ -57,14 +54,8 @@ def problem(folder: Path, signature: Path, public_key: Path, *, covers: tuple[st
     """
     hashing, _, verifying = _library()
     require_key(public_key, "--public-key")
-    try:
+    with _taking(public_key, "verify", "give the public part of an elliptic curve key as PEM: openssl ec -pubout"):
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except (ValueError, TypeError) as error:
-        raise RefusedError(
-            f"the key cannot verify: {error}",
-            where=str(public_key),
-            fix="give the public part: openssl ec -pubout",
-        ) from None
     config.set_hashing_config(hashing.Config().set_allow_symlinks(True)).set_ignore_unsigned_files(True)
     try:
         config.verify(folder, signature)
@@ -99,6 +90,17 @@ def require_key(key: Path, option: str) -> None:
     """
     if not key.is_file():
         raise RefusedError(f"no such key: {key}", where=option, fix="give the file of a PEM key")
+
+
+@contextmanager
+def _taking(key: Path, what: str, fix: str) -> Iterator[None]:
+    """Turn a key that model-signing does not take into an error with a remedy."""
+    try:
+        yield
+    # it asks a key of another kind for its curve
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = "it is no elliptic curve key" if isinstance(error, AttributeError) else error
+        raise RefusedError(f"the key cannot {what}: {reason}", where=str(key), fix=fix) from None
 
 
 def _library() -> tuple[Any, Any, Any]:

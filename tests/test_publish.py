@@ -17,6 +17,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from quantkit import signature
 from quantkit.errors import GateError, RefusedError, RunFailedError, UnavailableError
 from quantkit.files import sha256_of
 from quantkit.pipeline import build
@@ -487,12 +488,16 @@ def test_a_card_or_record_edited_by_hand_is_refused(artifact):
     refuses(artifact, RunFailedError, r"quantkit\.json was edited after it was written")
 
 
-def make_key(folder: Path, name: str) -> tuple[Path, Path]:
+def make_key(folder: Path, name: str, kind: str = "ec") -> tuple[Path, Path]:
     """A new private key and its public part."""
     serialization = pytest.importorskip("cryptography.hazmat.primitives.serialization", reason="of the extra `sign`")
-    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-    key = ec.generate_private_key(ec.SECP256R1())
+    key = {
+        "ec": lambda: ec.generate_private_key(ec.SECP256R1()),
+        "rsa": lambda: rsa.generate_private_key(public_exponent=65537, key_size=2048),
+        "ed25519": ed25519.Ed25519PrivateKey.generate,
+    }[kind]()
     private, public = folder / f"{name}.pem", folder / f"{name}.pub.pem"
     pem = serialization.Encoding.PEM
     private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
@@ -554,6 +559,16 @@ def test_a_key_that_is_none_is_refused(artifact, tmp_path):
     (tmp_path / "key.pem").write_text("no key")
     refuses(artifact, RefusedError, "the key cannot sign", key=tmp_path / "key.pem")
     refuses(artifact, RefusedError, "no such key", key=tmp_path / "none.pem")
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ed25519"])
+def test_a_key_of_another_kind_is_refused(artifact, tmp_path, kind):
+    pytest.importorskip("model_signing", reason="of the extra `sign`")
+    private, public = make_key(tmp_path, "own", kind)
+    refuses(artifact, RefusedError, "the key cannot sign: it is no elliptic curve key", key=private)
+    with pytest.raises(RefusedError, match="the key cannot verify: it is no elliptic curve key") as caught:
+        signature.problem(artifact, tmp_path / "model.sig", public, covers=())
+    assert "elliptic curve key as PEM" in caught.value.fix
 
 
 def test_without_the_package_signing_says_what_to_install(artifact, tmp_path, monkeypatch):
