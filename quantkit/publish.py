@@ -22,7 +22,7 @@ from quantkit.files import sha256_of, write_text
 from quantkit.formats import READERS
 from quantkit.hub import Branch, collect, read_branch, read_text, upload
 from quantkit.lock import alone
-from quantkit.recipe import REPO
+from quantkit.recipe import REPO_RULES, is_repository
 from quantkit.report.card import PICTURES, keep
 from quantkit.report.page import DATA
 from quantkit.report.record import CARD, built_record, require_unchanged, require_weights_here
@@ -95,11 +95,11 @@ def publish(
     require_weights_here(folder, record)
     release = record["recipe"]["release"]
     repo = repo or release["repo"]
-    if repo is None or not re.fullmatch(REPO, repo):
+    if repo is None or not is_repository(repo):
         raise RefusedError(
             "the recipe names no repository to publish to" if repo is None else f"{repo!r} is no repository",
             where=str(folder),
-            fix="give --repo ORG/NAME",
+            fix=f"give --repo ORG/NAME: {REPO_RULES}",
         )
     if not BRANCH.fullmatch(revision):
         raise RefusedError(f"{revision!r} is no branch", where="--revision", fix="give a name, such as main or 4bit")

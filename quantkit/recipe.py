@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Field,
     PlainValidator,
@@ -34,7 +35,12 @@ OWN_ENGINE = "quantkit"
 ENGINES = tuple(engine.name for engine in list_engines() if engine.builds)
 WIDTH_IN_NAME = re.compile(r"(?<!\d)(\d)[-_ ]?bit", re.IGNORECASE)
 COMMIT = r"^[0-9a-f]{40}$"
-REPO = r"^[\w.-]+/[\w.-]+$"
+# as the Hub's own client has it, which is slow to load
+REPO = re.compile(r"(?!.*(?:--|\.\.|\.git$))\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
+REPO_RULES = (
+    "two names, at most 96 long each, of A-Z, a-z, 0-9, '_', '-' and '.'; "
+    "neither begins or ends with '-' or '.', none holds '--' or '..', and '.git' is no end"
+)
 LONGEST_PATH = 4096  # Linux takes no longer one
 
 WHOLE: Final = "all"
@@ -50,6 +56,19 @@ Windows = Annotated[
     int | Literal["all"],
     PlainValidator(_windows, json_schema_input_type=Annotated[int, Field(ge=1)] | Literal["all"]),
 ]
+
+
+def is_repository(name: str) -> bool:
+    """Whether the Hub takes it for the `org/name` of a repository."""
+    return REPO.fullmatch(name) is not None
+
+
+def _repository(value: str) -> str:
+    if is_repository(value):
+        return value
+    raise PydanticCustomError(
+        "repository", "Input should be ORG/NAME as the Hub has it: {rules}", {"rules": REPO_RULES}
+    )
 
 
 class ModelSection(Section):
@@ -164,7 +183,9 @@ class ComputeSection(Section):
 class ReleaseSection(Section):
     """Where the artifact is meant to go and what its card says."""
 
-    repo: str | None = Field(default=None, pattern=REPO, description="Hub repository, `org/name`.")
+    repo: Annotated[str, AfterValidator(_repository)] | None = Field(
+        default=None, description="Hub repository, `org/name`.", json_schema_extra={"pattern": f"^{REPO.pattern}$"}
+    )
     collection: str | None = Field(
         default=None, description="Title of a collection of the repository's owner that it belongs to; made if absent."
     )

@@ -228,6 +228,11 @@ def test_what_is_no_branch_is_refused(artifact, branch):
     refuses(artifact, RefusedError, f"{branch!r} is no branch", revision=branch)
 
 
+@pytest.mark.parametrize("repo", ["my-org/--x", "an-org/a..b", "an-org/x.git", "an-org/" + "x" * 97, "żółw/a"])
+def test_what_the_hub_does_not_take_for_a_repository_is_refused(artifact, repo):
+    refuses(artifact, RefusedError, "is no repository", repo=repo)
+
+
 def test_a_dry_run_prints_the_plan_and_changes_nothing(hub, artifact):
     done = publish(hub, artifact, "--dry-run")
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from quantkit.cli.output import fail
 from quantkit.cli.recipes import check
 from quantkit.errors import RefusedError, RunFailedError
 from quantkit.home import shipped
-from quantkit.recipe import Recipe, is_on_hub, require_pinned
+from quantkit.recipe import REPO_RULES, Recipe, is_on_hub, is_repository, require_pinned
 from quantkit.recipe_files import (
     as_toml,
     copy_recipe,
@@ -22,6 +22,7 @@ from quantkit.recipe_files import (
 )
 
 GOOD = 'format = "gptq"\n[model]\nid = "bielik-nano"\n'
+NO_REPOSITORIES = ("my-org/--x", "an-org/a..b", "an-org/x.git", "an-org/" + "x" * 97, "żółw/a")
 
 
 def write(tmp_path, text, name="r.toml"):
@@ -214,9 +215,9 @@ def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
         *(
             (
                 (f"release.repo='{repo}'",),
-                rf"release.repo: String should match pattern '^[\w.-]+/[\w.-]+$', got {repo!r}",
+                f"release.repo: Input should be ORG/NAME as the Hub has it: {REPO_RULES}, got {repo!r}",
             )
-            for repo in ("", "foo", "a/b/c", "a b/c", "/a")
+            for repo in ("", "foo", "a/b/c", "a b/c", "/a", *NO_REPOSITORIES)
         ),
         (("compute.threads=1025",), "compute.threads: Input should be less than or equal to 1024, got 1025"),
         (
@@ -260,8 +261,23 @@ def test_values_that_mean_nothing_are_refused(tmp_path, changes, expected):
 
 
 def test_values_at_their_limits(tmp_path):
-    changes = ("compute.threads=1024", "release.repo=an-org/Żuraw_1.0-x", "quantize.skip=[]")
+    changes = ("compute.threads=1024", "release.repo=an-org/Zuraw_1.0-x", "quantize.skip=[]")
     assert load_recipe(write(tmp_path, GOOD), changes).compute.threads == 1024
+
+
+@pytest.mark.parametrize(
+    "name", [*NO_REPOSITORIES, "a/b", "_a/b_", "a.git/b", "a-.b/c.d-e", "a/b-", ".a/b", "a/" + "b" * 96, "a/b\n"]
+)
+def test_repositories_are_those_that_the_hubs_client_takes(name):
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not is_repository(name)
+    else:
+        assert is_repository(name)
 
 
 def test_a_model_id_that_is_too_long_for_a_file_is_none(tmp_path):
