@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from quantkit.errors import RefusedError
+from quantkit.errors import RefusedError, RunFailedError
 from quantkit.files import disk_errors, remove_partials, replacing, write_json
 
 JOURNAL = "journal.json"
@@ -207,6 +207,7 @@ def open_workdir(out: Path, identity: Callable[[], dict[str, Any]], *, fresh: bo
 
     Raises:
         RefusedError: an earlier run of another recipe, model or version left work there.
+        RunFailedError: its journal is damaged.
     """
     folder = work_folder(out)
     if fresh:
@@ -214,7 +215,7 @@ def open_workdir(out: Path, identity: Callable[[], dict[str, Any]], *, fresh: bo
     with disk_errors(folder):
         journal_path = folder / JOURNAL
         if journal_path.exists():
-            journal = json.loads(journal_path.read_text(encoding="utf-8"))
+            journal = _read_journal(journal_path)
             refuse_other(journal["identity"], identity(), where=folder)
             remove_partials(folder)
         else:
@@ -228,6 +229,27 @@ def open_workdir(out: Path, identity: Callable[[], dict[str, Any]], *, fresh: bo
             if not path.exists() or path.stat().st_size != entry["size_bytes"]:
                 del journal["items"][item]
     return work
+
+
+def _read_journal(path: Path) -> dict[str, Any]:
+    """What an earlier run left.
+
+    Raises:
+        RunFailedError: it is not what a run writes.
+    """
+    try:
+        journal: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        # all that is read of it later
+        journal["identity"].keys(), float(journal["seconds"])
+        [(entry["size_bytes"], entry["facts"]) for entry in journal["items"].values()]
+    # what is neither UTF-8 nor JSON is a ValueError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise RunFailedError(
+            "the journal of an earlier run is damaged",
+            where=str(path),
+            fix="--fresh to throw that run's work away and begin again",
+        ) from None
+    return journal
 
 
 def refuse_other(old: dict[str, Any], new: dict[str, Any], *, where: Path) -> None:

@@ -24,7 +24,7 @@ from quantkit.pipeline import build
 from quantkit.progress import Progress
 from quantkit.publish import publish
 from quantkit.report.inspect import inspect_artifact
-from quantkit.workdir import work_folder
+from quantkit.workdir import open_workdir, work_folder
 from tests.test_pipeline import hashes, recipe, text_file  # noqa: F401 (fixtures)
 
 CPU = torch.device("cpu")
@@ -301,3 +301,27 @@ def test_work_of_another_build_that_was_half_thrown_away_is_not_used(recipe, tmp
     progress = Progress(linear=lambda _: seen.append(notes.exists()))
     build(recipe, out=tmp_path / "a", device=CPU, validated=False, progress=progress)
     assert set(seen) == {False}
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        b"",
+        b'{"identity": {"format"',
+        b"{}",
+        b"null",
+        b"\xff",
+        b'{"identity": {}, "items": {"head": 1}, "seconds": 1.0}',
+        b'{"identity": {}, "items": {"head": {}}, "seconds": 1.0}',
+        b'{"identity": {}, "items": {}, "seconds": "long"}',
+    ],
+)
+def test_a_damaged_journal_is_named_with_its_remedy(tmp_path, journal):
+    path = work_folder(tmp_path / "a") / "journal.json"
+    path.parent.mkdir()
+    path.write_bytes(journal)
+    with pytest.raises(RunFailedError, match="the journal of an earlier run is damaged") as caught:
+        open_workdir(tmp_path / "a", dict, fresh=False)
+    assert (caught.value.where, "--fresh" in caught.value.fix) == (str(path), True)
+    assert path.read_bytes() == journal
+    assert open_workdir(tmp_path / "a", dict, fresh=True).facts == {}
