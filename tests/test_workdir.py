@@ -102,6 +102,22 @@ def test_a_full_disk_under_the_cache(recipe, small_disk, tmp_path, monkeypatch):
     assert build(recipe, out=tmp_path / "a", device=CPU).reused
 
 
+def test_what_is_damaged_under_the_cache_is_computed_again(recipe, tmp_path):  # noqa: F811
+    out = build(recipe, out=tmp_path / "a", device=CPU, validated=False).out
+
+    def judged() -> dict:
+        return validate(out, model=recipe.model.id, texts=recipe.validation.texts, runtime="reference", device=CPU)
+
+    first = judged()["reference"]
+    kept = {path: path.read_bytes() for path in (tmp_path / "home" / "cache" / "reference").glob("*.[js]*")}
+    assert sorted(path.suffix for path in kept) == [".json", ".safetensors"]
+    for path, content in kept.items():
+        for damaged in (b"", content[: len(content) // 2], b"{}", b"\xff" * 16):
+            path.write_bytes(damaged)
+            assert judged()["reference"] == first
+            assert path.read_bytes() == content
+
+
 @pytest.mark.parametrize(
     ("number", "what", "fix"),
     [

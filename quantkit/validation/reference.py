@@ -69,15 +69,16 @@ def run_reference(
     *,
     fingerprint: str,
 ) -> Judged:
-    """`run`, or what an earlier call kept.
+    """`run`, or what an earlier call kept, if it can be read.
 
     Args:
         fingerprint: of everything that decides the result: model, text, settings, versions, device.
     """
     folder = quantkit_home() / "cache" / "reference"
     states_path, answer_path = folder / f"{fingerprint}.safetensors", folder / f"{fingerprint}.json"
-    if states_path.exists() and answer_path.exists():
-        return _kept(states_path, answer_path, decoder.head(head_tensors(source)))
+    kept = _kept(states_path, answer_path)
+    if kept is not None:
+        return Judged(kept[0], decoder.head(head_tensors(source)), kept[1])
     judged = run(source, text, decoder, tokenizer, settings)
     from safetensors.torch import save_file
 
@@ -88,8 +89,14 @@ def run_reference(
     return judged
 
 
-def _kept(states_path: Path, answer_path: Path, head_VD: Tensor) -> Judged:
+def _kept(states_path: Path, answer_path: Path) -> tuple[Tensor, Answer | None] | None:
+    """States and answer as an earlier call kept them; None where a file is not there or damaged."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    answer = json.loads(answer_path.read_text(encoding="utf-8"))
-    return Judged(load_file(states_path)["states"], head_VD, Answer(**answer) if answer else None)
+    try:
+        answer = json.loads(answer_path.read_text(encoding="utf-8"))
+        return load_file(states_path)["states"], None if answer is None else Answer(**answer)
+    # what is neither UTF-8 nor JSON is a ValueError
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        return None
