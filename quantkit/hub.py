@@ -406,15 +406,26 @@ def _insist(call: Callable[[], T], repo: str) -> T:
 
     Raises:
         RefusedError: no permission.
-        UnavailableError: it failed to the last try.
+        UnavailableError: it failed to the last try, or is switched off.
     """
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     for attempt in range(TRIES):
         try:
             return call()
         except (RepositoryNotFoundError, RevisionNotFoundError):
             raise
+        except OfflineModeIsEnabled:
+            raise UnavailableError(
+                "the Hub is switched off by HF_HUB_OFFLINE",
+                where=repo,
+                fix="unset HF_HUB_OFFLINE, or TRANSFORMERS_OFFLINE if that is set, and run the same command again",
+            ) from None
         except Exception as error:
             cause = _hub_cause(error)
             if cause is None:

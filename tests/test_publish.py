@@ -745,6 +745,15 @@ def test_no_hub(hub, artifact):
     assert done.returncode == 4, done.stderr
 
 
+def test_a_hub_that_is_switched_off(hub, artifact):
+    switched = hub.variables() | {"HF_HUB_OFFLINE": "1"}
+    done = commands.forked(PROGRAM, "publish", str(artifact), "--repo", REPO, **switched)
+    assert done.returncode == 4, done.stderr
+    assert "error: the Hub is switched off by HF_HUB_OFFLINE\n" in done.stderr
+    assert "fix: unset HF_HUB_OFFLINE" in done.stderr
+    assert not hub.requests
+
+
 def test_without_a_pass_nothing_is_published(artifact):
     record = read_record(artifact)
     write_record(artifact, record | {"validation": None})
