@@ -182,16 +182,27 @@ def _apply(content: dict[str, Any], change: str) -> None:
     if not found or not keys.strip():
         raise RefusedError(f"--set {change!r} is not key=value", fix="write --set quantize.bits=3")
     *tables, last = keys.strip().split(".")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+    value = _value_of(keys.strip(), text)
     place = content
     for table in tables:
         place = place.setdefault(table, {})
         if not isinstance(place, dict):
             raise RefusedError(f"--set {change!r}: {table} is not a table", fix="see docs/recipe.md")
     place[last] = value
+
+
+def _value_of(key: str, text: str) -> Any:
+    """What stands behind the = of a change: TOML, or a bare word."""
+    try:
+        content = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+    # a number of thousands of digits, or brackets as deep
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(f"the value of --set {key} is not TOML: {error}", fix="see docs/recipe.md") from None
+    if len(content) > 1:
+        raise RefusedError(f"--set {key}={text!r} sets more than one key", fix="write a --set for each of them")
+    return content["value"]
 
 
 def as_toml(resolved: dict[str, Any]) -> str:

@@ -149,6 +149,22 @@ def test_set_changes_one_key(tmp_path, change, expected):
     assert getattr(getattr(recipe, section), key) == value
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("9" * 5000, "the value of --set quantize.bits is not TOML: "),
+        ("[" * 3000, "the value of --set quantize.bits is not TOML: "),
+        ("3\nx=1", r"--set quantize.bits='3\nx=1' sets more than one key"),
+        ("3\n[quantize]\nbits=4", r"--set quantize.bits='3\n[quantize]\nbits=4' sets more than one key"),
+    ],
+)
+def test_a_set_that_is_no_single_value_is_refused(tmp_path, value, expected):
+    with pytest.raises(RefusedError) as caught:
+        load_recipe(write(tmp_path, GOOD), (f"quantize.bits={value}",))
+    assert caught.value.what.startswith(expected)
+    assert caught.value.fix
+
+
 @pytest.mark.parametrize("change", ["quantize.bits", "=3", "format.x.y=3", "release.notes=\udcff"])
 def test_a_malformed_set_is_refused(tmp_path, change):
     with pytest.raises(RefusedError, match="--set"):
