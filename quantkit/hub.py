@@ -7,7 +7,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -33,6 +33,7 @@ SHIPPED_TEXT = (
     """--set 'calibration.texts={"polish-core"=24}' --set 'validation.texts=["polish-core"]'"""
 )
 MODEL_ABSENT = "give a Hub id (org/name), an existing folder, or bielik-nano; private models need `hf auth login`"
+REVISION_ABSENT = "give a commit that the model has, or leave it out; `quantkit recipes pin` writes the newest"
 TEXT_ABSENT = "mend the commit behind @, or leave it out; a private or withdrawn set needs another text set"
 
 
@@ -160,9 +161,19 @@ def fetch_text_files(source: HubText, split: str, revision: str | None = None) -
             yield FetchedFile(Path(path), commit)
 
 
-def _reaching_model(model_id: str, revision: str | None) -> AbstractContextManager[None]:
+@contextmanager
+def _reaching_model(model_id: str, revision: str | None) -> Iterator[None]:
+    """`_reaching` a model, where it is the revision that the Hub may not have."""
+    from huggingface_hub.errors import RevisionNotFoundError
+
     wanted = f"{model_id} at revision {revision or 'main'}"
-    return _reaching(wanted, where="model.id", fix=f"{ONLINE}, or give a folder with --model")
+    with _reaching(wanted, where="model.id", fix=f"{ONLINE}, or give a folder with --model"):
+        try:
+            yield
+        except RevisionNotFoundError as error:
+            if revision is None:
+                raise
+            raise _absent(wanted, error, where="model.revision", fix=REVISION_ABSENT) from None
 
 
 @contextmanager
@@ -180,11 +191,7 @@ def _reaching(what: str, *, where: str, fix: str, absent: str = MODEL_ABSENT) ->
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise RefusedError(
-            f"the Hub has no {what}: {_first_line(error)}",
-            where=where,
-            fix=absent,
-        ) from None
+        raise _absent(what, error, where=where, fix=absent) from None
     except QuantkitError:
         raise
     except Exception as error:
@@ -197,6 +204,10 @@ def _reaching(what: str, *, where: str, fix: str, absent: str = MODEL_ABSENT) ->
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in HTTP_LIBRARIES:
             raise
         raise UnavailableError(f"cannot fetch {what}: {_first_line(error)}", where=where, fix=fix) from None
+
+
+def _absent(what: str, error: Exception, *, where: str, fix: str) -> RefusedError:
+    return RefusedError(f"the Hub has no {what}: {_first_line(error)}", where=where, fix=fix)
 
 
 def _first_line(error: Exception) -> str:

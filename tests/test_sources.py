@@ -122,6 +122,20 @@ def test_a_folder_has_no_revision(hub, tiny_mistral, own_recipe, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_revision_that_the_hub_does_not_have(hub, tiny_mistral, tmp_path, own_recipe):
+    """It is named by its own key, and a model that is not there by that of the model."""
+    put(hub, tiny_mistral)
+    revision = "0" * 40
+    for name, key in ((NAME, "model.revision"), ("an-org/none", "model.id")):
+        said = own_recipe.read_text().replace(str(tiny_mistral), name)
+        pinned = tmp_path / "pinned.toml"
+        pinned.write_text(said.replace("[model]\n", f'[model]\nrevision = "{revision}"\n'))
+        done = quantkit("plan", str(pinned), "--out", str(tmp_path / "a"), **hub.variables())
+        assert done.returncode == 2, done.stderr
+        assert f"error: the Hub has no {name} at revision {revision}: " in done.stderr
+        assert f"at:  {key}\n" in done.stderr
+
+
 def test_a_head_that_is_tied_to_the_embedding_and_another(tmp_path):
     folder = make_tiny(tmp_path / "m", "qwen2", tie_word_embeddings=True, sharded=False)
     path = folder / "model.safetensors"
