@@ -19,6 +19,7 @@ from quantkit.checkpoint.layer import Decoder
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.engines.env import REFERENCE_RUNTIME
 from quantkit.errors import QuantkitError
+from quantkit.footprint import judging_bytes
 from quantkit.formats import open_variants
 from quantkit.formats.contract import Format, InPlace, LaidOut, TellsCalibration
 from quantkit.home import require_home
@@ -35,7 +36,7 @@ from quantkit.judgement import (
 from quantkit.keeping import Behind, Keeping
 from quantkit.machine import fix_arithmetic, peak_memory_bytes
 from quantkit.methods import METHODS, Method
-from quantkit.plan import Plan, make_plan, reads_text, require_here
+from quantkit.plan import Plan, make_plan, reads_text, require_here, require_memory_to_judge
 from quantkit.progress import Progress, timed
 from quantkit.provenance import (
     finished_record,
@@ -140,10 +141,12 @@ class Making:
             refuse_other_recipe(self.job.out, recipe)
         tokenizer = None if checkpoint.described else once(("tokenizer", model), partial(tokenizer_of, checkpoint))
         self._check(checkpoint, tokenizer, once, validated=True)
-        at_hand = here or all(name in SHIPPED or own_text(name) for name in recipe.validation.texts)
-        if tokenizer is not None and at_hand:
+        self._find_needs(checkpoint, here=here, reserved_bytes=reserved_bytes, timed=True)
+        if tokenizer is not None and (
+            here or all(name in SHIPPED or own_text(name) for name in recipe.validation.texts)
+        ):
             self._text = self._held_out(tokenizer, once)
-        self._find_needs(checkpoint, here=here, judged=True, reserved_bytes=reserved_bytes, timed=True)
+            self._find_needs_of_judging(checkpoint, self._text, here=here)
         if here and tokenizer is not None:
             texts = self._calibration_texts(once, fetched=False)
             _tokens(recipe, texts, checkpoint.folder, tokenizer, once)
@@ -182,10 +185,12 @@ class Making:
             # checked now, used later
             tokenizer = once(("tokenizer", model), lambda: self.source.tokenizer)
             self._check(self.source.checkpoint, tokenizer, once, validated=judging)
+        if self.record is None:
+            self._find_needs(self.source.checkpoint, here=True, reserved_bytes=reserved_bytes)
         if judging:
             self._text = self._held_out(self.source.tokenizer, once)
-        if self.record is None:
-            self._find_needs(self.source.checkpoint, here=True, judged=judging, reserved_bytes=reserved_bytes)
+            if self.record is None:
+                self._find_needs_of_judging(self.source.checkpoint, self._text, here=True)
 
     @property
     def _reads_text(self) -> bool:
@@ -233,18 +238,18 @@ class Making:
         key = ("held-out windows", self.recipe.model, *section.texts.items(), section.window_tokens, section.seed)
         return once(key, partial(text_to_judge_on, section, tokenizer, self.progress, load))
 
-    def _find_needs(
-        self, checkpoint: Checkpoint, *, here: bool, judged: bool, reserved_bytes: int, timed: bool = False
-    ) -> None:
+    def _find_needs(self, checkpoint: Checkpoint, *, here: bool, reserved_bytes: int, timed: bool = False) -> None:
         """The plan of what was checked."""
         recipe, method, out, device = self.recipe, self.method, self.job.out, self.device
-        self.needed = make_plan(
-            recipe, checkpoint, method, out=out, device=device, text=self._text, ranks=self.ranks.size, timed=timed
-        )
+        self.needed = make_plan(recipe, checkpoint, method, out=out, device=device, ranks=self.ranks.size, timed=timed)
         if here:
-            require_here(
-                self.needed, recipe, method, out=out, device=device, judged=judged, reserved_bytes=reserved_bytes
-            )
+            require_here(self.needed, recipe, method, out=out, device=device, reserved_bytes=reserved_bytes)
+
+    def _find_needs_of_judging(self, checkpoint: Checkpoint, text: EvaluationText, *, here: bool) -> None:
+        """What judging takes, which the text decides."""
+        self.needed = replace(self.needed, judging_bytes=judging_bytes(self.recipe, checkpoint, text))
+        if here:
+            require_memory_to_judge(self.needed, self.device)
 
     def begin(self, once: Once, *, fresh: bool) -> None:
         """Open the work folder and make ready for the passes."""

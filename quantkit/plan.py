@@ -24,10 +24,10 @@ from quantkit.methods import Method
 from quantkit.ranks import owners
 from quantkit.recipe import OWN_ENGINE, Recipe
 from quantkit.units import duration_text, size_text
-from quantkit.validation.text import EvaluationText
 from quantkit.workload import Work, compute_dtype, held_tokens, operations, work_of
 
 DISK_MARGIN_BYTES = 64 * 1024**2
+COPIED_BYTES = 2  # of a parameter: an engine that is not given the checkpoint starts from a copy of it in 16 bits
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
         rank_bytes: of it, the one process that needs most.
         memory_free_bytes: available there.
         waiting_bytes: of a rank's memory, activations that can wait in the host's where the device has its own.
-        judging_bytes: peak of judging the artifact afterwards, by one process, on the same device.
+        judging_bytes: peak of judging the artifact afterwards, by one process, on the same device; see `judging_bytes`.
         reserve_bytes: of such a device, what is to be free for what is at work; 0 on a CPU.
         host_free_bytes: available there.
         tokens: of calibration.
@@ -104,7 +104,6 @@ def make_plan(
     *,
     out: Path,
     device: torch.device,
-    text: EvaluationText | None = None,
     ranks: int = 1,
     timed: bool = False,
 ) -> Plan:
@@ -114,7 +113,6 @@ def make_plan(
         recipe, checkpoint, method: what is built.
         out: the artifact's folder.
         device: where is computed.
-        text: that the artifact is to be judged on, if it is at hand.
         ranks: how many processes make it together.
         timed: try how long it will take, which takes a moment itself.
 
@@ -132,9 +130,7 @@ def make_plan(
     quantized, added = (sum(rows * columns for _, rows, columns in found) for found in (solved, untied))
     quantized_bits = sum(method.format.stored_bits(*shape) for shape in solved)
     dense_bytes = (parameters + added - quantized) * method.format.stored_dtype.itemsize
-    # of a model that is only described the tokenizer, which most of it is, is not there
-    headed = method.format if isinstance(method.format, Headed) and not checkpoint.described else None
-    beside_bytes = dense_bytes + (0 if headed is None else headed.head_bytes(checkpoint))
+    beside_bytes = dense_bytes + _head_bytes(method.format, checkpoint)
     variants = _variants(method.format, solved, beside_bytes)
     artifact_bytes = quantized_bits // 8 + beside_bytes * max(len(variants), 1)
     _require_whole(recipe, variants)
@@ -149,8 +145,7 @@ def make_plan(
     )
     rank_bytes = together_bytes([footprint])
     waiting_bytes = rank_bytes - together_bytes([taken(most_batches=AT_WORK)]) if engine is None else 0
-    # what is not given the checkpoint starts from a copy of it in 16 bits
-    prepared_bytes = 0 if engine is None or engine.takes_checkpoint else 2 * (parameters + added)
+    prepared_bytes = 0 if engine is None or engine.takes_checkpoint else COPIED_BYTES * (parameters + added)
     counted = operations(method, work, from_float=recipe.calibration.activations == "float")
     return Plan(
         linears=len(solved),
@@ -164,7 +159,7 @@ def make_plan(
         rank_bytes=rank_bytes,
         memory_free_bytes=free_bytes(device),
         waiting_bytes=waiting_bytes,
-        judging_bytes=judging_bytes(recipe, checkpoint, text),
+        judging_bytes=judging_bytes(recipe, checkpoint, None),
         reserve_bytes=rank_bytes - waiting_bytes if waiting_bytes and has_own_memory(device) else 0,
         host_free_bytes=free_bytes(torch.device("cpu")),
         tokens=tokens,
@@ -177,14 +172,7 @@ def make_plan(
 
 
 def require_here(
-    plan: Plan,
-    recipe: Recipe,
-    method: Method,
-    *,
-    out: Path,
-    device: torch.device,
-    judged: bool,
-    reserved_bytes: int = 0,
+    plan: Plan, recipe: Recipe, method: Method, *, out: Path, device: torch.device, reserved_bytes: int = 0
 ) -> None:
     """Stop unless this machine can run the build.
 
@@ -193,7 +181,6 @@ def require_here(
         recipe, method: what it calls.
         out: the artifact's folder.
         device: where to compute.
-        judged: it is to be judged there as well.
         reserved_bytes: of the disk, for other builds.
 
     Raises:
@@ -230,7 +217,14 @@ def require_here(
             "larger machine",
         )
 
-    if judged and plan.judging_bytes > plan.memory_free_bytes:
+
+def require_memory_to_judge(plan: Plan, device: torch.device) -> None:
+    """Stop unless what was built can be judged on this machine.
+
+    Raises:
+        RefusedError: memory will not do.
+    """
+    if plan.judging_bytes > plan.memory_free_bytes:
         raise RefusedError(
             f"judging the artifact needs about {size_text(plan.judging_bytes)} of memory on {device.type}, "
             f"{size_text(plan.memory_free_bytes)} are free",
@@ -304,6 +298,11 @@ def together_lines(names: list[list[str]], memory_bytes: int, disk_bytes: int) -
         f"memory            {size_text(memory_bytes)} together",
         f"disk              {size_text(disk_bytes)} together",
     ]
+
+
+def _head_bytes(form: Format, checkpoint: Checkpoint) -> int:
+    """What each variant has in front of its weights; most of it is the tokenizer, which a described model has not."""
+    return form.head_bytes(checkpoint) if isinstance(form, Headed) and not checkpoint.described else 0
 
 
 def _untied_head(method: Method, shapes: list[tuple[str, int, int]]) -> list[tuple[str, int, int]]:

@@ -53,8 +53,8 @@ class Tokenizer:
             raise RefusedError(
                 f"the chat template cannot render the conversation: {error}",
                 where="chat template",
-                fix="take text without chat turns (calibration.texts, validation.texts; --text of validate): wikipedia-pl, "
-                "nkjp1m or a file of your own; or a tokenizer with a chat template",
+                fix="take text without chat turns (calibration.texts, validation.texts, or --text of validate): "
+                "wikipedia-pl, nkjp1m or a file of your own; or a tokenizer with a chat template",
             ) from None
         return text.removeprefix(self._inner.bos_token or "")
 
