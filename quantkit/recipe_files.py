@@ -79,8 +79,8 @@ def load_recipe(path: Path, changes: tuple[str, ...] = (), *, model: str | None 
     Args:
         path: the TOML file.
         changes: "table.key=value" from the command line; the value is TOML, a bare word is taken as a string.
-        model: replaces model.id, and the revision with it; where it is called otherwise than the recipe's own, what the
-            recipe says of that does not apply either: repository, licence and names (see OF_ITS_MODEL).
+        model: replaces model.id, and with it the revision, unless the Hub's model is the same; where it is called otherwise
+            than the recipe's own, what the recipe says of that does not apply: repository, licence, names (OF_ITS_MODEL).
 
     Raises:
         RefusedError: every problem of the recipe, one per line.
@@ -97,7 +97,7 @@ def _give_model(content: dict[str, Any], model: str) -> None:
     """Name another model in a recipe, and leave out what it says of its own; a folder may be a copy of that."""
     section = content.get("model")
     own = str(section.get("id")) if isinstance(section, dict) else ""
-    if own == model:
+    if own == model and is_on_hub(model):
         return
     content["model"] = {"id": model}
     if _last_part(own) == _last_part(model):
