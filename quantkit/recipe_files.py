@@ -79,8 +79,8 @@ def load_recipe(path: Path, changes: tuple[str, ...] = (), *, model: str | None 
     Args:
         path: the TOML file.
         changes: "table.key=value" from the command line; the value is TOML, a bare word is taken as a string.
-        model: replaces model.id, and with it the revision, unless the Hub's model is the same; where it is called otherwise
-            than the recipe's own, what the recipe says of that does not apply: repository, licence, names (OF_ITS_MODEL).
+        model: replaces model.id, and with it the revision, unless the Hub's model is the same; where it is called
+            otherwise than the recipe's own, what the recipe says of that does not apply (OF_ITS_MODEL).
 
     Raises:
         RefusedError: every problem of the recipe, one per line.
