@@ -1,5 +1,6 @@
 """What the benches compute beside what they measure, and that every one of them starts."""
 
+import json
 import re
 import sys
 from importlib import import_module
@@ -39,6 +40,49 @@ def test_a_bench_says_how_it_is_called(name, monkeypatch, capsys):
     assert f"python -m {name}" in said
     named = set(re.findall(r"(?<!\S)--[a-z-]+", module.__doc__))
     assert named <= set(re.findall(r"--[a-z-]+", options))
+
+
+# of a time when benches did not write it down, or measured with changes that were not committed
+SAID_LESS = {
+    "floor-gptq-1024-3584-4.json": {"command"},
+    "growth-7b-layer.json": {"command"},
+    "growth-7b-layer-plain.json": {"command"},
+    "growth-depth.json": {"command"},
+    "memory-gptq-2048-5632-20-float32.json": {"commit"},
+    "quality-awq-mistral-pl-4bit.json": {"command", "commit"},
+    "quality-awq-nano-4bit.json": {"command"},
+    "quality-exl2-mistral-pl.json": {"command", "commit"},
+    "quality-exl2-mistral-pl-kld.json": {"command", "commit"},
+    "quality-hqq-half-mistral-pl-2bit.json": {"commit"},
+    "quality-hqq-half-mistral-pl-3bit.json": {"commit"},
+    "quality-hqq-half-mistral-pl-4bit.json": {"commit"},
+    "quality-hqq-half-nano-2bit.json": {"commit"},
+    "quality-hqq-half-nano-3bit.json": {"commit"},
+    "quality-hqq-half-nano-4bit.json": {"commit"},
+    "speed-gptq-sweeps-1024-3584-4.json": {"commit"},
+    "speed-hqq-4096-14336-32.json": {"commit"},
+    "speed-mlx-mistral-pl.json": {"commit"},
+}
+
+
+def told(content: object, key: str) -> list[object]:
+    """Everything that stands under a key, at any depth."""
+    if isinstance(content, list):
+        return [found for part in content for found in told(part, key)]
+    if not isinstance(content, dict):
+        return []
+    own = [content[key]] if key in content else []
+    return own + [found for part in content.values() for found in told(part, key)]
+
+
+@pytest.mark.parametrize("path", sorted((BENCH / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_figure_says_what_it_is_of(path):
+    """The command that gives it, the machine, the versions, and a commit that holds all of the code."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    missing = {key for key in ("command", "device_model", "versions", "commit") if not told(content, key)}
+    if any(not re.fullmatch("[0-9a-f]{40}", str(commit)) for commit in told(content, "commit")):
+        missing.add("commit")
+    assert missing == SAID_LESS.get(path.name, set())
 
 
 TOKENS = torch.tensor([100.0, 20.0, 7.0, 300.0], dtype=torch.float64)
