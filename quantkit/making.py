@@ -55,7 +55,7 @@ from quantkit.source_pass import Calibration, SourcePass
 from quantkit.sources import Source, describe_checkpoint, open_source, tokenizer_of
 from quantkit.stream import Sinks, Solvers, goes_on_quantized, stream
 from quantkit.survey import survey
-from quantkit.texts import SHIPPED, TextSet, load_text_set, own_text, require_known
+from quantkit.texts import TextSet, at_hand, load_text_set, require_known
 from quantkit.upstream import adopt, adopt_files, prepare, prepared_items, quantize_upstream, settled
 from quantkit.validation.text import EvaluationText
 from quantkit.workdir import Workdir, open_workdir
@@ -142,9 +142,7 @@ class Making:
         tokenizer = None if checkpoint.described else once(("tokenizer", model), partial(tokenizer_of, checkpoint))
         self._check(checkpoint, tokenizer, once, validated=True)
         self._find_needs(checkpoint, here=here, reserved_bytes=reserved_bytes, timed=True)
-        if tokenizer is not None and (
-            here or all(name in SHIPPED or own_text(name) for name in recipe.validation.texts)
-        ):
+        if tokenizer is not None and (here or all(at_hand(name) for name in recipe.validation.texts)):
             self._text = self._held_out(tokenizer, once)
             self._find_needs_of_judging(checkpoint, self._text, here=here)
         if here and tokenizer is not None:
@@ -225,7 +223,7 @@ class Making:
     def _calibration_texts(self, once: Once, *, fetched: bool) -> dict[str, TextSet]:
         """The text sets that windows are taken from, with those that would be fetched or without."""
         texts = self.recipe.calibration.texts if self._reads_text else {}
-        wanted = [name for name, windows in texts.items() if windows and (fetched or name in SHIPPED or own_text(name))]
+        wanted = [name for name, windows in texts.items() if windows and (fetched or at_hand(name))]
         return {name: once(("text", name), partial(load_text_set, name, "calibration")) for name in wanted}
 
     def _held_out(self, tokenizer: Tokenizer, once: Once) -> EvaluationText:

@@ -89,8 +89,8 @@ def open_source(model_id: str, revision: str | None, progress: Progress) -> Sour
     require_one_head(checkpoint)
     progress.stage("hashing the source")
     sidecars = [name for name in HASHED_SIDECARS if (folder / name).is_file()]
-    # a quarter of the cores: what is done meanwhile takes them all
-    threads = max(1, (os.cpu_count() or 1) // 4)
+    # a quarter of the cores, for what is done meanwhile takes them all; two, for there may be nothing meanwhile
+    threads = max(2, (os.cpu_count() or 1) // 4)
     hashes = hash_beside(folder, [*checkpoint.tensors.files, *sidecars], threads=threads)
     return Source(checkpoint, public_name(model_id), commit, stated_licence(folder), hashes)
 

@@ -142,6 +142,11 @@ def require_known(name: str, split: Split) -> None:
     )
 
 
+def at_hand(name: str) -> bool:
+    """Whether a text set need not be fetched."""
+    return name in SHIPPED or own_text(name)
+
+
 def own_text(name: str) -> bool:
     """Whether a name means a file of one's own, so that its content alone says which text it is."""
     return name not in SHIPPED and not _on_hub(name)

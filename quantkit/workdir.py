@@ -263,5 +263,5 @@ def refuse_other(old: dict[str, Any], new: dict[str, Any], *, where: Path) -> No
         raise RefusedError(
             "the folder belongs to another build:\n  " + "\n  ".join(changed),
             where=str(where),
-            fix="choose another --out, or --fresh to throw the earlier build away",
+            fix="choose another --out, or build with --fresh, which throws the earlier build away",
         )

@@ -347,7 +347,7 @@ def test_another_model_in_the_same_folder(run, model, tmp_path):
         '  recipe.model.id: "model" -> "other"\n'
         f"{differences}"
         f"  at:  {tmp_path / 'a'}\n"
-        "  fix: choose another --out, or --fresh to throw the earlier build away\n",
+        "  fix: choose another --out, or build with --fresh, which throws the earlier build away\n",
     )
 
 

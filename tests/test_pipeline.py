@@ -238,7 +238,7 @@ def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(recipe
             "  recipe.quantize.bits: 4 -> 3\n"
             "  recipe.quantize.damping: 0.01 -> 0.05\n"
             f"  at:  {tmp_path / 'a'}\n"
-            "  fix: choose another --out, or --fresh to throw the earlier build away"
+            "  fix: choose another --out, or build with --fresh, which throws the earlier build away"
         )
     notes = tmp_path / "a" / "notes.md"
     notes.write_text("of nobody's record")

@@ -101,6 +101,15 @@ def test_every_shipped_recipe_can_be_planned(name, tmp_path):
     assert make_plan(recipe, checkpoint, method, out=tmp_path, device=CPU).artifact_bytes > 0
 
 
+@pytest.mark.parametrize(("name", "known", "strange"), [("gguf", "IQ2_XXS", "Q9_K"), ("exl2", "2.25bpw", "tiny")])
+def test_gates_of_what_the_format_knows_may_be_left_over(name, known, strange):
+    """From a recipe that was extended, or types that --set took out; of other names nobody knows what was meant."""
+    gates = "{{ {} = {{ mean_kld = 1.0 }} }}"
+    assert planned("mistral-7b", name, validation__variant_gates=gates.format(f'"{known}"')).linears
+    with pytest.raises(RefusedError, match=f"makes no variant '{strange}'"):
+        planned("mistral-7b", name, validation__variant_gates=gates.format(strange))
+
+
 def test_ranks_divide_the_activations_and_the_time_and_nothing_else(monkeypatch):
     one, two, four = (planned("mistral-7b", "gptq", ranks) for ranks in (1, 2, 4))
     recipe = load_recipe(find_recipe("bielik-7b-instruct-v0.1/gptq"))
