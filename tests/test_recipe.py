@@ -84,10 +84,18 @@ def test_a_sample_of_no_windows_is_refused(tmp_path, value):
     assert line.startswith('  validation.texts.nkjp1m: Input should be "all" or a number of windows from 1 up, got ')
 
 
-@pytest.mark.parametrize("model", ["bielik-7b-instruct-v0.1", "bielik-11b-v2.3-instruct"])
+LARGE = (
+    "bielik-7b-instruct-v0.1",
+    "bielik-11b-v2.3-instruct",
+    "bielik-4.5b-v3.0-instruct",
+    "bielik-1.5b-v3.0-instruct",
+)
+
+
+@pytest.mark.parametrize("model", LARGE)
 def test_large_models_are_judged_on_all_our_text_and_a_sample_of_nkjp(model):
     names = [name for name in list_recipes() if name.startswith(f"{model}/")]
-    assert len(names) >= 7
+    assert len(names) >= 6
     for name in names:
         section = load_recipe(find_recipe(name)).validation
         assert section.texts == {"polish-core": "all", "nkjp1m": 100}, name
