@@ -75,7 +75,7 @@ class Keeping:
         with timed(item.seconds, "pack"):
             tensors = self._form.encode_item(item)
         facts = {"linears": [asdict(fact) for fact in item.facts], "seconds": item.seconds}
-        write = partial(self._write, tensors, item.seconds)
+        write = partial(self._write, item.name, tensors, item.seconds)
         self._behind.do(partial(self._work.finish, item.name, write, facts))
 
     def keep_linear(self, item: Item, full: str, linear: QuantizedLinear) -> None:
@@ -91,10 +91,10 @@ class Keeping:
         with timed(seconds, "write"):
             self._waiting |= tensors if self._places is None else self._places.write(tensors)
 
-    def _write(self, tensors: dict[str, Tensor], seconds: dict[str, float], path: Path) -> None:
+    def _write(self, name: str, tensors: dict[str, Tensor], seconds: dict[str, float], path: Path) -> None:
         self._put(tensors, seconds)
         with timed(seconds, "write"):
             if self._places is not None:
-                self._places.keep()
+                self._places.keep(name)
             waiting, self._waiting = self._waiting, {}
             write_item(path, waiting)

@@ -137,22 +137,20 @@ def make_plan(
     tokens = recipe.calibration.tokens if reads_text(recipe, method) else 0
     work = work_of(recipe, checkpoint, method, solved, tokens)
     of_item = artifact_bytes // checkpoint.num_layers
+    takes_checkpoint = engine is not None and engine.takes_checkpoint
     taken = partial(footprint_of, recipe, checkpoint, method, work, item_bytes=of_item, ranks=ranks)
-    footprint = (
-        Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES)
-        if engine is not None and engine.takes_checkpoint
-        else taken()
-    )
+    footprint = Footprint(None, 0, _upstream_memory(parameters, device) - FIXED_BYTES) if takes_checkpoint else taken()
     rank_bytes = together_bytes([footprint])
     waiting_bytes = rank_bytes - together_bytes([taken(most_batches=AT_WORK)]) if engine is None else 0
-    prepared_bytes = 0 if engine is None or engine.takes_checkpoint else COPIED_BYTES * (parameters + added)
+    prepared_bytes = 0 if engine is None or takes_checkpoint else COPIED_BYTES * (parameters + added)
+    placed = isinstance(method.format, InPlace) and not takes_checkpoint
     counted = operations(method, work, from_float=recipe.calibration.activations == "float")
     return Plan(
         linears=len(solved),
         parameters=parameters,
         artifact_bytes=artifact_bytes,
         bits_per_weight=quantized_bits / max(quantized * max(len(variants), 1), 1),
-        disk_bytes=prepared_bytes + artifact_bytes * (1 if isinstance(method.format, InPlace) else 2),
+        disk_bytes=prepared_bytes + artifact_bytes * (1 if placed else 2),
         disk_free_bytes=shutil.disk_usage(_existing(out)).free,
         ranks=ranks,
         memory_bytes=rank_bytes * (1 if has_own_memory(device) else ranks),

@@ -262,38 +262,38 @@ def test_a_folder_of_somebody_else_is_never_overwritten(recipe, tmp_path):
 def test_an_item_is_written_while_the_next_is_solved(recipe, tmp_path, monkeypatch):
     from threading import Event
 
-    from quantkit import keeping
+    from quantkit.formats.placed import Shards
 
-    real, begun, waited = keeping.write_item, Event(), []
+    real, begun, waited = Shards.write, Event(), []
 
-    def write(path, tensors):
+    def write(shards, tensors):
         if any("layers.0" in name for name in tensors):
             waited.append(begun.wait(60))
-        real(path, tensors)
+        return real(shards, tensors)
 
     def solved(facts):
         if "layers.1" in facts.name:
             begun.set()
 
-    monkeypatch.setattr(keeping, "write_item", write)
+    monkeypatch.setattr(Shards, "write", write)
     build(recipe, out=tmp_path / "a", device=CPU, validated=False, progress=Progress(linear=solved))
     assert waited == [True]
-    monkeypatch.setattr(keeping, "write_item", real)
+    monkeypatch.setattr(Shards, "write", real)
     whole = build(recipe, out=tmp_path / "b", device=CPU, validated=False)
     assert hashes(tmp_path / "a") == hashes(whole.out)
 
 
 def test_a_last_item_that_cannot_be_written_is_no_artifact(recipe, tmp_path, monkeypatch):
-    from quantkit import keeping
+    from quantkit.formats.placed import Shards
 
-    real = keeping.write_item
+    real = Shards.write
 
-    def full_at_the_head(path, tensors):
+    def full_at_the_head(shards, tensors):
         if "model.norm.weight" in tensors:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(path, tensors)
+        return real(shards, tensors)
 
-    monkeypatch.setattr(keeping, "write_item", full_at_the_head)
+    monkeypatch.setattr(Shards, "write", full_at_the_head)
     with pytest.raises(RunFailedError, match="the disk is full"):
         build(recipe, out=tmp_path / "a", device=CPU, validated=False)
     assert not (tmp_path / "a").exists()

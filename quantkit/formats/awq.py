@@ -17,7 +17,8 @@ from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading, transformers_snippet
 from quantkit.formats.fit import number_of, require_fit
 from quantkit.formats.parts import FLOATS, WORDS, Layout, PartsArtifact, Shape, encoded, groups_of, unstorable
-from quantkit.formats.shards import merge
+from quantkit.formats.placed import Shards, lay_out, planned, size_bits
+from quantkit.formats.shards import indexed
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
 from quantkit.qtensor import Item, QuantizedLinear
@@ -28,6 +29,7 @@ BITS = 4  # the layout has no other width
 STORED = torch.float16  # of scales and of every dense tensor
 PARTS = ("qweight", "qzeros", "scales")
 LAYOUT = Layout(PARTS, "qzeros", {"qweight": WORDS, "qzeros": WORDS, "scales": FLOATS})
+WRITTEN = {"qweight": torch.int32, "qzeros": torch.int32, "scales": STORED}
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256)
 CODES_PER_WORD = 32 // BITS
 SETTINGS_FILE = "quant_config.json"  # of artifacts from before config.json carried the settings
@@ -127,7 +129,17 @@ class AwqFormat:
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file: codes, scales and zeros."""
-        return rows * columns * BITS + columns // self.group_size * rows * (16 + BITS)
+        return size_bits(self.parts(name, rows, columns))
+
+    def parts(self, name: str, rows: int, columns: int) -> dict[str, tuple[torch.dtype, Shape]]:
+        """Dtype and shape of each part of a quantized linear."""
+        shapes = expected_shapes(rows, columns, self.group_size)
+        return {part: (WRITTEN[part], shape) for part, shape in shapes.items()}
+
+    def lay_out(self, checkpoint: Checkpoint, folder: Path) -> Shards:
+        """See `quantkit.formats.contract.InPlace`."""
+        items = planned(checkpoint, self.parts, dtype=self.stored_dtype, skip=self.skip)
+        return lay_out(folder, items, max_shard_bytes=MAX_SHARD_BYTES)
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
@@ -158,8 +170,8 @@ class AwqFormat:
         }
 
     def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
-        """Weights, config.json and the source's tokenizer files."""
-        written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES)
+        """The weights' index, config.json and the source's tokenizer files."""
+        written = indexed(folder)
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
         config = quantized_config(checkpoint.config, settings, self.stored_dtype)
         write_sidecars(checkpoint.folder, folder, config, {})

@@ -20,7 +20,8 @@ from quantkit.formats.bitstream import CODES_PER_RUN, pack, pack_rows, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading, transformers_snippet
 from quantkit.formats.fit import number_of, require_fit, require_groups
 from quantkit.formats.parts import AGAIN, FLOATS, WORDS, Layout, PartsArtifact, Shape, encoded, groups_of, unstorable
-from quantkit.formats.shards import merge
+from quantkit.formats.placed import Shards, lay_out, planned, size_bits
+from quantkit.formats.shards import indexed
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
 from quantkit.qtensor import Item, QuantizedLinear
@@ -29,7 +30,6 @@ NAME = "compressed-tensors"
 PACKING = "pack-quantized"
 NATIVE_ENGINE = "llm-compressor"
 PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-SHAPE_BITS = 2 * 64
 LAYOUT = Layout(
     PARTS[:3],
     "weight_packed",
@@ -196,8 +196,19 @@ class CompressedTensorsFormat:
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file: codes, scales, zeros and its shape."""
-        groups = groups_of(columns, self.group_size)
-        return rows * columns * self.bits + groups * rows * (16 + (not self.symmetric) * self.bits) + SHAPE_BITS
+        return size_bits(self.parts(name, rows, columns))
+
+    def parts(self, name: str, rows: int, columns: int) -> dict[str, tuple[torch.dtype, Shape]]:
+        """Dtype and shape of each part of a quantized linear."""
+        shapes = expected_shapes(rows, columns, self.bits, self.group_size)
+        written = {"weight_packed": torch.int32, "weight_scale": self.stored_dtype, "weight_shape": torch.int64}
+        written |= {} if self.symmetric else {"weight_zero_point": torch.int32}
+        return {part: (dtype, shapes[part]) for part, dtype in written.items()}
+
+    def lay_out(self, checkpoint: Checkpoint, folder: Path) -> Shards:
+        """See `quantkit.formats.contract.InPlace`."""
+        items = planned(checkpoint, self.parts, dtype=self.stored_dtype, skip=self.skip)
+        return lay_out(folder, items, max_shard_bytes=MAX_SHARD_BYTES)
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
@@ -234,8 +245,8 @@ class CompressedTensorsFormat:
         }
 
     def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
-        """Weights, config.json and the source's tokenizer files."""
-        written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES)
+        """The weights' index, config.json and the source's tokenizer files."""
+        written = indexed(folder)
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
         config = quantized_config(checkpoint.config, settings, self.stored_dtype)
         write_sidecars(checkpoint.folder, folder, config, {})

@@ -70,7 +70,7 @@ class Format(Protocol):
         ...
 
     def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
-        """Write the whole artifact but card and record into an existing folder.
+        """Write the artifact but card, record and what was laid out (`InPlace`) into an existing folder.
 
         Args:
             checkpoint: the source.
@@ -155,8 +155,8 @@ class LaidOut(Protocol):
         """Put encoded tensors into their places; returns those that have none, for the work file."""
         ...
 
-    def keep(self) -> None:
-        """Make durable what was written."""
+    def keep(self, item: str) -> None:
+        """Make durable what was written; of an item that is complete now."""
         ...
 
     def read(self, item: str) -> dict[str, Tensor]:

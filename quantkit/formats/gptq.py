@@ -20,7 +20,8 @@ from quantkit.formats.bitstream import CODES_PER_RUN, pack, unpack
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading, transformers_snippet
 from quantkit.formats.fit import number_of, require_fit, require_groups
 from quantkit.formats.parts import FLOATS, WORDS, Layout, PartsArtifact, Shape, encoded, groups_of, unstorable
-from quantkit.formats.shards import merge
+from quantkit.formats.placed import Shards, lay_out, planned, size_bits
+from quantkit.formats.shards import indexed
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import AffineGrid
 from quantkit.qtensor import Item, QuantizedLinear
@@ -36,6 +37,7 @@ LAYOUT = Layout(
     {"qweight": WORDS, "qzeros": WORDS, "scales": FLOATS, "g_idx": ("I32", "I64")},
     optional=PARTS[3:],
 )
+WRITTEN = {"qweight": torch.int32, "qzeros": torch.int32, "scales": STORED, "g_idx": torch.int32}
 WIDTHS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 16, 32, 64, 128, 256, 512, 1024)
 USE = transformers_snippet("transformers optimum gptqmodel")
@@ -163,8 +165,17 @@ class GptqFormat:
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file: codes, scales, zeros and g_idx."""
-        groups = groups_of(columns, self.group_size)
-        return rows * columns * self.bits + groups * rows * (16 + self.bits) + columns * 32
+        return size_bits(self.parts(name, rows, columns))
+
+    def parts(self, name: str, rows: int, columns: int) -> dict[str, tuple[torch.dtype, Shape]]:
+        """Dtype and shape of each part of a quantized linear."""
+        shapes = expected_shapes(rows, columns, self.bits, self.group_size)
+        return {part: (WRITTEN[part], shape) for part, shape in shapes.items()}
+
+    def lay_out(self, checkpoint: Checkpoint, folder: Path) -> Shards:
+        """See `quantkit.formats.contract.InPlace`."""
+        items = planned(checkpoint, self.parts, dtype=self.stored_dtype, skip=self.skip)
+        return lay_out(folder, items, max_shard_bytes=MAX_SHARD_BYTES)
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
@@ -205,8 +216,8 @@ class GptqFormat:
         return settings
 
     def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
-        """Weights, config.json, quantize_config.json and the source's tokenizer files."""
-        written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES)
+        """The weights' index, config.json, quantize_config.json and the source's tokenizer files."""
+        written = indexed(folder)
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
         config = quantized_config(checkpoint.config, settings, self.stored_dtype)
         write_sidecars(checkpoint.folder, folder, config, {"quantize_config.json": settings})

@@ -19,7 +19,8 @@ from quantkit.formats.bitstream import pack_rows, unpack_rows
 from quantkit.formats.contract import MAX_SHARD_BYTES, Reading
 from quantkit.formats.fit import number_of, require_fit
 from quantkit.formats.parts import FLOATS, Layout, PartsArtifact, Shape, encoded, unstorable
-from quantkit.formats.shards import merge
+from quantkit.formats.placed import Shards, lay_out, planned, size_bits
+from quantkit.formats.shards import indexed
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.grids.affine import BiasGrid
 from quantkit.qtensor import Item, QuantizedLinear
@@ -149,7 +150,17 @@ class MlxFormat:
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized matrix takes in the file: codes, scales and biases."""
-        return rows * columns * self.bits_of(name) + rows * (columns // self.group_size) * 32
+        return size_bits(self.parts(name, rows, columns))
+
+    def parts(self, name: str, rows: int, columns: int) -> dict[str, tuple[torch.dtype, Shape]]:
+        """Dtype and shape of each part of a quantized matrix."""
+        shapes = expected_shapes(rows, columns, self.bits_of(name), self.group_size)
+        return {part: (torch.uint32 if part == "weight" else self.stored_dtype, shapes[part]) for part in PARTS}
+
+    def lay_out(self, checkpoint: Checkpoint, folder: Path) -> Shards:
+        """See `quantkit.formats.contract.InPlace`."""
+        items = planned(checkpoint, self.parts, dtype=self.stored_dtype, skip=self.skip, ends=True)
+        return lay_out(folder, items, max_shard_bytes=MAX_SHARD_BYTES, metadata=METADATA)
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
@@ -175,15 +186,9 @@ class MlxFormat:
         return settings
 
     def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
-        """Weights with their index, config.json and the source's tokenizer files."""
+        """The weights' index, config.json and the source's tokenizer files."""
         parameters = sum(info.num_elements for info in checkpoint.tensors.tensors.values())
-        written = merge(
-            items,
-            folder,
-            max_shard_bytes=MAX_SHARD_BYTES,
-            metadata=METADATA,
-            index={"total_parameters": parameters},
-        )
+        written = indexed(folder, index={"total_parameters": parameters})
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes(ends=True)])
         config = quantized_config(checkpoint.config, settings, self.stored_dtype) | {"quantization": settings}
         write_sidecars(checkpoint.folder, folder, config, {})

@@ -8,14 +8,14 @@ import json
 import math
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from torch import Tensor
 
-from quantkit.checkpoint.index import DTYPES, STEM
+from quantkit.checkpoint.index import DTYPES, STEM, TensorInfo
 
 METADATA = {"format": "pt"}
 PIECE_BYTES = 1 << 18  # copied at a time
@@ -35,6 +35,9 @@ class Extent:
     @property
     def size_bytes(self) -> int:
         return self.stop - self.start
+
+
+Stored = TypeVar("Stored", Extent, TensorInfo)
 
 
 def write_item(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -80,59 +83,87 @@ def merge(
     Args:
         items: files in stream order; an item is never split between shards.
         folder: where to write; must exist.
-        stem: what the file names start with.
+        stem, index: see `indexed`.
         metadata: of every file; one key, because the library writes several in random order.
-        index: written for a single file too, with these facts in its metadata; None only indexes shards.
         renamed: a tensor's name in the files written, or None to leave it out.
         max_shard_bytes: a shard is closed before it would grow beyond this.
     """
-    shards: list[list[Extent]] = [[]]
+    found = (
+        [replace(each, name=name) for each in extents(path) if (name := renamed(each.name)) is not None]
+        for path in items
+    )
+    shards = runs(found, max_shard_bytes)
+    for number, shard in enumerate(shards):
+        ordered = in_file_order(shard)
+        with (folder / shard_name(stem, number, len(shards))).open("wb") as file:
+            file.write(head(ordered, metadata))
+            piece = memoryview(bytearray(PIECE_BYTES))
+            for extent in ordered:
+                _append(extent, file, piece)
+    return indexed(folder, stem=stem, index=index)
+
+
+def runs(items: Iterable[list[Stored]], max_bytes: int) -> list[list[Stored]]:
+    """The tensors of items, together as long as they take no more than so many bytes; no item is split."""
+    found: list[list[Stored]] = [[]]
     size = 0
-    for path in items:
-        found = [replace(each, name=name) for each in extents(path) if (name := renamed(each.name)) is not None]
-        item_bytes = sum(extent.size_bytes for extent in found)
-        if shards[-1] and size + item_bytes > max_shard_bytes:
-            shards.append([])
+    for tensors in items:
+        item_bytes = sum(tensor.size_bytes for tensor in tensors)
+        if found[-1] and size + item_bytes > max_bytes:
+            found.append([])
             size = 0
-        shards[-1] += found
+        found[-1] += tensors
         size += item_bytes
-    written = []
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        name = f"{stem}{part}.safetensors"
-        written.append(_write(folder / name, shard, metadata))
-        weight_map |= {extent.name: name for extent in shard}
-    if len(shards) == 1 and index is None:
-        return written
-    total = sum(extent.size_bytes for shard in shards for extent in shard)
-    content = {"metadata": {"total_size": total} | (index or {}), "weight_map": dict(sorted(weight_map.items()))}
-    index_path = folder / f"{stem}.safetensors.index.json"
-    index_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return [*written, index_path]
+    return found
 
 
-def _write(path: Path, tensors: list[Extent], metadata: dict[str, str]) -> Path:
-    ordered = sorted(tensors, key=lambda extent: (-DTYPES[extent.dtype].itemsize, extent.name))
+def shard_name(stem: str, number: int, count: int) -> str:
+    """The name of the n-th of so many files, counted from 0."""
+    part = f"-{number + 1:05d}-of-{count:05d}" if count > 1 else ""
+    return f"{stem}{part}.safetensors"
+
+
+def in_file_order(tensors: Iterable[Stored]) -> list[Stored]:
+    """By falling alignment, then by name."""
+    return sorted(tensors, key=lambda tensor: (-DTYPES[tensor.dtype].itemsize, tensor.name))
+
+
+def head(ordered: Sequence[Stored], metadata: dict[str, str]) -> bytes:
+    """What stands in front of the tensors: names, dtypes, shapes and places."""
     header: dict[str, object] = {"__metadata__": metadata}
     offset = 0
-    for extent in ordered:
-        expected = math.prod(extent.shape) * DTYPES[extent.dtype].itemsize
-        assert extent.size_bytes == expected, f"{extent.name} has {extent.size_bytes} bytes instead of {expected}"
-        header[extent.name] = {
-            "dtype": extent.dtype,
-            "shape": list(extent.shape),
-            "data_offsets": [offset, offset + extent.size_bytes],
+    for tensor in ordered:
+        expected = math.prod(tensor.shape) * DTYPES[tensor.dtype].itemsize
+        assert tensor.size_bytes == expected, f"{tensor.name} has {tensor.size_bytes} bytes instead of {expected}"
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size_bytes],
         }
-        offset += extent.size_bytes
+        offset += tensor.size_bytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        piece = memoryview(bytearray(PIECE_BYTES))
-        for extent in ordered:
-            _append(extent, file, piece)
-    return path
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def indexed(folder: Path, *, stem: str = STEM, index: dict[str, Any] | None = None) -> list[Path]:
+    """The weight files of a folder, and the index that is written for several of them.
+
+    Args:
+        folder: that they are in; nothing else there starts with the stem.
+        stem: what the file names start with.
+        index: written for a single file too, with these facts in its metadata; None only indexes shards.
+    """
+    files = sorted(folder.glob(f"{stem}*.safetensors"))
+    if len(files) == 1 and index is None:
+        return files
+    found = [extent for path in files for extent in extents(path)]
+    total = sum(extent.size_bytes for extent in found)
+    places = dict(sorted((extent.name, extent.path.name) for extent in found))
+    index_path = folder / f"{stem}.safetensors.index.json"
+    content = {"metadata": {"total_size": total} | (index or {}), "weight_map": places}
+    index_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [*files, index_path]
 
 
 def _append(extent: Extent, target: BinaryIO, piece: memoryview) -> None:

@@ -342,9 +342,9 @@ def test_a_killed_build_ends_in_the_same_bytes(
     assert whole.record["validation"]["gate"]["passed"]
     assert "AutoModelForCausalLM" in (whole.out / "README.md").read_text()
     if whole_process:
-        # the 6th rename is the second layer's file
+        # the 7th rename is the second layer's file
         with closing(Builds()) as builds:
-            assert builds.run(recipe, tmp_path / "out", renames=6)[0] == -signal.SIGKILL
+            assert builds.run(recipe, tmp_path / "out", renames=7)[0] == -signal.SIGKILL
     else:
         with monkeypatch.context() as patch:
             patch.setattr(keeping, "write_item", full_at_the_third())

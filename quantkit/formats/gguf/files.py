@@ -16,6 +16,7 @@ from torch import Tensor
 
 from quantkit.formats.gguf.header import Entry, read_split
 from quantkit.formats.gguf.mixtures import block_of
+from quantkit.formats.placed import Place, PlacedFiles
 
 DENSE = "F32"
 ALIGNMENT = 32
@@ -87,7 +88,7 @@ def write_head(writer: gguf.GGUFWriter, tensors: list[Planned]) -> None:
     writer.close()
 
 
-class TypedFiles:
+class TypedFiles(PlacedFiles):
     """The files of all types, see `quantkit.formats.contract.LaidOut`.
 
     Args:
@@ -97,11 +98,10 @@ class TypedFiles:
     """
 
     def __init__(self, firsts: list[Path], names: dict[str, list[str]], *, fresh: bool) -> None:
+        super().__init__(firsts[0].parent)
         self.fresh = fresh
-        self._folder = firsts[0].parent
         self._names = names
         self._types = [read_split(path).tensors for path in firsts]
-        self._written: set[str] = set()
 
     @property
     def files(self) -> frozenset[str]:
@@ -110,42 +110,30 @@ class TypedFiles:
     def write(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Put tensors by "<name>|<type>" into every file that has them so; returns those that none has."""
         rest = dict(tensors)
-        placed: dict[str, list[tuple[Entry, Tensor]]] = {}
+        placed: list[tuple[Place, Tensor]] = []
         for entries in self._types:
             for key, tensor in tensors.items():
                 name, kind = key.split("|")
                 entry = entries.get(name)
                 if entry is not None and entry.kind == kind:
-                    placed.setdefault(entry.file, []).append((entry, tensor))
+                    placed.append((_place(entry), tensor))
                     rest.pop(key, None)
-        for file, wanted in placed.items():
-            with (self._folder / file).open("rb+") as target:
-                for entry, tensor in wanted:
-                    values = tensor.cpu().contiguous().numpy()
-                    assert values.nbytes == entry.size_bytes, f"{entry.name} has the size that was planned"
-                    target.seek(entry.start)
-                    target.write(values.data)
-            self._written.add(file)
+        self.put(placed)
         return rest
-
-    def keep(self) -> None:
-        """Make durable what was written."""
-        while self._written:
-            with (self._folder / self._written.pop()).open("rb+") as target:
-                os.fsync(target.fileno())
 
     def read(self, item: str) -> dict[str, Tensor]:
         """An item's tensors of the first type by "<name>|<type>", as they were written."""
         found = {}
         for name in self._names[item]:
             entry = self._types[0][name]
-            dtype = np.float32 if entry.kind == DENSE else np.uint8
-            count = entry.size_bytes // np.dtype(dtype).itemsize
-            values = np.fromfile(self._folder / entry.file, dtype=dtype, count=count, offset=entry.start)
-            found[f"{name}|{entry.kind}"] = torch.from_numpy(values).reshape(
-                Planned(name, entry.kind, entry.shape).stored
-            )
+            dtype = torch.float32 if entry.kind == DENSE else torch.uint8
+            stored = Planned(name, entry.kind, entry.shape).stored
+            found[f"{name}|{entry.kind}"] = self.get(_place(entry), dtype, stored)
         return found
+
+
+def _place(entry: Entry) -> Place:
+    return Place(entry.file, entry.start, entry.size_bytes)
 
 
 def _aligned(size_bytes: int) -> int:

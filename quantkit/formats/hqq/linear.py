@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.errors import RefusedError
-from quantkit.formats.parts import AGAIN, FLOATS, Layout
+from quantkit.formats.parts import AGAIN, FLOATS, Layout, Shape
 from quantkit.grids.affine import AffineGrid, Grid, StridedGrid
 from quantkit.qtensor import QuantizedLinear
 
@@ -86,13 +86,15 @@ def encode_linear(name: str, linear: QuantizedLinear, group_size: int) -> dict[s
         # a group as long as a row leaves codes as the solver laid them
         axis, codes_RC = 1, codes_OI.reshape(-1, group_size).contiguous()
         scale, zero = grid.scale_OG.reshape(-1, 1), grid.zero_OG.reshape(-1, 1)
-    texts = (packing, str(STORED_AS[packing]), str(STORED))
     found = {
         "W_q": pack(codes_RC, packing),
         "scale": scale.to(STORED).contiguous(),
         "zero": zero.to(STORED).contiguous(),
         "shape": torch.tensor(codes_OI.shape, dtype=torch.int64),
-        **{key: torch.tensor(list(text.encode()), dtype=torch.uint8) for key, text in zip(TEXTS, texts, strict=True)},
+        **{
+            key: torch.tensor(list(text.encode()), dtype=torch.uint8)
+            for key, text in zip(TEXTS, _texts(packing), strict=True)
+        },
         **{
             key: torch.tensor(value, dtype=torch.int32)
             for key, value in zip(NUMBERS, (grid.bits, group_size, axis), strict=True)
@@ -179,6 +181,34 @@ def _grid_part(name: str, part: dict[str, Tensor], which: str) -> Tensor:
     return ((codes - zero) * scale).view(shape)
 
 
+def expected_shapes(rows: int, columns: int, packing: str, group_size: int, axis: int) -> dict[str, Shape]:
+    """The shape of codes, scales and zeros of a linear [rows, columns]."""
+    per_word, _ = WORDS[packing]
+    groups = rows * columns // group_size
+    high, wide = (groups, group_size) if axis == 1 else (group_size, groups)
+    of_grid = (groups, 1) if axis == 1 else (1, groups)
+    return {"W_q": (-(-high // per_word), wide), "scale": of_grid, "zero": of_grid}
+
+
+def parts(rows: int, columns: int, bits: int, group_size: int, axis: int) -> dict[str, tuple[torch.dtype, Shape]]:
+    """Dtype and shape of each part of a linear [rows, columns], as `encode_linear` gives them."""
+    packing = PACKINGS[bits]
+    own = {"W_q": STORED_AS[packing], "scale": STORED, "zero": STORED}
+    found = {
+        part: (own[part], shape) for part, shape in expected_shapes(rows, columns, packing, group_size, axis).items()
+    }
+    notes: dict[str, tuple[torch.dtype, Shape]] = {
+        key: (torch.uint8, (len(text),)) for key, text in zip(TEXTS, _texts(packing), strict=True)
+    }
+    notes |= dict.fromkeys(NUMBERS, (torch.int32, ())) | dict.fromkeys(FLAGS, (torch.uint8, ()))
+    return found | {"shape": (torch.int64, (2,))} | notes
+
+
+def _texts(packing: str) -> tuple[str, str, str]:
+    """What `TEXTS` say."""
+    return packing, str(STORED_AS[packing]), str(STORED)
+
+
 def _contradiction(part: dict[str, Tensor], packing: str) -> str | None:
     """How a linear's tensors do not fit what they say of themselves; None if they do."""
     if missing := [which for which in GRIDS if which not in part]:
@@ -187,16 +217,12 @@ def _contradiction(part: dict[str, Tensor], packing: str) -> str | None:
         return f"shape, {', '.join(NUMBERS)} are not two numbers and one each"
     bits, size, axis = (int(part[key]) for key in NUMBERS)
     rows, columns = part["shape"].flatten().tolist()
-    per_word, widest = WORDS[packing]
+    _, widest = WORDS[packing]
     if not 1 <= bits <= widest or axis not in (0, 1):
         return f"{bits} bits along axis {axis} are not in the packing {packing}"
     if size < 1 or min(rows, columns) < 1 or (columns if axis == 1 else rows) % size:
         return f"[{rows}, {columns}] has no groups of {size} along axis {axis}"
-    groups = rows * columns // size
-    high, wide = (groups, size) if axis == 1 else (size, groups)
-    expected = {"W_q": (-(-high // per_word), wide)}
-    expected["scale"] = expected["zero"] = (groups, 1) if axis == 1 else (1, groups)
-    for key, shape in expected.items():
+    for key, shape in expected_shapes(rows, columns, packing, size, axis).items():
         if tuple(part[key].shape) != shape:
             return f"{key} is {list(part[key].shape)}, where {list(shape)} belongs"
     return None

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from quantkit.checkpoint.index import Checkpoint, open_tensors
 from quantkit.formats.contract import MAX_SHARD_BYTES
-from quantkit.formats.hqq.linear import CODES_PER_WORD, STORED, decode_item, encode_linear
+from quantkit.formats.hqq.linear import LAYOUT, STORED, decode_item, encode_linear, parts
 from quantkit.formats.hqq.pickled import PICKLE, write_pickle
-from quantkit.formats.parts import encoded, unstorable
-from quantkit.formats.shards import merge
+from quantkit.formats.parts import Shape, encoded, unstorable
+from quantkit.formats.placed import Shards, lay_out, planned, size_bits
+from quantkit.formats.shards import indexed
 from quantkit.formats.sidecars import quantized_config, write_sidecars
 from quantkit.qtensor import Item
 
@@ -97,11 +98,18 @@ class HqqFormat:
 
     def stored_bits(self, name: str, rows: int, columns: int) -> int:
         """Bits that a quantized linear takes in the file: codes, scales and zeros."""
-        groups = rows * columns // self.group_size
-        if self.bits == 3:
-            packed_rows, width = (groups, self.group_size) if self.axis == 1 else (self.group_size, groups)
-            return 32 * -(-packed_rows // CODES_PER_WORD) * width + groups * 32
-        return rows * columns * self.bits + groups * 32
+        return size_bits(
+            {part: each for part, each in self.parts(name, rows, columns).items() if part not in LAYOUT.notes}
+        )
+
+    def parts(self, name: str, rows: int, columns: int) -> dict[str, tuple[torch.dtype, Shape]]:
+        """Dtype and shape of each part of a quantized linear."""
+        return parts(rows, columns, self.bits, self.group_size, self.axis)
+
+    def lay_out(self, checkpoint: Checkpoint, folder: Path) -> Shards:
+        """See `quantkit.formats.contract.InPlace`."""
+        items = planned(checkpoint, self.parts, dtype=self.stored_dtype, skip=self.skip)
+        return lay_out(folder, items, max_shard_bytes=MAX_SHARD_BYTES, stem=STEM)
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""
@@ -138,8 +146,8 @@ class HqqFormat:
         }
 
     def assemble(self, checkpoint: Checkpoint, items: list[Path], folder: Path) -> dict[str, list[str]]:
-        """Weights, config.json and the source's tokenizer files."""
-        written = merge(items, folder, max_shard_bytes=MAX_SHARD_BYTES, stem=STEM)
+        """The weights' index, config.json and the source's tokenizer files."""
+        written = indexed(folder, stem=STEM)
         settings = self.settings([name for name, _, _ in checkpoint.linear_shapes()])
         config = quantized_config(checkpoint.config, settings, self.stored_dtype)
         write_sidecars(checkpoint.folder, folder, config, {})
