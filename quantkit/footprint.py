@@ -11,13 +11,14 @@ from quantkit.costs import FLOAT_BYTES
 from quantkit.formats.contract import InPlace
 from quantkit.methods import Method
 from quantkit.recipe import Recipe
-from quantkit.validation.perplexity import chunk_positions
+from quantkit.validation.perplexity import CHUNK_COPIES, chunk_positions
 from quantkit.validation.text import EvaluationText
 from quantkit.workload import Work, compared_tokens, compute_dtype, held_tokens, solving, surveying
 
-CHUNK_COPIES = 6  # log-probabilities of both, and what their divergence is summed from
 AT_WORK = 2  # batches whose activations are on the device when all others wait elsewhere
 FIXED_BYTES = 660 * 1024**2  # interpreter, libraries and allocator slack
+# what glibc keeps of pieces up to 32 MB while windows of many lengths come and go; larger ones are given back at once
+HELD_BYTES = 200 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,9 @@ def judging_bytes(recipe: Recipe, checkpoint: Checkpoint, text: EvaluationText |
     through = wide * sum(layer) + FLOAT_BYTES * max(layer) + 3 * max(padded, default=0) * columns * width
     walking = state * sum(padded) + predicted + max(through, wide * head)
     logits = CHUNK_COPIES * FLOAT_BYTES * chunk_positions(vocabulary) * vocabulary
-    return FIXED_BYTES + max(walking, 2 * predicted + 2 * wide * head + logits)
+    # and no more than all that comes and goes
+    held = min(HELD_BYTES, sum(padded) * (state + FLOAT_BYTES * vocabulary))
+    return FIXED_BYTES + held + max(walking, 2 * predicted + 2 * wide * head + logits)
 
 
 def footprint_of(

@@ -18,7 +18,7 @@ from quantkit.formats import READERS, detect, open_variants, require_same_model
 from quantkit.formats.contract import Artifact
 from quantkit.home import require_home
 from quantkit.lock import alone
-from quantkit.machine import deciding_versions, device_model, fix_arithmetic
+from quantkit.machine import deciding_versions, device_model, fix_arithmetic, give_back_memory
 from quantkit.nano import NAME as NANO
 from quantkit.progress import Progress
 from quantkit.recipe import WHOLE, Recipe, ValidationSection, checked, fingerprint, public_name
@@ -72,6 +72,8 @@ def validate(
     """
     progress = progress or Progress()
     require_home()
+    for text_set in texts:
+        require_known(text_set, "validation", where="--text")
     record = read_record(folder)
     if record is not None:
         require_weights_here(folder, record)
@@ -243,6 +245,7 @@ def judge(
     """
     for artifact in variants.values():
         require_same_model(recipe.format, artifact, source.checkpoint)
+    give_back_memory()  # of the build
     tokenizer = source.tokenizer
     section = recipe.validation
     decoder = decoder_of(recipe, source.checkpoint, device)

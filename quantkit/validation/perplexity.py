@@ -17,6 +17,7 @@ from quantkit.validation.text import EvaluationText, Window
 
 CHUNK_POSITIONS = 256  # whose logits are there at once, while the vocabulary is no larger than 32,768
 CHUNK_LOGITS = 1 << 23
+CHUNK_COPIES = 4  # logits and log-probabilities of both, and what is made of them
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,9 @@ def final_states(source: WeightSource, text: EvaluationText, decoder: Decoder, *
 def losses(states_ND: Tensor, head_VD: Tensor, targets: list[int]) -> Tensor:
     """Negative log-likelihood float64 [N] of each target, in nats; logits and softmax in float32, over all of V."""
     wide_VD = head_VD.float()
-    found = [_loss(_log_softmax(states, wide_VD), wanted) for states, wanted in _chunks(states_ND, targets, wide_VD)]
-    return torch.cat(found)
+    logits, found = room_for(wide_VD, copies=2)
+    chunks = _chunks(states_ND, targets, wide_VD)
+    return torch.cat([_loss(_log_softmax(states, wide_VD, logits, found), wanted) for states, wanted in chunks])
 
 
 def compare(reference: tuple[Tensor, Tensor], artifact: tuple[Tensor, Tensor], targets: list[int]) -> Comparison:
@@ -104,9 +106,13 @@ def compare(reference: tuple[Tensor, Tensor], artifact: tuple[Tensor, Tensor], t
     same = reference[1].device == device and torch.equal(reference[1], artifact[1])
     found_VD = expected_VD if same else artifact[1].float()
     pairs = zip(_chunks(reference[0], targets, found_VD), _chunks(artifact[0], targets, found_VD), strict=True)
+    logits, kept, other, work = room_for(found_VD, copies=CHUNK_COPIES)
     return _joined(
-        (_log_softmax(expected, expected_VD), _log_softmax(found, found_VD), wanted)
-        for (expected, wanted), (found, _) in pairs
+        (
+            (_log_softmax(expected, expected_VD, logits, kept), _log_softmax(found, found_VD, logits, other), wanted)
+            for (expected, wanted), (found, _) in pairs
+        ),
+        (logits, work),
     )
 
 
@@ -121,32 +127,50 @@ def compare_logits(reference: tuple[Tensor, Tensor], logits_NV: Tensor, targets:
     head_VD = reference[1].float()
     parts = logits_NV.split(chunk_positions(head_VD.shape[0]))
     pairs = zip(_chunks(reference[0], targets, head_VD), parts, strict=True)
+    logits, kept, work = room_for(head_VD, copies=3)
     return _joined(
         (
-            _log_softmax(expected, head_VD),
-            torch.log_softmax(found[:, : head_VD.shape[0]].to(head_VD.device), dim=-1),
-            wanted,
-        )
-        for (expected, wanted), found in pairs
+            (
+                _log_softmax(expected, head_VD, logits, kept),
+                torch.log_softmax(found[:, : head_VD.shape[0]].to(head_VD.device), dim=-1),
+                wanted,
+            )
+            for (expected, wanted), found in pairs
+        ),
+        (logits, work),
     )
 
 
-def _joined(chunks: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Comparison:
+def room_for(head_VD: Tensor, *, copies: int) -> Iterator[Tensor]:
+    """Float32 [positions, V] for the logits of a chunk, so many times, to be used for one chunk after another.
+
+    Made anew for each, glibc finds no room where the last were, for something small has been put there since: it held
+    three times as much.
+    """
+    vocabulary = head_VD.shape[0]
+    return (torch.empty(chunk_positions(vocabulary), vocabulary, device=head_VD.device) for _ in range(copies))
+
+
+def _joined(chunks: Iterable[tuple[Tensor, Tensor, Tensor]], room: tuple[Tensor, Tensor]) -> Comparison:
     """What chunks of log-probabilities [N, V] of both and the tokens wanted [N] come to, one after another."""
     parts = [
-        (_loss(expected, wanted), _loss(found, wanted), *divergence(expected, found))
+        (_loss(expected, wanted), _loss(found, wanted), *divergence(expected, found, room))
         for expected, found, wanted in chunks
     ]
     return Comparison(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
-def divergence(expected_NV: Tensor, found_NV: Tensor) -> tuple[Tensor, Tensor]:
+def divergence(expected_NV: Tensor, found_NV: Tensor, room: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """KL(expected || found) in nats, float64 [N], and whether the most likely tokens are the same, bool [N].
 
     Args:
         expected_NV: float32 log-probabilities of the reference; `found_NV` those of the artifact.
+        room: float32 [at least N, V], twice, to be written over.
     """
-    kld_N = (expected_NV.exp() * (expected_NV - found_NV)).sum(-1)
+    share_NV, apart_NV = (each[: len(expected_NV)] for each in room)
+    torch.exp(expected_NV, out=share_NV)
+    torch.sub(expected_NV, found_NV, out=apart_NV)
+    kld_N = share_NV.mul_(apart_NV).sum(-1)
     return kld_N.double().cpu(), (expected_NV.argmax(-1) == found_NV.argmax(-1)).cpu()
 
 
@@ -162,9 +186,16 @@ def _chunks(states_ND: Tensor, targets: list[int], head_VD: Tensor) -> Iterator[
         yield states_ND[chunk].to(head_VD.device), wanted_N[chunk].to(head_VD.device)
 
 
-def _log_softmax(states_ND: Tensor, head_VD: Tensor) -> Tensor:
-    """Log-probabilities float32 [N, V] by a head in float32: a product in bf16 would round what is to be compared."""
-    return torch.log_softmax(states_ND.float() @ head_VD.t(), dim=-1)
+def _log_softmax(states_ND: Tensor, head_VD: Tensor, logits: Tensor, out: Tensor) -> Tensor:
+    """Log-probabilities float32 [N, V] by a head in float32: a product in bf16 would round what is to be compared.
+
+    Args:
+        states_ND, head_VD: what is multiplied.
+        logits, out: float32 [at least N, V], to be written over; the result lies in the latter.
+    """
+    rows = len(states_ND)
+    torch.matmul(states_ND.float(), head_VD.t(), out=logits[:rows])
+    return torch.log_softmax(logits[:rows], dim=-1, out=out[:rows])
 
 
 def _loss(log_probabilities_NV: Tensor, wanted_N: Tensor) -> Tensor:
