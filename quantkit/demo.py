@@ -8,10 +8,10 @@ import torch
 
 from quantkit.engines.env import find_engine, why_not
 from quantkit.formats import READERS
-from quantkit.job import Build, Job
+from quantkit.job import Build, Job, default_out
 from quantkit.judgement import validate
 from quantkit.nano import NAME, ensure_nano
-from quantkit.pipeline import build_all, default_out
+from quantkit.pipeline import build_all
 from quantkit.progress import Progress
 from quantkit.recipe_files import ALL, find_recipe, load_recipe, recipes_named
 from quantkit.report.record import read_record

@@ -26,13 +26,13 @@ SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 REFUSALS: tuple[tuple[tuple[int, ...], str, str | None], ...] = (
     (
         (errno.ENOSPC, errno.EDQUOT),
-        "the disk is full; finished layers are kept",
+        "the disk is full; what was finished is kept",
         "free some space and run the same command again: it goes on where it stopped",
     ),
     (
         (errno.EFBIG,),
-        "a file may not become as large as it has to; finished layers are kept",
-        "raise the limit (ulimit -f) and run the same command again, or choose another disk with --out",
+        "a file may not become as large as it has to; what was finished is kept",
+        "raise the limit (ulimit -f) and run the same command again",
     ),
     (
         (errno.EIO,),

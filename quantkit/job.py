@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from quantkit.errors import QuantkitError
-from quantkit.recipe import Recipe
+from quantkit.recipe import Recipe, public_name
 
 T = TypeVar("T")
 
@@ -24,6 +24,16 @@ class Job:
     name: str
     recipe: Recipe
     out: Path
+
+
+def default_out(recipe: Recipe, name: str) -> Path:
+    """`artifacts/<model>-<FORMAT>`, or with the recipe's own name where a model has several of a format.
+
+    Args:
+        name: the recipe file's stem.
+    """
+    model = public_name(recipe.model.id).rsplit("/")[-1]
+    return Path("artifacts") / f"{model}-{name.upper()}"
 
 
 @dataclass(frozen=True)

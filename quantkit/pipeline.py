@@ -22,7 +22,7 @@ from quantkit.making import Making
 from quantkit.plan import Plan
 from quantkit.progress import Progress
 from quantkit.ranks import ALONE, Ranks
-from quantkit.recipe import OWN_ENGINE, Recipe, public_name
+from quantkit.recipe import OWN_ENGINE, Recipe
 from quantkit.source_pass import SourcePass
 
 # a generator's end
@@ -53,16 +53,6 @@ class Planned:
             "plans": {name: found.facts() for name, found in self.plans.items()},
             "errors": {name: error.what for name, error in self.errors.items()},
         }
-
-
-def default_out(recipe: Recipe, name: str) -> Path:
-    """`artifacts/<model>-<FORMAT>`, or with the recipe's own name where a model has several of a format.
-
-    Args:
-        name: the recipe file's stem.
-    """
-    model = public_name(recipe.model.id).rsplit("/")[-1]
-    return Path("artifacts") / f"{model}-{name.upper()}"
 
 
 def plan(

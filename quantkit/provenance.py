@@ -16,7 +16,7 @@ from quantkit.report.record import CARD, SCHEMA, read_record, require_replaceabl
 from quantkit.source_pass import Calibration
 from quantkit.sources import Source
 from quantkit.texts import TextSet
-from quantkit.workdir import discard_work, refuse_other
+from quantkit.workdir import discard_work, is_being_replaced, refuse_other
 
 
 def identity_of(
@@ -67,7 +67,7 @@ def finished_record(out: Path, identity: Callable[[], dict[str, Any]], *, fresh:
     Args:
         out: its folder.
         identity: gives what `identity_of` gave; asked if there is something to compare it with.
-        fresh: replace what is there.
+        fresh: replace what is there; so does a run that goes on after one with `fresh`.
 
     Raises:
         RefusedError: the folder holds something else (`fresh` allows another build of quantkit, nothing more), or
@@ -76,7 +76,7 @@ def finished_record(out: Path, identity: Callable[[], dict[str, Any]], *, fresh:
     """
     if (record := record_at(out)) is None:
         return None
-    if fresh:
+    if fresh or is_being_replaced(out, identity):
         require_replaceable(out, record)
         return None
     refuse_other(record["identity"], identity(), where=out)

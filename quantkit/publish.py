@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantkit.errors import GateError, RefusedError, RunFailedError
+from quantkit.branches import MAIN, Revision, change, put
+from quantkit.errors import GateError, RefusedError
 from quantkit.files import sha256_of, write_text
 from quantkit.formats import READERS
-from quantkit.hub import Branch, collect, read_branch, read_text, upload
+from quantkit.hub import collect
 from quantkit.lock import alone
 from quantkit.recipe import REPO_RULES, is_repository
 from quantkit.report.card import PICTURES, keep
@@ -31,28 +32,7 @@ from quantkit.signature import SIGNATURE, SIGNATURES, problem, public_part, sign
 from quantkit.units import size_text
 from quantkit.workdir import RECORD
 
-MAIN = "main"
 BRANCH = re.compile(r"(?!.*\.\.)\w[\w./-]*")
-
-
-@dataclass(frozen=True)
-class Revision:
-    """What one branch is to hold.
-
-    Attributes:
-        branch: its name.
-        folder: record, card and links to the other files, under their names on the branch, and nothing else.
-        sha256: of each, by name.
-    """
-
-    branch: str
-    folder: Path
-    sha256: dict[str, str]
-
-    @property
-    def files(self) -> dict[str, tuple[Path, str]]:
-        """Path and SHA-256 by name."""
-        return {name: (self.folder / name, sha256) for name, sha256 in self.sha256.items()}
 
 
 @alone(writes=False)
@@ -123,76 +103,13 @@ def publish(
             say("signing")
             revisions = [_signed(staged, key, _kept(folder, repo, staged), dry_run=dry_run) for staged in revisions]
         message = f"{record['format']} {', '.join(passed)}: {record['fingerprint'][:12]}"
-        branches = [
-            _put(staged, repo, private=private, dry_run=dry_run, message=message, say=say) for staged in revisions
-        ]
+        # whatever is refused is refused before the first upload
+        changes = [change(staged, repo, say) for staged in revisions]
+        branches = [put(wanted, repo, private=private, dry_run=dry_run, message=message, say=say) for wanted in changes]
     if release["collection"] is not None and not dry_run:
         say(f"adding it to the collection {release['collection']}")
         collect(repo, release["collection"], private=private)
     return found | {"branches": branches}
-
-
-def _put(
-    staged: Revision, repo: str, *, private: bool, dry_run: bool, message: str, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Bring one branch to what was staged for it."""
-    say(f"asking the Hub what {repo} has on {staged.branch}")
-    branch = read_branch(repo, staged.branch)
-    # a branch that is made begins as main is
-    begun = read_branch(repo, MAIN) if branch.commit is None and staged.branch != MAIN else branch
-    changed = begun.lacks(staged.files)
-    if branch.commit is not None and changed and SIGNATURE in branch.files and SIGNATURE not in staged.sha256:
-        raise RefusedError(
-            f"{repo} is signed, and its signature would not hold for the new files",
-            where=staged.branch,
-            fix="give the key with --sign, or remove the signature there first",
-        )
-    removed = _left_behind(repo, begun, staged) if changed else []
-    found = {
-        "revision": staged.branch,
-        "upload": [
-            {"name": name, "size_bytes": path.stat().st_size, "sha256": sha256}
-            for name, (path, sha256) in changed.items()
-        ],
-        "remove": removed,
-        "unchanged": [name for name in staged.sha256 if name not in changed],
-        "others": sorted(
-            name
-            for name in begun.files
-            if name not in staged.sha256 and name not in removed and not name.startswith(".")
-        ),
-        "commit": branch.commit,
-    }
-    if dry_run or not changed:
-        return found
-    say(f"uploading {len(changed)} files")
-    found["commit"] = upload(repo, staged.branch, changed, removed=removed, private=private, message=message, say=say)
-    say("checking what the Hub holds now")
-    now = read_branch(repo, staged.branch)
-    wrong = [*now.lacks(staged.files), *(name for name in removed if name in now.files)]
-    if wrong:
-        raise RunFailedError(
-            "the Hub holds other bytes than were uploaded: " + ", ".join(wrong),
-            where=repo,
-            fix="run the same command again",
-        )
-    return found
-
-
-def _left_behind(repo: str, branch: Branch, staged: Revision) -> list[str]:
-    """Files of an earlier publication, by the record that lies with them, that what is staged does not have."""
-    if branch.commit is None or RECORD not in branch.files:
-        return []
-    try:
-        earlier = json.loads(read_text(repo, RECORD, branch.commit))
-        ours = {str(entry["name"]) for entry in earlier["outputs"]} | {SIGNATURE}
-    except (ValueError, KeyError, TypeError):
-        raise RefusedError(
-            f"{RECORD} in {repo} is not a record, so what lies beside it may be of anybody",
-            where=staged.branch,
-            fix="remove it there, with the weights that belong to it, and publish again",
-        ) from None
-    return sorted(name for name in ours if name in branch.files and name not in staged.sha256)
 
 
 def pictures_of(report: Path, record: dict[str, Any]) -> dict[str, Path]:

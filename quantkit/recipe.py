@@ -355,3 +355,17 @@ def require_pinned(recipe: Recipe) -> None:
             where="model.revision",
             fix="write it with `quantkit recipes pin FILE`: the recipe's file, or the base.toml that it extends",
         )
+
+
+def require_repository(recipe: Recipe) -> None:
+    """Stop before the work where publishing without `--repo` would refuse its result.
+
+    Raises:
+        RefusedError: the recipe names no repository.
+    """
+    if recipe.release.repo is None:
+        raise RefusedError(
+            f"the recipe names no repository to publish {recipe.format} of {public_name(recipe.model.id)} to",
+            where="release.repo",
+            fix="write it into the recipe as ORG/NAME",
+        )

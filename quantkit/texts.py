@@ -113,13 +113,18 @@ def _path(name: str, split: Split) -> Path:
     return shipped("calibration") / SHIPPED[name][split] if name in SHIPPED else Path(name)
 
 
-def require_known(name: str, split: Split) -> None:
+def require_known(name: str, split: Split, *, where: str = "") -> None:
     """Stop at a name that means no text set; nothing is read or fetched.
+
+    Args:
+        name: of a text set, or a file.
+        split: the half of it that is wanted.
+        where: the name stands, if not in the recipe.
 
     Raises:
         RefusedError: no set and no file of that name, a set without that half, or what is behind @ is no commit.
     """
-    where = f"{split}.texts"
+    where = where or f"{split}.texts"
     base, at, revision = name.partition("@")
     if base in HUB_TEXTS:
         if at and not COMMIT.fullmatch(revision):

@@ -222,13 +222,23 @@ def open_workdir(out: Path, identity: Callable[[], dict[str, Any]], *, fresh: bo
             # a kill may have come while another build's work was being thrown away
             discard_work(out)
             folder.mkdir(parents=True, exist_ok=True)
-            journal = {"items": {}}
+            # an artifact that is there is made anew, and is not what an interrupted run had been asked for
+            journal = {"items": {}, "replaces": fresh and (out / RECORD).exists()}
         work = Workdir(out, identity, journal)
         for item, entry in list(journal["items"].items()):
             path = work.path(item)
             if not path.exists() or path.stat().st_size != entry["size_bytes"]:
                 del journal["items"][item]
     return work
+
+
+def is_being_replaced(out: Path, identity: Callable[[], dict[str, Any]]) -> bool:
+    """Whether an interrupted run was making anew, as this very build, the artifact that is there."""
+    path = work_folder(out) / JOURNAL
+    if not path.exists():
+        return False
+    journal = _read_journal(path)
+    return bool(journal.get("replaces")) and journal["identity"] == identity()
 
 
 def _read_journal(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ LINES, PARAMETERS, FILE_LINES = 60, 8, 500
 WIDE = ("cli/", "kernels/")
 LONG = {
     "cli/builds.py:build": 63,
-    "cli/cluster.py:submit": 66,
+    "cli/cluster.py:submit": 63,
     "footprint.py:footprint_of": 71,
     "kernels/compiled.py:_fit_ranges": 63,
 }

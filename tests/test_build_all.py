@@ -329,7 +329,14 @@ def test_the_command_builds_all_and_exits_as_the_worst_of_them(shelf, tmp_path):
     common = ("--out", str(out), "--device", "cpu", "--junit", str(junit))
     done = forked(PROGRAM, str(shelf), "build", "tiny/all", *common, "--json")
     assert done.returncode == 0, done.stderr
-    assert [record["format"] for record in json.loads(done.stdout)] == ["gptq", "hqq", "mlx"]
+    found = json.loads(done.stdout)
+    assert {name: each["record"]["format"] for name, each in found["artifacts"].items()} == {
+        "gptq": "gptq",
+        "hqq": "hqq",
+        "mlx": "mlx",
+    }
+    assert found["artifacts"]["mlx"]["folder"] == str(out / "m-MLX")
+    assert found["errors"] == {}
     assert sorted(path.name for path in out.iterdir()) == ["m-GPTQ", "m-HQQ", "m-MLX"]
     assert [suite.get("name") for suite in ElementTree.parse(junit).iter("testsuite")] == ["m-GPTQ", "m-HQQ", "m-MLX"]
     # 4 bits lose little, 3 bits more; a key that one format does not have

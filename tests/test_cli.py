@@ -287,7 +287,9 @@ def test_what_fails_before_the_gates_is_an_error_in_the_junit_file(own_recipe, t
     suite = ElementTree.parse(junit).getroot()
     assert (suite.get("name"), suite.get("errors")) == ("a", "1")
     (error,) = suite.iter("error")
-    assert error.get("message") == "14 linear(s) do not fit the format:"
+    said = error.get("message")
+    assert said.startswith("14 linear(s) do not fit the format: model.layers.0.self_attn.q_proj: in_features 64 is not")
+    assert "\n" not in said
 
 
 def test_a_build_that_could_not_be_published_is_refused_before_it_begins(tmp_path):
@@ -296,6 +298,52 @@ def test_a_build_that_could_not_be_published_is_refused_before_it_begins(tmp_pat
     assert "does not say which revision of speakleash/Bielik-7B-Instruct-v0.1 it means" in done.stderr
     assert "quantkit recipes pin FILE" in done.stderr
     assert quantkit("submit", "gptq", "--publish", "--dry-run").stderr == done.stderr
+
+
+def test_a_release_that_would_not_be_judged_is_refused(own_recipe, tmp_path):
+    done = quantkit("build", str(own_recipe), "--release", "--no-validate", "--out", str(tmp_path / "a"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: only what passed its gates is published\n  at:  --release")
+    assert not (tmp_path / "a").exists()
+
+
+def test_submit_refuses_what_its_last_job_would(own_recipe, tmp_path):
+    """It reports on all artifacts together, and publishes to where the recipes say."""
+    other = tmp_path / "other.toml"
+    other.write_text('format = "gptq"\n[model]\nid = "bielik-nano"\n', encoding="utf-8")
+    done = quantkit("submit", str(own_recipe), str(other), "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "these are recipes of several models, and a report is of one: " in done.stderr
+    assert ", bielik-nano\n" in done.stderr
+    done = quantkit("submit", str(other), "--publish", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the recipe names no repository to publish gptq of bielik-nano to\n")
+
+
+@pytest.mark.parametrize("command", ["build", "plan", "submit"])
+def test_a_name_that_is_none_is_said_before_torch_is_loaded(command):
+    program = (
+        f"import sys; sys.argv = ['quantkit', '{command}', 'nothing-like-it']\n"
+        "from quantkit.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    )
+    done = run(program)
+    assert done.stdout == "2 False\n", done.stderr
+    assert "no recipe named 'nothing-like-it'" in done.stderr
+
+
+def test_letters_that_a_stream_does_not_have():
+    """Names and tables have them."""
+    table = run(
+        "from quantkit.cli.output import escape_unencodable\n"
+        "from quantkit.display import print_table\n"
+        "escape_unencodable()\n"
+        "print_table('bielik-nano on held-out Polish text: żółw', [{'variant': 'gęś', 'gate': '✓'}])",
+        PYTHONIOENCODING="ascii",
+        PYTHONUTF8="0",
+    )
+    assert table.returncode == 0, table.stderr
+    assert "\\u017c\\xf3\\u0142w" in table.stdout
 
 
 def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):

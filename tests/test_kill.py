@@ -21,13 +21,13 @@ from quantkit.lock import lock_file, locked
 from quantkit.pipeline import build
 from quantkit.recipe import Recipe
 from quantkit.report.record import changed_files, read_record
-from quantkit.workdir import work_folder
+from quantkit.workdir import JOURNAL, work_folder
 from tests.test_pipeline import changed, hashes, recipe, text_file  # noqa: F401 (fixtures)
 
 CPU = torch.device("cpu")
 SIDES = ("before", "after")
 # of a build that validates, and of one that replaces an artifact; a new rename is a new moment to be killed at
-RENAMES, RENAMES_OF_REPLACING = 15, 17
+RENAMES, RENAMES_OF_REPLACING = 16, 18
 SERVER = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -171,18 +171,20 @@ def killed_while_replacing(wanted: Recipe, tmp_path: Path, builds: Builds, momen
         with locked(out):
             assert hashes(out) in (earlier, whole)
             assert changed_files(out, read_record(out)) in ([], ["README.md: changed"])
-        goes_on(wanted, out, whole, fresh=True)
+        # what the killed run kept is gone on with; before it has kept anything, it has to be asked for again
+        begun = (work_folder(out) / JOURNAL).exists() or hashes(out) == whole
+        goes_on(wanted, out, whole, fresh=not begun)
 
 
 def test_a_build_killed_at_a_rename_ends_in_the_same_bytes(recipe, tmp_path, builds, seed):  # noqa: F811
-    # 11 the artifact itself, 15 the record with its validation
-    moments = [(11, "after"), (15, "before"), (seed.randint(1, RENAMES), seed.choice(SIDES))]
+    # 12 the artifact itself, 16 the record with its validation
+    moments = [(12, "after"), (16, "before"), (seed.randint(1, RENAMES), seed.choice(SIDES))]
     killed_at_renames(recipe, tmp_path, builds, moments)
 
 
 def test_an_artifact_is_whole_while_another_replaces_it(recipe, tmp_path, builds):  # noqa: F811
-    # 11 the old artifact goes aside, 12 the new one takes its place
-    killed_while_replacing(recipe, tmp_path, builds, [(11, "after"), (12, "after")])
+    # 12 the old artifact goes aside, 13 the new one takes its place
+    killed_while_replacing(recipe, tmp_path, builds, [(12, "after"), (13, "after")])
 
 
 @pytest.mark.slow

@@ -373,6 +373,35 @@ def test_a_branch_that_is_there_keeps_its_history(hub, artifact):
     assert len(hub.sent("^PUT ")) == 1
 
 
+def test_what_is_there_and_is_no_earlier_state_of_it_is_not_replaced(hub, artifact, tmp_path):
+    """A --repo that is another's by mistake: the source itself, another format, another model."""
+    hub.repos[REPO] = Repo(private=False)
+    by_hand = {"config.json": (b"{}", False), "README.md": (b"# Mine", False), "model.bin": (b"bin", True)}
+    hub.repos[REPO].commit("main", by_hand)
+    refused = publish(hub, artifact)
+    assert refused.returncode == 2, refused.stderr
+    assert f"{REPO} has files that quantkit did not put there and this would replace: config.json\n" in refused.stderr
+    assert publish(hub, artifact, "--dry-run").returncode == 2
+    assert on_hub(hub) == {name: content for name, (content, _) in by_hand.items()}
+    # a card that was begun by hand gives way, and a branch of its own takes nothing from anybody
+    assert publish(hub, artifact, "--revision", "own").returncode == 0
+    hub.repos[REPO].commit("main", {"README.md": by_hand["README.md"]})
+    assert publish(hub, artifact).returncode == 0
+    record = read_record(artifact)
+    renamed = record["source"] | {"id": "an-org/other", "sha256": {"model.safetensors": "0" * 64}}
+    for told, kind in (
+        ({"format": "awq"}, f"{REPO} holds gptq, and this is awq"),
+        ({"source": renamed}, f"{REPO} holds an artifact of {record['source']['id']}, and this is one of an-org/other"),
+    ):
+        other = Path(shutil.copytree(artifact, tmp_path / next(iter(told))))
+        keep(other, record | told)
+        refused = publish(hub, other)
+        assert refused.returncode == 2, refused.stderr
+        assert kind in refused.stderr
+        assert publish(hub, other, "--revision", next(iter(told))).returncode == 0
+    arrived_whole(hub, artifact)
+
+
 @pytest.fixture
 def source_on_hub(hub, tiny_mistral) -> str:
     """The Hub id of a checkpoint whose card states a licence."""
@@ -662,13 +691,14 @@ def test_a_branch_that_is_added_later_begins_clean(hub, tiny_exl2, artifact, tmp
     """Its first commit takes away what it has from main: somebody's picture stays, files of ours do not."""
     other = Path(shutil.copytree(tiny_exl2[1], tmp_path / "exl2"))
     assert publish(hub, artifact).returncode == 0
+    refused = publish(hub, other)
+    assert f"{REPO} holds gptq, and this is exl2" in refused.stderr
+    assert hub.repos[REPO].branches.keys() == {"main"}, "refused before the first upload"
+    del hub.repos[REPO]
+    assert publish(hub, other).returncode == 0
     repo = hub.repos[REPO]
     repo.commit("main", repo.commits[repo.branches["main"]] | {"logo.png": (b"png", False)})
-    assert publish(hub, other).returncode == 0
-    assert "logo.png" in on_hub(hub, "5.0bpw")
     assert on_hub(hub).keys() == {"README.md", "quantkit.json", "measurement.json", "logo.png"}
-    fetched_names = on_hub(hub, "8.0bpw").keys()
-    assert not {"measurement.json", "model.safetensors"} & fetched_names
     assert publish(hub, artifact, "--revision", "later").returncode == 0
     assert on_hub(hub, "later").keys() == {path.name for path in artifact.iterdir()} | {"logo.png"}
 
@@ -710,14 +740,14 @@ def test_an_edited_file_is_refused_and_named(artifact):
 def test_a_file_edited_after_the_check_is_not_committed(hub, artifact):
     """The weights change between the check of the hashes and their upload."""
     program = f"""
-from quantkit import hub, publish
-real = publish.read_branch
+from quantkit import branches, hub
+real = branches.read_branch
 def edit(repo, revision):
     path = {str(artifact / "model.safetensors")!r}
     content = open(path, "rb").read()
     open(path, "wb").write(content[:-1] + bytes([content[-1] ^ 1]))
     return real(repo, revision)
-publish.read_branch = edit
+branches.read_branch = edit
 from quantkit.cli import main
 main()
 """

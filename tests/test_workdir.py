@@ -24,7 +24,7 @@ from quantkit.pipeline import build
 from quantkit.progress import Progress
 from quantkit.publish import publish
 from quantkit.report.inspect import inspect_artifact
-from quantkit.workdir import open_workdir, work_folder
+from quantkit.workdir import RECORD, is_being_replaced, open_workdir, work_folder
 from tests.test_pipeline import hashes, recipe, text_file  # noqa: F401 (fixtures)
 
 CPU = torch.device("cpu")
@@ -70,7 +70,7 @@ def test_a_full_disk_keeps_finished_layers(recipe, small_disk, tmp_path):  # noq
     with pytest.raises(RunFailedError) as caught:
         build(recipe, out=out, device=CPU, validated=False, progress=Progress(linear=fill_in_the_second_layer))
     assert str(caught.value) == (
-        "the disk is full; finished layers are kept\n"
+        "the disk is full; what was finished is kept\n"
         f"  at:  {work_folder(out)}\n"
         "  fix: free some space and run the same command again: it goes on where it stopped"
     )
@@ -128,8 +128,8 @@ def test_what_is_damaged_under_the_cache_is_computed_again(recipe, tmp_path):  #
         (errno.ENAMETOOLONG, "cannot be written there: File name too long", "choose another"),
         (
             errno.EFBIG,
-            "a file may not become as large as it has to; finished layers are kept",
-            "raise the limit (ulimit -f) and run the same command again, or choose another disk with --out",
+            "a file may not become as large as it has to; what was finished is kept",
+            "raise the limit (ulimit -f) and run the same command again",
         ),
         (
             errno.EIO,
@@ -341,3 +341,18 @@ def test_a_damaged_journal_is_named_with_its_remedy(tmp_path, journal):
     assert (caught.value.where, "--fresh" in caught.value.fix) == (str(path), True)
     assert path.read_bytes() == journal
     assert open_workdir(tmp_path / "a", dict, fresh=True).facts == {}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_fresh_build_that_was_interrupted_is_told_from_work_that_a_kill_left(tmp_path, there):
+    """Of the first the artifact that is there is not what was asked for; what the second made is in its place."""
+    out, mine = tmp_path / "a", {"recipe": {"bits": 4}}
+    if there:
+        out.mkdir()
+        (out / RECORD).write_text("{}")
+    assert not is_being_replaced(out, lambda: mine), "nothing was begun"
+    open_workdir(out, lambda: mine, fresh=True).finish("head", lambda path: path.write_bytes(b"x"), {"n": 1})
+    assert is_being_replaced(out, lambda: mine) == there
+    assert not is_being_replaced(out, lambda: {"recipe": {"bits": 3}}), "another's work"
+    assert open_workdir(out, lambda: mine, fresh=False).facts == {"head": {"n": 1}}
+    assert open_workdir(out, lambda: mine, fresh=True).facts == {}, "begun once more"

@@ -302,7 +302,7 @@ def read_header(folder: Path, file: str) -> dict[str, TensorInfo] | None:
     Raises:
         RefusedError: it is truncated or no safetensors file.
     """
-    if not (folder / file).exists():
+    if not (folder / file).is_file():
         return None
     try:
         with safe_open(folder / file, framework="pt") as shard:

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from quantkit import __version__
 from quantkit.cli import artifacts, builds, cluster, machine, recipes
-from quantkit.cli.output import INTERRUPTED, INTERRUPTED_CODE, discard_output, say
+from quantkit.cli.output import INTERRUPTED_CODE, discard_output, escape_unencodable, interrupted, say
 from quantkit.errors import QuantkitError, RunFailedError
 
 
@@ -25,7 +25,7 @@ class _Interruptible(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            say(INTERRUPTED)
+            say(interrupted())
             raise typer.Exit(INTERRUPTED_CODE) from None
 
 
@@ -108,6 +108,7 @@ def main() -> None:
         # closed by whoever started us: what is opened next would be written to in its place
         if getattr(sys, stream) is None:
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 (for as long as the process lives)
+    escape_unencodable()
     try:
         app()
     except QuantkitError as error:
@@ -125,7 +126,7 @@ def main() -> None:
         say(f"error: {known}")
         sys.exit(known.exit_code)
     except KeyboardInterrupt:
-        say(INTERRUPTED)
+        say(interrupted())
         sys.exit(INTERRUPTED_CODE)
 
 

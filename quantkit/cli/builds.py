@@ -1,8 +1,9 @@
 """Commands that make an artifact, or say what that would take."""
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,9 @@ from quantkit.cli.output import (
 from quantkit.cli.processes import is_one_of, start_ranks, together
 from quantkit.errors import RefusedError
 
+if TYPE_CHECKING:
+    from quantkit.job import Build
+
 
 def build(
     recipe: Names,
@@ -38,23 +42,28 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build an artifact by recipe, or all of a model in one pass, then judge it on Polish text."""
-    from quantkit.display import Display
-    from quantkit.machine import choose_device
-    from quantkit.pipeline import build_all as run
     from quantkit.recipe import require_pinned
 
     if junit is not None and no_validate:
         raise RefusedError("there are no gates to write without a validation", where="--junit", fix="validate it too")
-    if size > 1 and not is_one_of(size):
-        with errors_in(junit, out.name if out else recipe):
-            start_ranks(size)
-        return
-    several = means_several(recipe)
-    with together(device) as ranks, errors_in(junit if ranks.is_first else None, out.name if out else recipe):
+    if release and no_validate:
+        raise RefusedError("only what passed its gates is published", where="--release", fix="validate it too")
+    title = out.name if out else recipe
+    # recipes are read before torch is imported, which takes seconds
+    with errors_in(junit, title):
         jobs, errors = jobs_named(recipe, changes, model, out)
         if release:
             for job in jobs:
                 require_pinned(job.recipe)
+        if size > 1 and not is_one_of(size):
+            start_ranks(size)
+            return
+    several = means_several(recipe)
+    with together(device) as ranks, errors_in(junit if ranks.is_first else None, title):
+        from quantkit.display import Display
+        from quantkit.machine import choose_device
+        from quantkit.pipeline import build_all as run
+
         with Display() if ranks.is_first else nullcontext() as display:
             outcomes = run(
                 jobs,
@@ -70,22 +79,26 @@ def build(
     if not ranks.is_first:
         return
     builds = {outcome.name: outcome.build for outcome in outcomes if outcome.build is not None}
-    for done in builds.values():
-        if done.reused:
-            say(f"{done.out} was complete already")
-    for unpinned in {done.unpinned: None for done in builds.values() if done.unpinned}:
-        say(f'the recipe names no revision; this build used:\n  [model]\n  revision = "{unpinned}"')
-    records = {name: done.record for name, done in builds.items()}
-    judged = {name: record["validation"] for name, record in records.items() if record["validation"] is not None}
+    _say_what_was_found(builds.values())
+    judged = {name: done.record["validation"] for name, done in builds.items() if done.record["validation"] is not None}
     write_junit(junit, list(judged.values()), errors, several=several)
-    if several:
-        print_results(records, judged, as_json, title=recipe)
-    for name, done in () if several else builds.items():
-        print_result(done.record, as_json, table=judged.get(name), title=str(done.out))
     for name, verdict in judged.items():
         if name not in errors and (failed := gate_error(verdict, builds[name].out)):
             errors[name] = failed
+    if several:
+        print_results(builds, judged, errors, as_json, title=recipe)
+    for name, done in () if several else builds.items():
+        print_result(done.record, as_json, table=judged.get(name), title=str(done.out))
     fail(errors, several=several)
+
+
+def _say_what_was_found(builds: "Iterable[Build]") -> None:
+    """Of artifacts that were there already, and of models that a recipe does not pin."""
+    for done in builds:
+        if done.reused:
+            say(f"{done.out} was complete already")
+    for unpinned in {done.unpinned: None for done in builds if done.unpinned}:
+        say(f'the recipe names no revision; this build used:\n  [model]\n  revision = "{unpinned}"')
 
 
 def plan(
@@ -98,12 +111,12 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a build will need, and refuse now what would fail later."""
+    jobs, errors = jobs_named(recipe, changes, model, out)
     from quantkit.display import Display
     from quantkit.machine import choose_device
     from quantkit.pipeline import plan_all as run
     from quantkit.plan import plan_lines, together_lines
 
-    jobs, errors = jobs_named(recipe, changes, model, out)
     with Display() as display:
         found = run(jobs, device=choose_device(device), progress=display.progress, ranks=size)
     several = means_several(recipe)

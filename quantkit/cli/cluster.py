@@ -14,6 +14,7 @@ from quantkit.errors import RefusedError
 if TYPE_CHECKING:
     from quantkit.cluster.jobs import BuildJob
     from quantkit.cluster.resources import Resources
+    from quantkit.recipe import Recipe
 
 
 def submit(
@@ -63,13 +64,10 @@ def submit(
     from quantkit.cluster.status import wait as ended
     from quantkit.cluster.submit import LOGS, requests
     from quantkit.cluster.submit import submit as run
-    from quantkit.recipe import require_pinned
     from quantkit.recipe_files import recipes_named
 
     named = [each for recipe in recipes for each in recipes_named(recipe)]
-    if publish:
-        for each in named:
-            require_pinned(recipe_of(each, changes, model)[0])
+    _refuse_what_the_last_job_would([recipe_of(each, changes, model)[0] for each in named], publish=publish)
     limit = minutes_of(time_limit)
     asked = Resources(limit, cpus, memory, gpus, size, partition=partition, account=account, qos=qos)
     jobs = [job_of(each, out, changes, model, asked) for each in named]
@@ -83,6 +81,21 @@ def submit(
     print_document(found if as_json else None, job_lines(found))
     if wait and (code := exit_code(found)):
         raise typer.Exit(code)
+
+
+def _refuse_what_the_last_job_would(recipes: "list[Recipe]", *, publish: bool) -> None:
+    """It reports on all artifacts together, and publishes to where the recipes say."""
+    from quantkit.recipe import require_pinned, require_repository
+
+    if len(models := dict.fromkeys(each.model.id for each in recipes)) > 1:
+        raise RefusedError(
+            f"these are recipes of several models, and a report is of one: {', '.join(models)}",
+            where="RECIPE...",
+            fix="submit those of each by themselves, into folders of their own with --out",
+        )
+    for each in recipes if publish else ():
+        require_pinned(each)
+        require_repository(each)
 
 
 def jobs(
@@ -108,7 +121,7 @@ def job_of(
     from quantkit.cluster.jobs import BuildJob
     from quantkit.cluster.resources import ranks_of, resources
     from quantkit.display import Display
-    from quantkit.pipeline import default_out
+    from quantkit.job import default_out
     from quantkit.pipeline import plan as run
 
     chosen, stem = recipe_of(name, changes, model)

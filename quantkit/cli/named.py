@@ -29,8 +29,7 @@ def jobs_named(
     name: str, changes: list[str] | None, model: str | None, out: Path | None
 ) -> "tuple[list[Job], dict[str, QuantkitError]]":
     """The builds that a name means, and of several those that their recipes rule out."""
-    from quantkit.job import Job
-    from quantkit.pipeline import default_out
+    from quantkit.job import Job, default_out
     from quantkit.recipe_files import recipes_named
 
     if not means_several(name):

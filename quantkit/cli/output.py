@@ -4,14 +4,17 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from quantkit.errors import GateError, QuantkitError, RefusedError, worst
 
-INTERRUPTED = "interrupted; finished layers are kept, the same command goes on"
+if TYPE_CHECKING:
+    from quantkit.job import Build
+
 # as a shell has it for SIGINT
 INTERRUPTED_CODE = 130
 
@@ -26,9 +29,22 @@ def print_document(document: Any, lines: list[str]) -> None:
         typer.echo(line)
 
 
+def interrupted() -> str:
+    """What an interrupt leaves; `--fresh`, given again, would throw it away."""
+    again = "the same command without --fresh" if "--fresh" in sys.argv else "the same command"
+    return f"interrupted; finished layers are kept, {again} goes on"
+
+
 def say(message: str) -> None:
     """A message, to stderr."""
     typer.echo(message, err=True)
+
+
+def escape_unencodable() -> None:
+    """Let streams of fewer letters than Unicode's (a code page) show the others by their numbers."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def discard_output() -> None:
@@ -53,18 +69,24 @@ def print_result(document: dict[str, Any], as_json: bool, *, table: dict[str, An
 
 
 def print_results(
-    records: dict[str, dict[str, Any]], judged: dict[str, dict[str, Any]], as_json: bool, *, title: str
+    builds: dict[str, "Build"],
+    judged: dict[str, dict[str, Any]],
+    errors: dict[str, QuantkitError],
+    as_json: bool,
+    *,
+    title: str,
 ) -> None:
-    """Several artifacts in one table, or their records as a list."""
+    """Several artifacts in one table, or with their records, folders and errors as JSON, by the recipes' names."""
     from quantkit.display import print_table
     from quantkit.report.table import rows_of_several
 
     if as_json:
-        print_document(list(records.values()), [])
+        artifacts = {name: {"folder": str(done.out), "record": done.record} for name, done in builds.items()}
+        print_document({"artifacts": artifacts, "errors": {name: error.what for name, error in errors.items()}}, [])
         return
     if judged:
         print_table(title, rows_of_several({name: (verdict, None) for name, verdict in judged.items()}))
-    print_document(None, [f"{name}: built, not validated" for name in records if name not in judged])
+    print_document(None, [f"{name}: built, not validated" for name in builds if name not in judged])
 
 
 def write_junit(
@@ -94,7 +116,7 @@ def errors_in(path: Path | None, name: str) -> Iterator[None]:
         yield
     except (QuantkitError, KeyboardInterrupt) as error:
         if path is not None:
-            _write_below(path, junit_error(name, str(error) or INTERRUPTED))
+            _write_below(path, junit_error(name, str(error) or interrupted()))
         raise
 
 

@@ -93,7 +93,7 @@ def _linked(source: dict[str, Any]) -> str:
 def keep(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Card first, then the record: whoever sees the record sees the card that belongs to it. Returns it as written."""
     text = card(record)
-    with disk_errors(folder):
+    with disk_errors(folder, "make the folder writable, or copy it to where you may write"):
         write_text(folder / CARD, text)
         return write_record(folder, record | {"card_sha256": hashlib.sha256(text.encode()).hexdigest()})
 

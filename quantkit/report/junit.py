@@ -11,7 +11,7 @@ def junit_error(name: str, message: str) -> str:
 
     Args:
         name: of the artifact.
-        message: what failed, where, and how to mend it; the first line stands for it.
+        message: what failed, where, and how to mend it; in one line where a CI system shows no more.
     """
     return _document(_error_suite(name, message))
 
@@ -39,7 +39,7 @@ def junit_of_several(validations: list[dict[str, Any]], errors: dict[str, str]) 
 def _error_suite(name: str, message: str) -> Element:
     suite = Element("testsuite", name=name, tests="1", failures="0", errors="1", skipped="0", time="0.000")
     case = SubElement(suite, "testcase", classname=name, name="build", time="0.000")
-    SubElement(case, "error", message=message.splitlines()[0], type="error").text = message
+    SubElement(case, "error", message=" ".join(message.split()), type="error").text = message
     return suite
 
 

@@ -31,5 +31,5 @@ def test_what_was_never_judged_is_an_error():
     suite = ElementTree.fromstring(junit_error("Zuraw-7B-GGUF", "the disk is full <&>\n  fix: free some space"))
     assert [suite.get(key) for key in ("tests", "failures", "skipped", "errors")] == ["1", "0", "0", "1"]
     (error,) = suite.iter("error")
-    assert error.get("message") == "the disk is full <&>"
+    assert error.get("message") == "the disk is full <&> fix: free some space", "in one line"
     assert error.text.endswith("fix: free some space")
