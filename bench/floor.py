@@ -19,8 +19,6 @@ loaded: seconds of a first build have that in `solve`.
 import argparse
 import json
 import os
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from typing import Any
 import torch
 
 from bench.models import make_shape
+from bench.ways import command_line
 from quantkit.checkpoint.index import describe_model
 from quantkit.estimate import IN_FLOAT32
 from quantkit.machine import choose_device, environment, product_dtype
@@ -195,14 +194,13 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="a key of the recipe, as TABLE.KEY=VALUE")
     options = parser.parse_args()
     recipe, device = (options.recipe, tuple(options.set)), choose_device(options.device)
-    command = {"command": f"python -m bench.floor {shlex.join(sys.argv[1:])}"}
     if options.artifact:
         found = artifact_floors(options.artifact)
     elif options.layers:
         found = built_floors(options.shape, *recipe, options.layers, device)
     else:
         found = shape_floors(options.shape, *recipe, device)
-    print(json.dumps(command | found, indent=2))
+    print(json.dumps({"command": command_line("bench.floor")} | found, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 
 from bench.models import make_model
 from bench.processes import measured
-from bench.ways import parse_pairs
+from bench.ways import command_line, parse_pairs
 from quantkit.pipeline import plan
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
@@ -115,7 +114,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "command": f"python -m bench.growth {shlex.join(sys.argv[1:])}",
+                "command": command_line("bench.growth"),
                 "python": platform.python_version(),
                 "rows": rows,
                 "last_to_first": growth(rows),

@@ -1,6 +1,6 @@
-"""Write docs/cli.md, docs/recipe.md, docs/record.schema.json and the table of docs/growth.md from the code.
+"""Write docs/cli.md, docs/recipe.md and docs/record.schema.json from the code, and the tables of docs/growth.md.
 
-With --check they are only compared.
+Those come from plans and from bench/results. With --check all are only compared.
 """
 
 import json
@@ -27,6 +27,22 @@ from quantkit.report.schema import record_schema
 HERE = Path(__file__).parent
 SHAPES = {"7B": "mistral-7b", "70B": "llama-3-70b", "405B": "llama-3.1-405b"}
 ASSUMED_RATE = 400e12  # operations per second
+RESULTS = HERE.parent / "bench" / "results"
+# builds whose stages were held against their floor
+FLOORS = {
+    "GPTQ": "floor-gptq.json",
+    "GPTQ, `asymmetric = 0`": "floor-gptq-plain.json",
+    "GGUF": "floor-gguf.json",
+    "HQQ": "floor-hqq.json",
+}
+STAGES = ("read", "forward", "statistics", "solve", "pack", "write")
+# what was varied, in which unit the table has it, and where the figures are
+GROWTHS = {
+    "layers": ("growth-depth.json", "layers"),
+    "width": ("growth-width.json", "hidden"),
+    "windows of 512 tokens": ("growth-tokens.json", "windows"),
+    "vocabulary, judged as well": ("growth-vocabulary.json", "vocabulary"),
+}
 
 
 def command_line() -> str:
@@ -120,11 +136,53 @@ def _shown(value: Any) -> str:
 
 
 def growth() -> str:
-    """docs/growth.md with the plans of the shapes in its table."""
+    """docs/growth.md with its tables: plans of the shapes, floors, what grew with what."""
     text = (HERE / "growth.md").read_text(encoding="utf-8")
-    before, begin, rest = text.partition("<!-- shapes: written by `make docs` -->\n")
-    _, end, after = rest.partition("<!-- end of shapes -->")
-    return before + begin + _shape_table() + end + after
+    for name, table in (("shapes", _shape_table()), ("floors", _floor_table()), ("growths", _growth_table())):
+        before, begin, rest = text.partition(f"<!-- {name}: written by `make docs` -->\n")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        text = before + begin + table + end + after
+    return text
+
+
+def _table(rows: list[list[str]]) -> str:
+    """Markdown of rows, of which the first is the heading."""
+    heading, *others = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (heading, ["---"] * len(heading), *others))
+
+
+def _floor_table() -> str:
+    columns = []
+    for file in FLOORS.values():
+        found = {row["stage"]: row for row in json.loads((RESULTS / file).read_text(encoding="utf-8"))["stages"]}
+        columns.append([_against_floor(found.get(stage)) for stage in STAGES])
+    return _table([["", *FLOORS], *([stage, *row] for stage, *row in zip(STAGES, *columns, strict=True))])
+
+
+def _against_floor(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['seconds']:.2f}" + (f" of {row['floor']:.2f}" if row["floor"] else "")
+
+
+def _growth_table() -> str:
+    heading = ["what grows", "from, to", "operations", "seconds quantizing", "peak memory", "the same by the plan"]
+    rows = []
+    for title, (file, key) in GROWTHS.items():
+        found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+        first, last, times = found["rows"][0], found["rows"][-1], found["last_to_first"]
+        peaks, plans = ([each[part] / 1e9 for each in (first, last)] for part in ("peak_host_bytes", "planned_bytes"))
+        rows.append(
+            [
+                title,
+                f"{first[key]}, {last[key]}",
+                f"x {times['operations']:.2f}",
+                f"x {times['quantize_s']:.2f}",
+                f"{peaks[0]:.2f}, {peaks[1]:.2f} GB",
+                f"{plans[0]:.2f}, {plans[1]:.2f} GB",
+            ]
+        )
+    return _table([heading, *rows])
 
 
 def _shape_table() -> str:
@@ -158,8 +216,7 @@ def _shape_table() -> str:
         "of each of four ranks, GB",
         f"seconds at {ASSUMED_RATE / 1e12:.0f} · 10^12 operations per second, if nothing else took time",
     ]
-    rows = [["", *columns], ["---"] * (len(columns) + 1), *zip(names, *columns.values(), strict=True)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return _table([["", *columns], *([name, *row] for name, *row in zip(names, *columns.values(), strict=True))])
 
 
 def main() -> int:
