@@ -57,7 +57,8 @@ def command_line() -> str:
         "| 2 | recipe, command line, checkpoint or plan refused |\n"
         "| 3 | a validation gate failed |\n"
         "| 4 | something needed is not installed or not reachable |\n"
-        f"| {INTERRUPTED_CODE} | interrupted (Ctrl-C, SIGINT); finished layers are kept, the same command goes on |\n"
+        f"| {INTERRUPTED_CODE} | interrupted (Ctrl-C, SIGINT); finished layers are kept, the same command goes on, "
+        "without `--fresh` |\n"
         "| 143 | what a shell has for a command that SIGTERM ended; the same holds |\n"
     )
     return "\n".join(parts)

@@ -18,7 +18,7 @@ from quantkit.formats import READERS, detect, open_variants, require_same_model
 from quantkit.formats.contract import Artifact
 from quantkit.home import require_home
 from quantkit.lock import alone
-from quantkit.machine import deciding_versions, device_model, fix_arithmetic, give_back_memory
+from quantkit.machine import deciding_versions, device_model, fix_arithmetic, release_freed_memory
 from quantkit.nano import NAME as NANO
 from quantkit.progress import Progress
 from quantkit.recipe import WHOLE, Recipe, ValidationSection, checked, fingerprint, public_name
@@ -245,7 +245,7 @@ def judge(
     """
     for artifact in variants.values():
         require_same_model(recipe.format, artifact, source.checkpoint)
-    give_back_memory()  # of the build
+    release_freed_memory()  # of the build
     tokenizer = source.tokenizer
     section = recipe.validation
     decoder = decoder_of(recipe, source.checkpoint, device)

@@ -214,13 +214,6 @@ def release_freed_memory() -> None:
         library.malloc_trim(0)
 
 
-def give_back_memory() -> None:
-    """Let glibc give to the system what was freed inside of its heap; elsewhere nothing is done."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-
-
 def fix_arithmetic(threads: int) -> None:
     """Fix how this process computes: on so many threads of the CPU, and on a GPU the same each time.
 

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from quantkit.cli.output import interrupted
 from quantkit.files import hash_files
 from tests.commands import COMMAND, ROOT, quantkit, run
 from tests.tiny import WORDS
@@ -335,10 +336,13 @@ def test_a_name_that_is_none_is_said_before_torch_is_loaded(command):
 def test_letters_that_a_stream_does_not_have():
     """Names and tables have them."""
     table = run(
-        "from quantkit.cli.output import escape_unencodable\n"
+        "import sys\n"
+        "from quantkit import recipe_files\n"
+        "from quantkit.cli import main\n"
         "from quantkit.display import print_table\n"
-        "escape_unencodable()\n"
-        "print_table('bielik-nano on held-out Polish text: żółw', [{'variant': 'gęś', 'gate': '✓'}])",
+        "recipe_files.list_recipes = lambda: print_table('żółw', [{'variant': 'gęś', 'gate': '✓'}]) or []\n"
+        "sys.argv = ['quantkit', 'recipes', 'list']\n"
+        "main()",
         PYTHONIOENCODING="ascii",
         PYTHONUTF8="0",
     )
@@ -373,6 +377,7 @@ def test_plan_refuses_what_does_not_fit(own_recipe, tmp_path):
         (["report", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
         (["publish", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
         (["validate", "/no/such/folder"], 2, "error: no such folder: /no/such/folder"),
+        (["validate", "/no/such/folder", "--text", "none"], 2, "error: no text set 'none'\n  at:  --text\n"),
         (["inspect", str(ROOT / "docs")], 2, "error: config.json is missing"),
         (["inspect", str(ROOT / "docs"), "--verify", "--public-key", "no.pem"], 2, "error: no such key: no.pem"),
         (["recipes", "check", "gptq", "--set", "quantize.bit=3"], 2, "quantize.bit: unknown key; did you mean 'bits'?"),
@@ -477,6 +482,13 @@ def test_who_interrupts_a_command_is_told_what_is_kept(by, code, said):
         process.send_signal(by)
         out, error = process.communicate(timeout=60)
     assert (process.returncode, out, error) == (code, "", said)
+
+
+def test_the_command_that_goes_on_throws_nothing_away(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quantkit", "build", "gptq", "--fresh"])
+    assert "the same command without --fresh goes on" in interrupted()
+    monkeypatch.setattr(sys, "argv", ["quantkit", "build", "gptq"])
+    assert interrupted().endswith(", the same command goes on")
 
 
 def test_cuda_that_is_not_there_exits_with_4(own_recipe):

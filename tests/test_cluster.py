@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from quantkit.cli.cluster import job_of
+from quantkit.cli.named import recipe_of
 from quantkit.cluster.jobs import LOST, BuildJob, ReleaseJob, exit_code
 from quantkit.cluster.resources import MEMORY_SLACK, Resources, minutes_of, ranks_of, resources
 from quantkit.cluster.status import submitted_jobs
@@ -181,10 +182,12 @@ def test_ranks_are_planned_and_asked_for(recipes, tmp_path):
 
 def test_what_a_job_runs_is_what_a_user_would_type(recipes, tmp_path):
     asked = replace(ATHENA, gpus=4, ranks=0)
-    job, granted = job_of(str(recipes[0]), tmp_path, ["compute.threads=3"], None, asked)
+    name, changes = str(recipes[0]), ["compute.threads=3"]
+    job, granted = job_of(name, *recipe_of(name, changes, None), tmp_path, changes, None, asked)
     assert (granted.gpus, granted.ranks, granted.cpus) == (4, 4, 64)
     assert job.options == ("--device", "cuda", "--ranks", "4", "--set", "compute.threads=3")
-    assert job_of(str(recipes[0]), tmp_path, [], None, replace(ATHENA, ranks=0))[0].options == ("--device", "cuda")
+    job, _ = job_of(name, *recipe_of(name, [], None), tmp_path, [], None, replace(ATHENA, ranks=0))
+    assert job.options == ("--device", "cuda")
 
 
 def test_without_slurm_it_says_so(recipes, tmp_path):

@@ -111,6 +111,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a build will need, and refuse now what would fail later."""
+    # before what imports torch, as in `build`
     jobs, errors = jobs_named(recipe, changes, model, out)
     from quantkit.display import Display
     from quantkit.machine import choose_device

@@ -67,10 +67,10 @@ def submit(
     from quantkit.recipe_files import recipes_named
 
     named = [each for recipe in recipes for each in recipes_named(recipe)]
-    _refuse_what_the_last_job_would([recipe_of(each, changes, model)[0] for each in named], publish=publish)
-    limit = minutes_of(time_limit)
-    asked = Resources(limit, cpus, memory, gpus, size, partition=partition, account=account, qos=qos)
-    jobs = [job_of(each, out, changes, model, asked) for each in named]
+    chosen = [recipe_of(each, changes, model) for each in named]
+    _refuse_what_the_last_job_would([recipe for recipe, _ in chosen], publish=publish)
+    asked = Resources(minutes_of(time_limit), cpus, memory, gpus, size, partition=partition, account=account, qos=qos)
+    jobs = [job_of(name, *each, out, changes, model, asked) for name, each in zip(named, chosen, strict=True)]
     artifacts = tuple(job.out for job, _ in jobs)
     if len(set(artifacts)) < len(artifacts):
         raise RefusedError("a recipe is named twice", where=" ".join(recipes), fix="name each once")
@@ -113,9 +113,23 @@ def jobs(
 
 
 def job_of(
-    name: str, out: Path, changes: list[str] | None, model: str | None, asked: "Resources"
+    name: str,
+    recipe: "Recipe",
+    stem: str,
+    out: Path,
+    changes: list[str] | None,
+    model: str | None,
+    asked: "Resources",
 ) -> "tuple[BuildJob, Resources]":
-    """A build of `quantkit submit` and what it asks for."""
+    """A build of `quantkit submit` and what it asks for.
+
+    Args:
+        name: of the recipe, as a user gives it.
+        recipe: what it says, with changes and model; `stem` as `quantkit.cli.named.recipe_of` gives it.
+        out: the folder that the artifact's is in.
+        changes: of `--set`, and `model` of `--model`, which the job's own command repeats.
+        asked: by the user for every build.
+    """
     import torch
 
     from quantkit.cluster.jobs import BuildJob
@@ -124,17 +138,16 @@ def job_of(
     from quantkit.job import default_out
     from quantkit.pipeline import plan as run
 
-    chosen, stem = recipe_of(name, changes, model)
-    asked = replace(asked, ranks=ranks_of(asked, divisible=chosen.upstream is None))
-    target = (out / default_out(chosen, stem).name).absolute()
+    asked = replace(asked, ranks=ranks_of(asked, divisible=recipe.upstream is None))
+    target = (out / default_out(recipe, stem).name).absolute()
     with Display() as display:
         # this machine only submits: what it has itself does not matter
         found = run(
-            chosen, out=target, device=torch.device("cpu"), progress=display.progress, here=False, ranks=asked.ranks
+            recipe, out=target, device=torch.device("cpu"), progress=display.progress, here=False, ranks=asked.ranks
         )
     granted = resources(
         asked,
-        threads=chosen.compute.threads,
+        threads=recipe.compute.threads,
         rank_bytes=found.rank_bytes,
         waiting_bytes=found.waiting_bytes,
         judging_bytes=found.judging_bytes,

@@ -207,8 +207,7 @@ class CompressedTensorsFormat:
 
     def lay_out(self, checkpoint: Checkpoint, folder: Path) -> Shards:
         """See `quantkit.formats.contract.InPlace`."""
-        items = planned(checkpoint, self.parts, dtype=self.stored_dtype, skip=self.skip)
-        return lay_out(folder, items, max_shard_bytes=MAX_SHARD_BYTES)
+        return lay_out(folder, planned(checkpoint, self), max_shard_bytes=MAX_SHARD_BYTES)
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""

@@ -159,8 +159,7 @@ class MlxFormat:
 
     def lay_out(self, checkpoint: Checkpoint, folder: Path) -> Shards:
         """See `quantkit.formats.contract.InPlace`."""
-        items = planned(checkpoint, self.parts, dtype=self.stored_dtype, skip=self.skip, ends=True)
-        return lay_out(folder, items, max_shard_bytes=MAX_SHARD_BYTES, metadata=METADATA)
+        return lay_out(folder, planned(checkpoint, self, ends=True), max_shard_bytes=MAX_SHARD_BYTES, metadata=METADATA)
 
     def encode_item(self, item: Item) -> dict[str, Tensor]:
         """All tensors of one item as they stand in the file."""

@@ -6,10 +6,11 @@ the checkpoint's shapes and from what the format makes of a linear's; within a f
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,25 @@ from quantkit.formats.parts import Shape
 from quantkit.formats.shards import METADATA, Extent, extents, head, in_file_order, runs, shard_name
 
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
-Parts = Callable[[str, int, int], Mapping[str, tuple[torch.dtype, Shape]]]
+Parts = Mapping[str, tuple[torch.dtype, Shape]]
+
+
+class InParts(Protocol):
+    """A format that stores a quantized linear as several tensors, and every other tensor as it is."""
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Of every tensor that is not quantized."""
+        ...
+
+    @property
+    def skip(self) -> tuple[str, ...]:
+        """Name endings of linears that stay dense."""
+        ...
+
+    def parts(self, name: str, rows: int, columns: int) -> Parts:
+        """Dtype and shape of each part of a quantized linear, given its full name, out and in features."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -113,34 +132,30 @@ def _place(extent: Extent) -> Place:
     return Place(extent.path.name, extent.start, extent.size_bytes)
 
 
-def size_bits(parts: Mapping[str, tuple[torch.dtype, Shape]]) -> int:
+def size_bits(parts: Parts) -> int:
     """Bits that tensors of these dtypes and shapes take."""
     return 8 * sum(dtype.itemsize * prod(shape) for dtype, shape in parts.values())
 
 
-def planned(
-    checkpoint: Checkpoint, parts: Parts, *, dtype: torch.dtype, skip: tuple[str, ...], ends: bool = False
-) -> dict[str, list[TensorInfo]]:
+def planned(checkpoint: Checkpoint, form: InParts, *, ends: bool = False) -> dict[str, list[TensorInfo]]:
     """The tensors of each item as they will be stored, in stream order.
 
     Args:
         checkpoint: the source.
-        parts: dtype and shape of each part of a quantized linear, given its full name, out and in features.
-        dtype: of every other tensor.
-        skip: name endings of linears that stay dense.
+        form: the format.
         ends: embedding and head are quantized, too.
     """
     infos = checkpoint.tensors.tensors
-    solved = {name for name, _, _ in checkpoint.linear_shapes(ends=ends) if not name.endswith(skip)}
+    solved = {name for name, _, _ in checkpoint.linear_shapes(ends=ends) if not name.endswith(form.skip)}
     found: dict[str, list[TensorInfo]] = {}
     for item in checkpoint.items:
         stored: dict[str, tuple[torch.dtype, Shape]] = {}
         for name in checkpoint.names(item):
             module, _, last = name.rpartition(".")
             if last == "weight" and module in solved:
-                stored |= {f"{module}.{part}": each for part, each in parts(module, *infos[name].shape).items()}
+                stored |= {f"{module}.{part}": each for part, each in form.parts(module, *infos[name].shape).items()}
             else:
-                stored[name] = (dtype, infos[name].shape)
+                stored[name] = (form.stored_dtype, infos[name].shape)
         found[item] = [TensorInfo(name, SPELLED[each], shape, "") for name, (each, shape) in stored.items()]
     return found
 

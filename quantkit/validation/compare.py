@@ -14,7 +14,7 @@ from quantkit.checkpoint.source import WeightSource
 from quantkit.checkpoint.tokenizer import Tokenizer
 from quantkit.engines.env import REFERENCE_RUNTIME
 from quantkit.validation.gate import judge
-from quantkit.validation.perplexity import Comparison, compare, compare_logits, losses, perplexities
+from quantkit.validation.perplexity import Comparison, compare, compare_logits, losses, perplexities, room_for
 from quantkit.validation.reference import Judged, Settings, run
 from quantkit.validation.text import EvaluationText
 
@@ -59,8 +59,10 @@ def logits_result(
     started = time.perf_counter()
     targets = [list(window.targets) for window in text.windows]
     rows = reference.states_ND.split([len(wanted) for wanted in targets])
+    head_VD = reference.head_VD.float()
+    room = room_for(head_VD, copies=3)
     parts = [
-        compare_logits((states, reference.head_VD), torch.from_numpy(found), wanted)
+        compare_logits((states, head_VD), torch.from_numpy(found), wanted, room)
         for states, found, wanted in zip(rows, logits, targets, strict=True)
     ]
     joined = Comparison(

@@ -116,18 +116,21 @@ def compare(reference: tuple[Tensor, Tensor], artifact: tuple[Tensor, Tensor], t
     )
 
 
-def compare_logits(reference: tuple[Tensor, Tensor], logits_NV: Tensor, targets: list[int]) -> Comparison:
+def compare_logits(
+    reference: tuple[Tensor, Tensor], logits_NV: Tensor, targets: list[int], room: tuple[Tensor, ...]
+) -> Comparison:
     """The same for an artifact of which only logits are known, of a window's N predicted tokens.
 
     Args:
-        reference: final states [N, D] and head [V, D] of the reference.
+        reference: final states [N, D] and head [V, D] of the reference, the head in float32.
         logits_NV: float32, the artifact's; columns beyond the reference's vocabulary are padding.
         targets: the N tokens to be predicted.
+        room: three of `room_for`, for one window after another.
     """
-    head_VD = reference[1].float()
+    head_VD = reference[1]
     parts = logits_NV.split(chunk_positions(head_VD.shape[0]))
     pairs = zip(_chunks(reference[0], targets, head_VD), parts, strict=True)
-    logits, kept, work = room_for(head_VD, copies=3)
+    logits, kept, work = room
     return _joined(
         (
             (
@@ -141,14 +144,14 @@ def compare_logits(reference: tuple[Tensor, Tensor], logits_NV: Tensor, targets:
     )
 
 
-def room_for(head_VD: Tensor, *, copies: int) -> Iterator[Tensor]:
+def room_for(head_VD: Tensor, *, copies: int) -> tuple[Tensor, ...]:
     """Float32 [positions, V] for the logits of a chunk, so many times, to be used for one chunk after another.
 
     Made anew for each, glibc finds no room where the last were, for something small has been put there since: it held
     three times as much.
     """
     vocabulary = head_VD.shape[0]
-    return (torch.empty(chunk_positions(vocabulary), vocabulary, device=head_VD.device) for _ in range(copies))
+    return tuple(torch.empty(chunk_positions(vocabulary), vocabulary, device=head_VD.device) for _ in range(copies))
 
 
 def _joined(chunks: Iterable[tuple[Tensor, Tensor, Tensor]], room: tuple[Tensor, Tensor]) -> Comparison:

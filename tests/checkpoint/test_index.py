@@ -1,6 +1,7 @@
 """Checkpoints that are not what they should be: one error, naming file and remedy."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -53,6 +54,14 @@ def test_missing_shard(folder):
     name = shards(folder)[0].name
     shards(folder)[0].unlink()
     assert refusal(folder) == f"shard {name} is missing"
+
+
+def test_a_pipe_is_no_shard(folder):
+    """Nobody writes to it: who opened it would wait for ever."""
+    path = shards(folder)[0]
+    path.unlink()
+    os.mkfifo(path)
+    assert refusal(folder) == f"shard {path.name} is missing"
 
 
 @pytest.mark.parametrize("left", [0, 4, 100, -10])

@@ -23,6 +23,7 @@ from quantkit.validation.perplexity import (
     final_states,
     losses,
     perplexities,
+    room_for,
 )
 from quantkit.validation.text import evaluation_text
 from tests.tiny import make_tiny
@@ -113,7 +114,9 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_before_they_are_compared():
     torch.testing.assert_close(found.reference_loss, -first[rows, wanted], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(losses(*pair[1], wanted.tolist()), -second[rows, wanted], rtol=1e-5, atol=1e-5)
     logits = (pair[1][0].double() @ pair[1][1].double().t()).float()
-    assert compare_logits(pair[0], logits, wanted.tolist()).divergence == pytest.approx(found.divergence, abs=1e-6)
+    wide = (pair[0][0], pair[0][1].float())
+    seen = compare_logits(wide, logits, wanted.tolist(), room_for(wide[1], copies=3))
+    assert seen.divergence == pytest.approx(found.divergence, abs=1e-6)
 
 
 def test_a_large_vocabulary_is_gone_through_in_smaller_chunks(models, monkeypatch):
