@@ -27,7 +27,8 @@ ScaleCandidates = Annotated[
     Field(
         ge=0,
         le=200,
-        description="Shrunken ranges the scale search tries per group, weighted by the Hessian's diagonal; 0 is none.",
+        description="Shrunken ranges the scale search tries per group, weighted by the Hessian's diagonal, with scales "
+        "of either sign on symmetric grids; 0 is none.",
     ),
 ]
 Asymmetric = Annotated[
@@ -82,7 +83,7 @@ class GptqSection(Section):
         "trivial g_idx; `activation` writes desc_act, which vLLM refuses with groups.",
     )
     damping: Damping = 0.01
-    scale_candidates: ScaleCandidates = 20
+    scale_candidates: ScaleCandidates = 10
     asymmetric: Asymmetric = 0.5
     asymmetric_every: AsymmetricEvery = 2
     refine_sweeps: RefineSweeps = 1
@@ -293,7 +294,7 @@ class CompressedTensorsSection(Section):
         default="group-aware", description="Order in which input channels are solved; the file does not tell."
     )
     damping: Damping = 0.01
-    scale_candidates: ScaleCandidates = 20
+    scale_candidates: ScaleCandidates = 10
     asymmetric: Asymmetric = 0.5
     asymmetric_every: AsymmetricEvery = 2
     refine_sweeps: RefineSweeps = 1

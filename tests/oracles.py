@@ -3,6 +3,8 @@
 They share nothing with quantkit/solvers and quantkit/grids.
 """
 
+from itertools import product
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,16 +27,19 @@ def oracle_grid(group: Tensor, importance: Tensor, *, bits: int, symmetric: bool
     scales, zeros = [], []
     for row in group:
         best = None
-        for step in range(candidates + 1):
+        turned = (1, -1) if symmetric and candidates else (1,)
+        for sign, step in product(turned, range(candidates + 1)):
             fraction = 1 - 0.5 * step / candidates if candidates else 1.0
             low = min(float(row.min()), 0.0) * fraction
             high = max(float(row.max()), 0.0) * fraction
             span = 2 * max(-low, high) if symmetric else high - low
-            scale = float(torch.tensor(max(span / top, 2.0**-24), dtype=torch.float64).half().double())
+            scale = sign * float(torch.tensor(max(span / top, 2.0**-24), dtype=torch.float64).half().double())
             zero = 2 ** (bits - 1) if symmetric else min(max(round(-low / scale), 0), top)
             codes = torch.clamp(torch.round(row / scale) + zero, 0, top)
             error = float((importance * (row - scale * (codes - zero)) ** 2).sum())
-            if best is None or error < best[0]:
+            # what a negative scale gains by rounding alone is no gain
+            worth = 1 - 2.0**-10 if best is not None and best[1] > 0 > scale else 1
+            if best is None or error < best[0] * worth:
                 best = (error, scale, zero)
         scales.append(best[1])
         zeros.append(best[2])
@@ -170,7 +175,7 @@ def oracle_refine(weight, codes, scale, zero, group, hessian, *, bits, damping, 
                 wide = torch.zeros(len(group), basis.shape[1], dtype=torch.float64)
                 wide[inside] = basis
                 best = torch.linalg.solve(wide.T @ h @ wide, wide.T @ h @ others).tolist()
-                scale[row, g] = half(max(best[0], 2.0**-24))
+                scale[row, g] = half(max(best[0], 2.0**-24) if best[0] >= 0 else min(best[0], -(2.0**-24)))
                 if float_zero:
                     zero[row, g] = half(-best[1] / float(scale[row, g]))
                 if loss(row) >= before:

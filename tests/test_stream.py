@@ -151,7 +151,7 @@ def obvious_gptq(
 )
 def test_solved_weights_equal_those_of_the_whole_model(model_type, from_float, asymmetric, every, tmp_path):
     folder = make_tiny(tmp_path / "m", model_type, **VARIANTS[model_type])
-    solver = GptqSolver(AffineRule(4, candidates=4), 32, "group-aware", 0.01, asymmetric)
+    solver = GptqSolver(AffineRule(4, candidates=3), 32, "group-aware", 0.01, asymmetric)
     # a batch of five and one of one: what is compared of them is three and one, not the half
     calibration = Calibration(tokens(), 5, from_float)
     solvers = Solvers(solver, compared_every=every)

@@ -20,6 +20,8 @@ from quantkit.kernels.reference import per_channel
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros still needs a scale
 LARGEST_ZERO = 1024
+# of the error left by a positive scale: where no code is the lowest both signs leave the same, but for the last bits
+WORTH_TURNING = 1 - 2.0**-10
 SMALLEST_AREA = 1e-5  # of a regression's determinant over its largest possible: float32 tells no less
 
 
@@ -172,7 +174,8 @@ class AffineRule:
 
     Attributes:
         bits: bits per code.
-        symmetric: the zero is fixed at 2**(bits-1); else it is a whole number that keeps 0 representable.
+        symmetric: the zero is fixed at 2**(bits-1), and a scale that is searched may be negative; else the zero is a
+            whole number that keeps 0 representable.
         candidates: how many shrunken ranges the scale search tries besides the full one; 0 takes the full range.
         shrink: the smallest fraction of the full range that is tried.
         lowest_zero: smallest allowed zero (1 where a reader cannot decode a stored zero of 0).
@@ -194,7 +197,8 @@ class AffineRule:
         """Scale [O] and zero [O] of one group, in the dtype of the weights.
 
         The range always holds 0. With `candidates`, ranges shrunk evenly down to `shrink` are tried and the one
-        with the smallest importance-weighted squared rounding error is kept per row, the widest on a tie.
+        with the smallest importance-weighted squared rounding error is kept per row, the widest on a tie. Symmetric
+        codes reach one step further down than up: the scale is negative where they had better reach up.
 
         Args:
             weight_IO: [I, O], one group's weights, input channels first; not modified.
@@ -206,8 +210,12 @@ class AffineRule:
             return self.within(low_O, high_O)
         fraction_C1 = fractions(self.candidates, self.shrink, like=low_O)
         tried = self.within(low_O * fraction_C1, high_O * fraction_C1)
-        error_CO = rounding_errors(weight_IO, importance_I, *tried, self.highest_code)
-        return best_of(tried, error_CO)[0]
+        best, error_O = best_of(tried, rounding_errors(weight_IO, importance_I, *tried, self.highest_code))
+        if not self.symmetric:
+            return best
+        turned = -tried[0], tried[1]
+        other, other_O = best_of(turned, rounding_errors(weight_IO, importance_I, *turned, self.highest_code))
+        return where(other_O < error_O * WORTH_TURNING, other, best)
 
     def grid(self, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor) -> AffineGrid:
         """What the codes of a whole linear mean."""
@@ -239,7 +247,7 @@ class AffineRule:
         return scale_O, (-low_O / scale_O).round_().clamp_(self.lowest_zero, self.highest_code)
 
     def _stored(self, scale_O: Tensor) -> Tensor:
-        return scale_O.clamp(min=SMALLEST_SCALE).to(self.stored).to(scale_O.dtype)
+        return scale_O.abs().clamp_(min=SMALLEST_SCALE).copysign_(scale_O).to(self.stored).to(scale_O.dtype)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,9 @@ def test_logits_of_a_bfloat16_model_are_not_rounded_before_they_are_compared():
     wide = (pair[0][0], pair[0][1].float())
     seen = compare_logits(wide, logits, wanted.tolist(), room_for(wide[1], copies=3))
     assert seen.divergence == pytest.approx(found.divergence, abs=1e-6)
+    padded = torch.nn.functional.pad(logits, (0, 5), value=99.0)
+    again = compare_logits(wide, padded, wanted.tolist(), room_for(wide[1], copies=3))
+    assert torch.equal(again.divergence, seen.divergence)
 
 
 def test_a_large_vocabulary_is_gone_through_in_smaller_chunks(models, monkeypatch):
