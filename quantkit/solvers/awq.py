@@ -27,6 +27,7 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
+from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
 from quantkit.checkpoint.families import Fold, Stage
 from quantkit.checkpoint.layer import DecoderLayer
 from quantkit.costs import FLOAT_BYTES, Cost, LayerWork, StageWork, total
@@ -92,8 +93,8 @@ class ChannelScaling:
         weights = COPIES * sum(shape.size for shape in stage.shapes) * FLOAT_BYTES
         if self.feedback is None:
             return Cost({}, wide + weights)
-        # the sum and its factor, which needs a copy in another order
-        return Cost({"prepare": 2.0 * tokens * side**2 + side**3 / 3}, max(wide, 3 * side**2 * FLOAT_BYTES) + weights)
+        # half of the symmetric sum and its factor, which needs a copy in another order
+        return Cost({"prepare": 1.0 * tokens * side**2 + side**3 / 3}, max(wide, 3 * side**2 * FLOAT_BYTES) + weights)
 
     def search(self, layer: DecoderLayer, fold: Fold, inputs_BTI: Tensor) -> Tensor:
         """The producer channels' best scales [P], in float32 or wider; all ones if nothing is better than no scaling.
@@ -116,11 +117,13 @@ class ChannelScaling:
 
     def importance(self, inputs_BTI: Tensor, *, where: str) -> Tensor:
         """What a channel's squared weight errors cost the outputs, [I], for each token."""
-        x_NI = _wide(inputs_BTI).flatten(0, -2)
+        seen = Statistics(frozenset({SQUARES if self.feedback is None else HESSIAN}))
+        seen.add(inputs_BTI)
+        seen.complete()
         if self.feedback is None:
-            return x_NI.square().mean(0)
+            return seen.mean_square()
         factor = factorize(
-            x_NI.t() @ x_NI / len(x_NI),
+            seen.hessian() / seen.num_tokens,
             order=self.feedback.order,
             group_size=self.group_size,
             damping=self.feedback.damping,
