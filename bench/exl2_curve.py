@@ -153,7 +153,10 @@ def solved(judge: Judge, calibration: Calibration, chosen: list[dict[str, Mixtur
     """The model with each choice of mixtures, all from one pass."""
     head = HEADS[SETTINGS.head_bits]
     solver = Exl2Solver(
-        lambda name: tuple(each.get(name, head) for each in chosen), SETTINGS.damping, SETTINGS.scale_candidates
+        lambda name: tuple(each.get(name, head) for each in chosen),
+        SETTINGS.damping,
+        SETTINGS.scale_candidates,
+        SETTINGS.refine_sweeps,
     )
     source = judge.source
     made = [Dense(source.config, source.family, source.num_layers) for _ in chosen]

@@ -192,7 +192,7 @@ def gguf(section: GgufSection, config: dict[str, Any]) -> Method:
     )
     damping = section.damping if section.solver == "gptq" else None
     with_ggml = section.encoder == "ggml"
-    solver = BlockSolver(written.types, section.imatrix, damping, with_ggml)
+    solver = BlockSolver(written.types, section.imatrix, damping, section.refine_sweeps, with_ggml)
     needs_ggml = with_ggml or any(name.startswith(I_QUANTS) for name in section.types)
     return Method(Solvers(solver, ends=solver), written, GGML if needs_ggml else None)
 
@@ -246,7 +246,7 @@ def exl2(section: Exl2Section, config: dict[str, Any]) -> Method:
     trial = OptionTrial(section.damping, section.scale_candidates, section.measure_tokens)
 
     def solvers(mixtures: Callable[[str], tuple[Mixture, ...]]) -> Solvers:
-        solver = Exl2Solver(mixtures, section.damping, section.scale_candidates)
+        solver = Exl2Solver(mixtures, section.damping, section.scale_candidates, section.refine_sweeps)
         return Solvers(solver, ends=solver, unties_head=True)
 
     def settle(layers: list[dict[str, Any]]) -> Method:

@@ -190,6 +190,13 @@ class GgufSection(Section):
     damping: float = Field(
         default=0.01, gt=0, lt=1, description="Of `gptq`: fraction of the Hessian's mean diagonal added to it."
     )
+    refine_sweeps: int = Field(
+        default=1,
+        ge=0,
+        le=20,
+        description="Of `gptq`: times that codes of 2 and 3 bits are chosen again, each knowing all others; 0 is GPTQ "
+        "alone.",
+    )
     encoder: Literal["quantkit", "ggml"] = Field(
         default="quantkit",
         description="Who searches: our own encoder, or ggml's of the installed engine `llama-cpp`, whose bytes are "
@@ -318,6 +325,12 @@ class Exl2Section(Section):
     damping: Damping = 0.01
     scale_candidates: int = Field(
         default=12, ge=1, le=200, description="Scales tried per column and group, weighted by the Hessian's diagonal."
+    )
+    refine_sweeps: int = Field(
+        default=1,
+        ge=0,
+        le=20,
+        description="Times that GPTQ's codes are chosen again, each knowing all others; 0 is GPTQ alone.",
     )
     measure_tokens: int = Field(
         default=512,

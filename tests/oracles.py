@@ -188,3 +188,26 @@ def oracle_refine(weight, codes, scale, zero, group, hessian, *, bits, damping, 
                         tried.append(loss(row))
                     codes[row, channel] = tried.index(min(tried))
     return codes.to(torch.uint8), scale, zero
+
+
+def oracle_sweeps(weight, codes, values, hessian, *, damping, sweeps, order):
+    """Coordinate descent by trying: every code of one channel after another by what the row's whole loss says.
+
+    Args:
+        weight, hessian: float64.
+        codes: [rows, columns].
+        values: float64 [rows, columns, codes], what each code would stand for.
+        order: of the channels.
+    """
+    h = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    codes = codes.long().clone()
+    for _ in range(sweeps):
+        for channel in order:
+            for row in range(len(weight)):
+                losses = []
+                for code in range(values.shape[2]):
+                    codes[row, channel] = code
+                    error = weight[row] - values[row].gather(1, codes[row].unsqueeze(1)).squeeze(1)
+                    losses.append(float(error @ h @ error))
+                codes[row, channel] = losses.index(min(losses))
+    return codes.to(torch.uint8)

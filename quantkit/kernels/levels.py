@@ -1,6 +1,6 @@
 """What the codes of a panel stand for, as data: one form for every grid that error feedback is solved on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class Levels:
     panel differ, in the dtype of the weights.
 
     Attributes:
-        step_PO: never negative; a row of step 0 has but one level.
+        step_PO: of either sign; a row of step 0 has but one level.
         shift_PO, less_PO: see above.
         top: the largest code.
         half: the product is rounded to float16; then steps are float16 values, and products stay below its largest.
@@ -34,6 +34,13 @@ class Levels:
     def of_zeros(cls, scale_O: Tensor, zero_O: Tensor, top: int) -> "Levels":
         """One scale and zero per row: scale * (q - zero)."""
         return cls(scale_O.unsqueeze(0), zero_O.unsqueeze(0), torch.zeros_like(scale_O).unsqueeze(0), top)
+
+    def of(self, channels: slice) -> "Levels":
+        """Those of some of the panel's channels."""
+        step, shift, less = (
+            part[channels] if len(part) > 1 else part for part in (self.step_PO, self.shift_PO, self.less_PO)
+        )
+        return replace(self, step_PO=step, shift_PO=shift, less_PO=less)
 
     def inverse(self) -> Tensor:
         """1 / step, and 0 where the step is."""

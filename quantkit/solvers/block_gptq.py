@@ -6,6 +6,9 @@ sub-blocks. Columns of a block may be visited in any order, for its scales are s
 Shape legend: O out features, I in features, N blocks of a row, S sub-blocks, L weights of a sub-block, P a panel.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,10 +16,17 @@ from quantkit.grids.blocks import BlockGrid, BlockType, require_finite, search, 
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.solvers.gptq import PANEL, Factor, updated
+from quantkit.solvers.refine import as_they_are, sweep
 
 
 def solve_blocks(
-    weight_OI: Tensor, factor: Factor, kind: BlockType, *, where: str = ""
+    weight_OI: Tensor,
+    factor: Factor,
+    kind: BlockType,
+    *,
+    hessian_II: Tensor | None = None,
+    sweeps: int = 0,
+    where: str = "",
 ) -> tuple[Tensor, BlockGrid, float]:
     """Codes uint8 [O, I] and grid that minimize the linear's output error over the calibration tokens; the share lost.
 
@@ -24,6 +34,8 @@ def solve_blocks(
         weight_OI: [O, I] in the factor's dtype; I is a multiple of `kind.block`. Not modified.
         factor: the Hessian's factor; its order keeps the columns of a block together.
         kind: the ggml type.
+        hessian_II: the undamped Hessian, in the checkpoint's order; needed for sweeps only.
+        sweeps: times that every code is chosen again, see `quantkit.solvers.refine`.
         where: the linear's name, for the error.
 
     Raises:
@@ -65,8 +77,21 @@ def solve_blocks(
                 weight_IO[here], feedback_PO, upper_II[here, here], levels, codes_IO[here], error_IO[here]
             ).sum()
             energy += (upper_II[: here.stop, here].t() @ weight_IO[: here.stop]).square_().sum()
-    codes_OI = torch.empty((rows, columns), dtype=torch.uint8, device=weight_IO.device)
-    codes_OI[:, order_I] = codes_IO.t()
     grid = BlockGrid(kind, halves_ON[0], halves_ON[1], wholes_ONS[0], wholes_ONS[1])
     require_finite(grid, weight_OI, where=where)
+    # blocks as they stand in the row
+    position_I = torch.argsort(order_I)
+    codes_IO = codes_IO[position_I]
+    if sweeps:
+        assert hessian_II is not None, "sweeps weigh errors with it"
+        given = (weight_IO[position_I], codes_IO, error_IO[position_I], hessian_II, [kind.block] * num_blocks)
+        settle = as_they_are(partial(_levels, kind, [part.to(weight_IO.dtype) for part in grid.steps()]))
+        lost += sweep(*given, settle, damping=factor.damping, sweeps=sweeps)
+    codes_OI = codes_IO.t().contiguous()
     return codes_OI, grid, float(lost / energy) if float(energy) else 0.0
+
+
+def _levels(kind: BlockType, steps: Sequence[Tensor], block: int) -> Levels:
+    """What the codes of a block stand for, its columns as they stand in the row; see `BlockGrid.steps`."""
+    step_LO, less_LO = (part_ONS[:, block].t().repeat_interleave(kind.sub, 0) for part_ONS in steps)
+    return Levels(step_LO, torch.full_like(step_LO[:1], kind.offset), less_LO, kind.top)

@@ -19,8 +19,10 @@ from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
 from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.gptq import FACTORISE, Factor, factorize, feedback_cost
+from quantkit.solvers.refine import refine_operations
 
 DENSE = ("F16", "BF16")
+SWEPT_BITS = 3  # more gain 2 % by a sweep, which takes twice as long as GPTQ itself
 SEARCHED_BYTES = 64 * 1024**2  # a piece's rows that are searched together, several times over
 
 
@@ -33,6 +35,7 @@ class BlockSolver:
             that a stream goes on with.
         weighted: collect the mean squares of the inputs, weight errors by them and hand them on.
         damping: of GPTQ, see `quantkit.solvers.gptq.factorize`; None searches on the weights alone.
+        sweeps: of GPTQ, see `quantkit.solvers.block_gptq.solve_blocks`, where codes have few bits.
         with_ggml: ggml's own encoder makes every type, not only those that ours does not make, and errors of what has
             no input are weighted as it does.
     """
@@ -40,6 +43,7 @@ class BlockSolver:
     types: Callable[[str, int], tuple[str, ...]]
     weighted: bool
     damping: float | None = None
+    sweeps: int = 0
     with_ggml: bool = False
 
     @property
@@ -73,7 +77,14 @@ class BlockSolver:
                     with timed(spent, FACTORISE):
                         factor = self._factor(factors, statistics, TYPES[kind], name)
                     working_OI = weight_OI.to(factor.upper_II.dtype)
-                    codes_OI, grid, share = solve_blocks(working_OI, factor, TYPES[kind], where=name)
+                    codes_OI, grid, share = solve_blocks(
+                        working_OI,
+                        factor,
+                        TYPES[kind],
+                        hessian_II=statistics.hessian(),
+                        sweeps=self._sweeps(TYPES[kind]),
+                        where=name,
+                    )
                     solved.append(QuantizedLinear(pack(codes_OI, grid), EncodedGrid(kind)))
                     loss = share if loss is None else loss
             damping = max((factor.damping for factor in factors.values()), default=None)
@@ -94,7 +105,12 @@ class BlockSolver:
         solved = [(shape, kind) for shape, kind in solved if kind in TYPES]
         sizes = {TYPES[kind].block for _, kind in solved}
         gptq = feedback_cost(replace(work, shapes=tuple(shape for shape, _ in solved)), factors=len(sizes))
-        return Cost(gptq.operations, gptq.memory_bytes + found.memory_bytes)
+        swept = sum(
+            self._sweeps(TYPES[kind]) * refine_operations(shape.rows, shape.columns, TYPES[kind].block)
+            for shape, kind in solved
+        )
+        operations = (gptq + Cost({"solve": swept})).operations
+        return Cost(operations, gptq.memory_bytes + found.memory_bytes)
 
     def _encoded_bytes(self, shape: Shape) -> int:
         types = self.types(shape.name, shape.columns)
@@ -110,6 +126,9 @@ class BlockSolver:
                 statistics.hessian(), order="group-aware", group_size=kind.block, damping=self.damping, where=name
             )
         return factors[kind.block]
+
+    def _sweeps(self, kind: BlockType) -> int:
+        return self.sweeps if kind.bits <= SWEPT_BITS else 0
 
     def _weights(self, weight_OI: Tensor, mean_I: Tensor | None) -> Tensor | None:
         """Even weights for what has no input: ggml's own would be the weights' squares, which large columns rule."""

@@ -2,6 +2,7 @@
 
 The mathematics is that of `quantkit.solvers.gptq` in activation order. Each group's scales are fitted when it is
 reached, on the weights as earlier errors would have them, and errors are those of the float16 values a reader decodes.
+Then the codes are chosen again, see `quantkit.solvers.refine`.
 
 Shape legend: O out features, I in features.
 """
@@ -9,6 +10,7 @@ Shape legend: O out features, I in features.
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,8 +24,11 @@ from quantkit.kernels.levels import Levels
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost, output_energy, updated
+from quantkit.solvers.order import permuted
+from quantkit.solvers.refine import as_they_are, refine_operations, sweep
 
 LARGEST = torch.finfo(torch.float16).max
+SMALLEST_GROUP = 32  # of larger ones sweeps take more
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,14 @@ class Visited:
 
 
 def solve_exl2(
-    weight_OI: Tensor, factor: Factor, mixture: Mixture, *, candidates: int, where: str = ""
+    weight_OI: Tensor,
+    factor: Factor,
+    mixture: Mixture,
+    *,
+    candidates: int,
+    hessian_II: Tensor | None = None,
+    sweeps: int = 0,
+    where: str = "",
 ) -> tuple[QuantizedLinear, float]:
     """Codes and grid that minimize the linear's output error over the calibration tokens, and that error, tr(E H E^T).
 
@@ -54,6 +66,8 @@ def solve_exl2(
         factor: the Hessian's factor, strongest channels first.
         mixture: widths and group sizes.
         candidates: scales tried per column and group, see `quantkit.grids.exl2.fit`.
+        hessian_II: the undamped Hessian in the factor's order; needed for sweeps only.
+        sweeps: times that every code is chosen again.
         where: the linear's name, for the error.
 
     Raises:
@@ -61,10 +75,28 @@ def solve_exl2(
     """
     order_I = factor.order_I
     groups = mixture.groups(weight_OI.shape[1])
-    solved = solve_groups(in_visiting_order(weight_OI, order_I, where=where), factor, groups, candidates=candidates)
+    weight_IO = in_visiting_order(weight_OI, order_I, where=where)
+    solved = solve_groups(weight_IO, factor, groups, candidates=candidates)
+    lost = solved.lost
+    if sweeps:
+        assert hessian_II is not None, "sweeps weigh errors with it"
+
+        def levels(group: int) -> Levels:
+            return _levels(groups[group][0], solved.code_GO[group], solved.scale_max_G[group], weight_IO.dtype)
+
+        lost += sweep(
+            weight_IO,
+            solved.codes_IO,
+            solved.error_IO,
+            hessian_II,
+            [size for _, size in groups],
+            as_they_are(levels),
+            damping=factor.damping,
+            sweeps=sweeps,
+        )
     codes_OI = torch.empty(weight_OI.shape, dtype=torch.uint8, device=weight_OI.device)
     codes_OI[:, order_I] = solved.codes_IO.t()
-    return QuantizedLinear(codes_OI, Exl2Grid(groups, solved.scale_max_G, solved.code_GO, order_I)), solved.lost
+    return QuantizedLinear(codes_OI, Exl2Grid(groups, solved.scale_max_G, solved.code_GO, order_I)), lost
 
 
 def in_visiting_order(weight_OI: Tensor, order_I: Tensor, *, where: str) -> Tensor:
@@ -108,9 +140,7 @@ def solve_groups(weight_IO: Tensor, factor: Factor, groups: Groups, *, candidate
             feedback_IO.addmm_(upper_II[before, inside].t(), error_IO[before])
             free_IO = updated(weight_IO[inside], feedback_IO, upper_II[inside, inside])
             code_GO[group], scale_max_G[group] = fit(free_IO, factor.importance_I[inside], bits, candidates)
-            scale_O = column_scales(code_GO[group : group + 1], scale_max_G[group : group + 1])[0].to(weight_IO.dtype)
-            middle_O = torch.full_like(scale_O, 2 ** (bits - 1))
-            levels = replace(Levels.of_zeros(scale_O, middle_O, 2**bits - 1), half=True)
+            levels = _levels(bits, code_GO[group], scale_max_G[group], weight_IO.dtype)
             for first in range(inside.start, inside.stop, PANEL):
                 here = slice(first, min(first + PANEL, inside.stop))
                 feedback_PO = feedback_IO[here.start - inside.start : here.stop - inside.start]
@@ -118,6 +148,13 @@ def solve_groups(weight_IO: Tensor, factor: Factor, groups: Groups, *, candidate
                 panel = (weight_IO[here], feedback_PO, upper_II[here, here])
                 lost += solve_panel(*panel, levels, codes_IO[here], error_IO[here]).sum()
     return Visited(codes_IO, error_IO, code_GO, scale_max_G, float(lost))
+
+
+def _levels(bits: int, code_O: Tensor, scale_max: Tensor, dtype: torch.dtype) -> Levels:
+    """What a group's codes stand for."""
+    scale_O = column_scales(code_O.unsqueeze(0), scale_max.unsqueeze(0))[0].to(dtype)
+    middle_O = torch.full_like(scale_O, 2 ** (bits - 1))
+    return replace(Levels.of_zeros(scale_O, middle_O, 2**bits - 1), half=True)
 
 
 def blocks(groups: Groups) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
@@ -143,12 +180,13 @@ class Exl2Solver:
     Attributes:
         mixtures: of each variant, by the linear's full name; a stream goes on with the first.
         damping: see `quantkit.solvers.gptq.factorize`.
-        candidates: see `solve_exl2`.
+        candidates, sweeps: see `solve_exl2`.
     """
 
     mixtures: Callable[[str], tuple[Mixture, ...]]
     damping: float
     candidates: int
+    sweeps: int = 0
 
     @property
     def needs(self) -> frozenset[str]:
@@ -164,13 +202,17 @@ class Exl2Solver:
         spent: dict[str, float] = {}
         with timed(spent, FACTORISE):
             factor = activation_factor(statistics, self.damping, where=next(iter(weights)))
+        solve = partial(
+            solve_exl2,
+            factor=factor,
+            candidates=self.candidates,
+            hessian_II=permuted(statistics.hessian(), factor.order_I) if self.sweeps else None,
+            sweeps=self.sweeps,
+        )
         for name, weight in weights.items():
             weight_OI = weight.to(factor.upper_II.dtype)
             wanted = self.mixtures(name)
-            solved = {
-                mixture: solve_exl2(weight_OI, factor, mixture, candidates=self.candidates, where=name)
-                for mixture in dict.fromkeys(wanted)
-            }
+            solved = {mixture: solve(weight_OI, mixture=mixture, where=name) for mixture in dict.fromkeys(wanted)}
             linear, lost = solved[wanted[0]]
             energy = output_energy(weight_OI.t()[factor.order_I], factor.upper_II)
             others = tuple(solved[mixture][0] for mixture in wanted[1:])
@@ -181,9 +223,11 @@ class Exl2Solver:
             started = finished
 
     def cost(self, work: StageWork) -> Cost:
-        """One factor, and feedback for each variant."""
+        """One factor; feedback and sweeps for each variant."""
         solved = tuple(shape for shape in work.shapes for _ in self.mixtures(shape.name))
-        return feedback_cost(replace(work, shapes=solved))
+        feedback = feedback_cost(replace(work, shapes=solved))
+        swept = sum(refine_operations(shape.rows, shape.columns, SMALLEST_GROUP) for shape in solved)
+        return feedback + Cost({"solve": self.sweeps * swept}, feedback.memory_bytes)
 
 
 def activation_factor(statistics: Statistics, damping: float, *, where: str) -> Factor:

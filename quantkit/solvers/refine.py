@@ -4,12 +4,15 @@ GPTQ chooses a group's scale before any of its codes, and a channel's code as if
 its error exactly. Both can be chosen again, knowing everything else: coordinate descent on the same objective,
 tr(E H E^T) with E the weights minus what their codes stand for. Every step keeps the better of old and new, so a sweep
 never loses. (For the codes compare CDQuant, arXiv 2406.17542, which takes the best channel next; here they are taken in
-order, so that a panel of them is one call of the kernel that GPTQ itself uses.)
+order, so that a panel of them is one call of the kernel that GPTQ itself uses.) `refine` does both on affine grids;
+where scales are not free, as in EXL2's and ggml's files, `sweep` chooses the codes alone.
 
 Shape legend: O out features, I in features, S channels of a group, P channels of a panel, G groups.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,6 +25,13 @@ from quantkit.solvers.order import permuted
 PANEL = 128
 SPAN = 512  # channels that the errors of all others are multiplied for at once: wide products are faster
 PRODUCTS = 4  # of a group's own [S, S] with [S, O], beside the one of its rows of H with all errors, in a sweep
+
+Settle = Callable[[int, Tensor, Tensor, Tensor, Tensor], tuple[Levels, Tensor]]
+"""What a group's codes are to stand for, and the errors [S, O] of those it has, a new tensor.
+
+Given are the group, its codes uint8 [S, O], their errors so far, half of the loss's slope there, and the group's own
+part [S, S] of the damped Hessian.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,6 @@ def refine(
         damping: fraction of mean(diag H) added to the diagonal, or of 1 where that is 0.
         sweeps: times that every scale and every code is chosen again.
     """
-    added = damping * (float(hessian_II.diagonal().mean()) or 1.0)
     scale_GO, zero_GO = (part.t().to(weight_OI.dtype).contiguous() for part in (grid.scale_OG, grid.zero_OG))
     # channels group by group, which they are already unless they were visited by their activations
     order_I = torch.argsort(grid.group_I, stable=True)
@@ -67,11 +76,48 @@ def refine(
         hessian_II = permuted(hessian_II, order_I)
     weight_IO, codes_IO = weight_OI.t()[order_I], codes_OI.t()[order_I]
     error_IO = weight_IO - grid.decode(codes_OI).t()[order_I].to(weight_IO.dtype)
+    sizes = torch.bincount(grid.group_I).tolist()
+    weights = weight_IO.split(sizes)
+
+    def settle(group: int, codes_SO: Tensor, _: Tensor, slope_SO: Tensor, inside_SS: Tensor) -> tuple[Levels, Tensor]:
+        scale_O, zero_O = rule.refit(codes_SO, scale_GO[group], zero_GO[group], inside_SS, slope_SO)
+        scale_GO[group], zero_GO[group] = scale_O, zero_O
+        error_SO = torch.addcmul(weights[group], codes_SO - zero_O, scale_O, value=-1)
+        return Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1), error_SO
+
+    change = sweep(weight_IO, codes_IO, error_IO, hessian_II, sizes, settle, damping=damping, sweeps=sweeps)
+    refined_OI = torch.empty_like(codes_OI)
+    refined_OI[:, order_I] = codes_IO.t()
+    refined = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), grid.group_I)
+    return Refined(refined_OI, refined, change)
+
+
+def sweep(
+    weight_IO: Tensor,
+    codes_IO: Tensor,
+    error_IO: Tensor,
+    hessian_II: Tensor,
+    sizes: Sequence[int],
+    settle: Settle,
+    *,
+    damping: float,
+    sweeps: int,
+) -> float:
+    """Choose all codes again, so many times, group by group; by how much tr(E H E^T) is less then: not positive.
+
+    Args:
+        weight_IO: [I, O] in the Hessian's dtype, groups one behind the other; not modified.
+        codes_IO: uint8 [I, O], replaced.
+        error_IO: the weights minus what their codes stand for, replaced.
+        hessian_II: [I, I] in that order of channels, the sum over calibration tokens of x x^T; not modified.
+        sizes: channels of each group.
+        settle: what a group's codes stand for, asked before they are chosen.
+        damping, sweeps: see `refine`.
+    """
+    added = damping * (float(hessian_II.diagonal().mean()) or 1.0)
     change = weight_IO.new_zeros(())
-    edges = [0, *torch.bincount(grid.group_I).cumsum(0).tolist()]
-    num_groups, together = len(scale_GO), max(SPAN // edges[1], 1)
-    for first in [*range(0, num_groups, together)] * sweeps:
-        last = min(first + together, num_groups)
+    edges = [0, *accumulate(sizes)]
+    for first, last in [*_together(sizes)] * sweeps:
         span = slice(edges[first], edges[last])
         # half the loss's slope, with all errors as they are now; damping stands on the diagonal alone
         slope_BO = torch.addmm(error_IO[span], hessian_II[span], error_IO, beta=added)
@@ -79,25 +125,35 @@ def refine(
         for group in range(first, last):
             inside = slice(edges[group], edges[group + 1])
             here = slice(inside.start - span.start, inside.stop - span.start)
-            slope_BO[here] += hessian_II[inside, span.start : inside.start] @ moved_BO[: here.start]
+            slope_SO, missed_SO = slope_BO[here], error_IO[inside]
+            slope_SO += hessian_II[inside, span.start : inside.start] @ moved_BO[: here.start]
             inside_SS = hessian_II[inside, inside].clone()
             inside_SS.diagonal().add_(added)
-            (scale_GO[group], zero_GO[group]), error_SO, changed = _again(
-                weight_IO[inside],
-                codes_IO[inside],
-                error_IO[inside],
-                slope_BO[here],
-                inside_SS,
-                (scale_GO[group], zero_GO[group]),
-                rule,
-            )
-            change += changed
-            moved_BO[here] = error_SO - error_IO[inside]
+            own_SO = inside_SS @ missed_SO
+            pull_SO = slope_SO - own_SO  # what the errors of all other groups call for
+            change -= 2 * _dot(missed_SO, slope_SO) - _dot(missed_SO, own_SO)
+            levels, error_SO = settle(group, codes_IO[inside], missed_SO, slope_SO, inside_SS)
+            _choose_codes(weight_IO[inside], pull_SO, inside_SS, levels, codes_IO[inside], error_SO)
+            change += _dot(error_SO, inside_SS @ error_SO) + 2 * _dot(error_SO, pull_SO)
+            moved_BO[here] = error_SO - missed_SO
             error_IO[inside] = error_SO
-    refined_OI = torch.empty_like(codes_OI)
-    refined_OI[:, order_I] = codes_IO.t()
-    refined = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), grid.group_I)
-    return Refined(refined_OI, refined, float(change))
+    return float(change)
+
+
+def as_they_are(levels: Callable[[int], Levels]) -> Settle:
+    """Groups whose codes stand for what they stood for."""
+    return lambda group, codes_SO, error_SO, slope_SO, inside_SS: (levels(group), error_SO.clone())
+
+
+def _together(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First group, and that behind the last, of spans of no more channels than `SPAN`, or of a single group."""
+    first, channels = 0, 0
+    for group, size in enumerate(sizes):
+        if group > first and channels + size > SPAN:
+            yield first, group
+            first, channels = group, 0
+        channels += size
+    yield first, len(sizes)
 
 
 def refine_operations(rows: int, columns: int, group_size: int) -> float:
@@ -109,34 +165,6 @@ def refine_operations(rows: int, columns: int, group_size: int) -> float:
     size = columns if group_size == -1 else group_size
     earlier = max(min(SPAN // size * size, columns) - size, 0) / 2  # of the same span, on average
     return 2.0 * rows * columns * (columns + PRODUCTS * size + earlier)
-
-
-def _again(
-    weight_SO: Tensor,
-    codes_SO: Tensor,
-    error_SO: Tensor,
-    slope_SO: Tensor,
-    inside_SS: Tensor,
-    grid: tuple[Tensor, Tensor],
-    rule: Rule,
-) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """A group's scale and zero once more and then its codes, which are replaced; with its errors and the change of the
-    loss.
-
-    Args:
-        error_SO: with the codes and the grid as they were.
-        slope_SO: half of the loss's slope there.
-        inside_SS: the group's own part of the damped Hessian.
-        grid: scale [O] and zero [O] as they were.
-    """
-    own_SO = inside_SS @ error_SO
-    pull_SO = slope_SO - own_SO  # what the errors of all other groups call for
-    before = 2 * _dot(error_SO, slope_SO) - _dot(error_SO, own_SO)
-    scale_O, zero_O = rule.refit(codes_SO, *grid, inside_SS, slope_SO)
-    error_SO = torch.addcmul(weight_SO, codes_SO - zero_O, scale_O, value=-1)
-    _choose_codes(weight_SO, pull_SO, inside_SS, Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1), codes_SO, error_SO)
-    after = _dot(error_SO, inside_SS @ error_SO) + 2 * _dot(error_SO, pull_SO)
-    return (scale_O, zero_O), error_SO, after - before
 
 
 def _dot(left_SO: Tensor, right_SO: Tensor) -> Tensor:
@@ -155,4 +183,4 @@ def _choose_codes(
         others_PS[:, here] = inside_PP.triu(1)
         feedback_PO = torch.addmm(pull_SO[here], others_PS, error_SO)
         chosen_PO, missed_PO = codes_SO[here], error_SO[here]
-        solve_panel(weight_SO[here], feedback_PO, inside_PP, levels, chosen_PO, missed_PO)
+        solve_panel(weight_SO[here], feedback_PO, inside_PP, levels.of(here), chosen_PO, missed_PO)

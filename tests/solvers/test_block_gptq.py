@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from quantkit.grids.blocks import TYPES, fit, quantize, steps_of
-from quantkit.solvers import block_gptq
+from quantkit.solvers import block_gptq, refine
 from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.gptq import factorize
-from tests.oracles import correlated_layer
+from tests.oracles import correlated_layer, oracle_sweeps
 
 DAMPING = 0.01
 
@@ -61,18 +61,49 @@ def test_equals_the_oracle_with_scales_of_sub_blocks(name):
     torch.testing.assert_close(grid.decode(codes).double(), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q2_K", "Q3_K"])
+@pytest.mark.parametrize(("panel", "span"), [(128, 512), (7, 33)])
+def test_sweeps_equal_trying_every_code(name, panel, span, monkeypatch):
+    monkeypatch.setattr(refine, "PANEL", panel)
+    monkeypatch.setattr(refine, "SPAN", span)
+    kind = replace(TYPES[name], block=32)
+    weight, hessian = correlated_layer(3, 96, tokens=150)
+    factor = factorize(hessian, order="group-aware", group_size=kind.block, damping=DAMPING)
+    codes, grid, _ = solve_blocks(weight, factor, kind)
+    swept, same, _ = solve_blocks(weight, factor, kind, hessian_II=hessian, sweeps=2)
+    values = torch.stack([grid.decode(torch.full_like(codes, code)) for code in range(kind.top + 1)], 2).double()
+    expected = oracle_sweeps(weight, codes, values, hessian, damping=DAMPING, sweeps=2, order=range(96))
+    assert (swept != codes).any()
+    assert torch.equal(swept, expected)
+    assert torch.equal(same.decode(codes), grid.decode(codes)), "scales stay"
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q4_K"])
+def test_a_sweep_loses_less_and_says_how_much(name):
+    kind = TYPES[name]
+    weight, hessian = (value.float() for value in correlated_layer(16, 512, tokens=1500))
+    factor = factorize(hessian, order="group-aware", group_size=kind.block, damping=DAMPING)
+    shares = []
+    for sweeps in (0, 1, 2):
+        codes, grid, share = solve_blocks(weight, factor, kind, hessian_II=hessian, sweeps=sweeps)
+        assert lost(weight, hessian, grid.decode(codes)) == pytest.approx(share, rel=1e-3)
+        shares.append(share)
+    assert 0.97 * shares[0] > shares[1] > shares[2]
+
+
+def lost(weight, hessian, decoded) -> float:
+    """Of the outputs' energy, with the damped Hessian."""
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
+    error = weight - decoded
+    return float(((error @ damped) * error).sum() / ((weight @ damped) * weight).sum())
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_a_third_less_is_lost_than_by_the_search(name):
     kind = TYPES[name]
     weight, hessian = (value.float() for value in correlated_layer(16, 512, tokens=1500))
     factor = factorize(hessian, order="group-aware", group_size=kind.block, damping=DAMPING)
     codes, grid, loss = solve_blocks(weight, factor, kind)
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
-
-    def lost(decoded: torch.Tensor) -> float:
-        error = weight - decoded
-        return float(((error @ hessian) * error).sum() / ((weight @ hessian) * weight).sum())
-
-    assert lost(grid.decode(codes)) == pytest.approx(loss, rel=1e-3)
-    codes, grid = quantize(weight, kind, hessian.diagonal())
-    assert loss < 0.67 * lost(grid.decode(codes))
+    assert lost(weight, hessian, grid.decode(codes)) == pytest.approx(loss, rel=1e-3)
+    codes, grid = quantize(weight, kind, hessian.diagonal() + DAMPING * hessian.diagonal().mean())
+    assert loss < 0.67 * lost(weight, hessian, grid.decode(codes))

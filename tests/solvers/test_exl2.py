@@ -6,17 +6,26 @@ import torch
 from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import Mixture
+from quantkit.solvers import refine
 from quantkit.solvers.exl2 import Exl2Solver, blocks, solve_exl2
 from quantkit.solvers.gptq import PANEL, factorize, output_energy
-from tests.oracles import correlated_layer, oracle_exl2
+from quantkit.solvers.order import permuted
+from tests.oracles import correlated_layer, oracle_exl2, oracle_sweeps
 
 DAMPING = 0.01
 MIXTURES = ["8:1/32", "4:.1/32 3:.9/64", "8:.05/32 4:.1/32 3:.85/128", "6:.05/32 3:.2/64 2:.75/64", "5:1/128"]
 
 
-def solve(weight, hessian, mixture, *, candidates=12):
+def solve(weight, hessian, mixture, *, candidates=12, sweeps=0):
     factor = factorize(hessian, order="activation", group_size=-1, damping=DAMPING)
-    linear, lost = solve_exl2(weight, factor, Mixture.of(mixture), candidates=candidates)
+    linear, lost = solve_exl2(
+        weight,
+        factor,
+        Mixture.of(mixture),
+        candidates=candidates,
+        hessian_II=permuted(hessian, factor.order_I),
+        sweeps=sweeps,
+    )
     energy = output_energy(weight.t()[factor.order_I], factor.upper_II)
     return linear, lost / energy if energy else 0.0
 
@@ -33,6 +42,43 @@ def test_codes_and_scales_equal_the_oracles(mixture, columns):
     assert torch.equal(found.grid.code_GO.long(), scale_codes)
     assert found.grid.scale_max_G.tolist() == largest
     assert torch.equal(found.dequantize().double(), decoded)
+
+
+@pytest.mark.parametrize("mixture", ["3:.1/32 2:.9/64", "2:1/128"])
+@pytest.mark.parametrize(("panel", "span"), [(128, 512), (7, 33)])
+def test_sweeps_equal_trying_every_code(mixture, panel, span, monkeypatch):
+    monkeypatch.setattr(refine, "PANEL", panel)
+    monkeypatch.setattr(refine, "SPAN", span)
+    weight, hessian = correlated_layer(rows=4, columns=96, seed=7, tokens=150)
+    weight *= 0.02
+    before, _ = solve(weight, hessian, mixture)
+    found, _ = solve(weight, hessian, mixture, sweeps=2)
+    # what a reader makes of each code; of narrower groups larger ones are not tried
+    values = torch.empty(4, 96, 8, dtype=torch.float64)
+    bits_I = torch.empty(96, dtype=torch.long)
+    bits_I[before.grid.order_I] = torch.tensor([bits for bits, size in before.grid.groups for _ in range(size)])
+    for code in range(8):
+        decoded = before.grid.decode(torch.full_like(before.codes_OI, code)).double()
+        values[:, :, code] = torch.where(code < 2**bits_I, decoded, 1e3)
+    order = before.grid.order_I.tolist()
+    expected = oracle_sweeps(weight, before.codes_OI, values, hessian, damping=DAMPING, sweeps=2, order=order)
+    assert (found.codes_OI != before.codes_OI).any()
+    assert torch.equal(found.codes_OI, expected)
+    assert torch.equal(found.grid.code_GO, before.grid.code_GO)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_a_sweep_loses_less_and_says_how_much(mixture):
+    weight, hessian = (value.float() for value in correlated_layer(rows=16, columns=256, seed=3, tokens=600))
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(256)
+    shares = []
+    for sweeps in (0, 1, 2):
+        found, share = solve(weight, hessian, mixture, sweeps=sweeps)
+        error = weight - found.dequantize()
+        expected = (error @ damped @ error.T).trace() / (weight @ damped @ weight.T).trace()
+        assert share == pytest.approx(float(expected), rel=2e-3)
+        shares.append(share)
+    assert shares[0] > shares[1] > shares[2]
 
 
 @pytest.mark.parametrize("mixture", [*MIXTURES, "3:1/256"])
