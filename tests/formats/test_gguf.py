@@ -187,7 +187,7 @@ def test_a_tensor_is_read_once_and_encoded_once_in_each_type(solver, sources, te
 
         return call
 
-    def encoding(*args: Any, where: str) -> None:
+    def encoding(*args: Any, where: str, **_: Any) -> None:
         encoded.append((where, next(each.name for each in args if isinstance(each, BlockType))))
 
     for name in ("encode", "solve_blocks"):
