@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from bench.quality import CPU, Judge, interval
+from bench.ways import command_line
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.families import Family
 from quantkit.checkpoint.index import Checkpoint
@@ -275,6 +276,7 @@ def main() -> None:
     found: dict[Point, list[tuple[Tensor, Tensor]]] = {key: [] for key in wanted}
     spent: dict[Point, float] = {}
     facts = {
+        "command": command_line("bench.exl2_curve"),
         "model": options.model.name,
         "calibration": Path(options.calibration).name,
         "validation": Path(options.validation).name,
