@@ -71,5 +71,5 @@ def recipe_of(
 
 def command_line(module: str) -> str:
     """How this bench was called, to be kept beside its figures; paths are cut to their last part."""
-    words = [Path(word).name if Path(word).exists() else word for word in sys.argv[1:]]
+    words = [Path(word).name if Path(word).exists() or Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["python", "-m", module, *words])

@@ -12,6 +12,7 @@ import torch
 
 from bench.floor import floors, stages
 from bench.quality import interval, verdict
+from bench.ways import command_line
 
 BENCH = Path(__file__).parent.parent / "bench"
 MODULES = sorted(
@@ -49,7 +50,6 @@ SAID_LESS = {
     "memory-gptq-2048-5632-20-float32.json": {"commit"},
     "quality-awq-mistral-pl-4bit.json": {"command", "commit"},
     "quality-awq-nano-4bit.json": {"command"},
-    "quality-exl2-mistral-pl.json": {"command"},
     "quality-hqq-half-mistral-pl-2bit.json": {"commit"},
     "quality-hqq-half-mistral-pl-3bit.json": {"commit"},
     "quality-hqq-half-mistral-pl-4bit.json": {"commit"},
@@ -147,3 +147,10 @@ def test_stages_are_held_against_their_floors():
         ("load", 0.5, None, None),
         ("solve", 0.25, 0.5, 0.5),
     ]
+
+
+def test_a_command_holds_no_place_not_even_one_that_is_not_there_yet(monkeypatch, tmp_path):
+    there = tmp_path / "model"
+    there.touch()
+    monkeypatch.setattr(sys, "argv", ["bench", "--model", str(there), "--out", str(tmp_path / "none" / "a.json")])
+    assert command_line("bench.speed") == "python -m bench.speed --model model --out a.json"
