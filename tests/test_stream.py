@@ -151,6 +151,7 @@ def obvious_gptq(
 )
 def test_solved_weights_equal_those_of_the_whole_model(model_type, from_float, asymmetric, every, tmp_path):
     folder = make_tiny(tmp_path / "m", model_type, **VARIANTS[model_type])
+    # models have float32 norms, so that inputs are 1e-8 apart here and there; no scale may lie half-way of two float16
     solver = GptqSolver(AffineRule(4, candidates=3), 32, "group-aware", 0.01, asymmetric)
     # a batch of five and one of one: what is compared of them is three and one, not the half
     calibration = Calibration(tokens(), 5, from_float)

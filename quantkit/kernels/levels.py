@@ -35,10 +35,10 @@ class Levels:
         """One scale and zero per row: scale * (q - zero)."""
         return cls(scale_O.unsqueeze(0), zero_O.unsqueeze(0), torch.zeros_like(scale_O).unsqueeze(0), top)
 
-    def of(self, channels: slice) -> "Levels":
+    def part(self, channels: slice) -> "Levels":
         """Those of some of the panel's channels."""
         step, shift, less = (
-            part[channels] if len(part) > 1 else part for part in (self.step_PO, self.shift_PO, self.less_PO)
+            each[channels] if len(each) > 1 else each for each in (self.step_PO, self.shift_PO, self.less_PO)
         )
         return replace(self, step_PO=step, shift_PO=shift, less_PO=less)
 

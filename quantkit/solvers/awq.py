@@ -94,7 +94,7 @@ class ChannelScaling:
         if self.feedback is None:
             return Cost({}, wide + weights)
         # half of the symmetric sum and its factor, which needs a copy in another order
-        return Cost({"prepare": 1.0 * tokens * side**2 + side**3 / 3}, max(wide, 3 * side**2 * FLOAT_BYTES) + weights)
+        return Cost({"prepare": tokens * side**2 + side**3 / 3}, max(wide, 3 * side**2 * FLOAT_BYTES) + weights)
 
     def search(self, layer: DecoderLayer, fold: Fold, inputs_BTI: Tensor) -> Tensor:
         """The producer channels' best scales [P], in float32 or wider; all ones if nothing is better than no scaling.

@@ -18,7 +18,7 @@ from torch import Tensor
 from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.costs import Cost, StageWork
 from quantkit.errors import RefusedError
-from quantkit.grids.exl2 import Exl2Grid, Groups, Mixture, column_scales, fit
+from quantkit.grids.exl2 import UNIT, Exl2Grid, Groups, Mixture, column_scales, fit
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.progress import timed
@@ -28,7 +28,6 @@ from quantkit.solvers.order import permuted
 from quantkit.solvers.refine import as_they_are, refine_operations, sweep
 
 LARGEST = torch.finfo(torch.float16).max
-SMALLEST_GROUP = 32  # of larger ones sweeps take more
 
 
 @dataclass(frozen=True)
@@ -226,7 +225,8 @@ class Exl2Solver:
         """One factor; feedback and sweeps for each variant."""
         solved = tuple(shape for shape in work.shapes for _ in self.mixtures(shape.name))
         feedback = feedback_cost(replace(work, shapes=solved))
-        swept = sum(refine_operations(shape.rows, shape.columns, SMALLEST_GROUP) for shape in solved)
+        # in the smallest groups; in larger ones they take more
+        swept = sum(refine_operations(shape.rows, shape.columns, UNIT) for shape in solved)
         return feedback + Cost({"solve": self.sweeps * swept}, feedback.memory_bytes)
 
 

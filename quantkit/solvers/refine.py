@@ -183,4 +183,4 @@ def _choose_codes(
         others_PS[:, here] = inside_PP.triu(1)
         feedback_PO = torch.addmm(pull_SO[here], others_PS, error_SO)
         chosen_PO, missed_PO = codes_SO[here], error_SO[here]
-        solve_panel(weight_SO[here], feedback_PO, inside_PP, levels.of(here), chosen_PO, missed_PO)
+        solve_panel(weight_SO[here], feedback_PO, inside_PP, levels.part(here), chosen_PO, missed_PO)
