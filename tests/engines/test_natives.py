@@ -130,6 +130,15 @@ def largest_difference(found: list[np.ndarray], expected: list[np.ndarray]) -> f
     return max(float(np.abs(one - other).max()) for one, other in zip(found, expected, strict=True)) / scale
 
 
+def test_scales_of_compressed_tensors_that_are_read_are_of_either_sign(sources, tmp_path):
+    recipe = recipe_of("compressed-tensors", sources["mistral"], {"group_size": 32}, tmp_path)
+    out = build(recipe, out=tmp_path / "out", device=CPU, validated=False).out
+    files = [load_file(path) for path in out.glob("*.safetensors")]
+    scales = [tensor for file in files for name, tensor in file.items() if name.endswith(".weight_scale")]
+    assert any((tensor < 0).any() for tensor in scales)
+    assert any((tensor > 0).any() for tensor in scales)
+
+
 @pytest.mark.parametrize("case", READ, ids=named)
 def test_the_native_reader_sees_what_quantkit_decodes(case, sources, kept_engine, tmp_path):
     reader, name, kind, quantize = case

@@ -151,6 +151,15 @@ def test_no_size_follows_from_others(sources):
     assert {name for name, (stated, divided) in widths.items() if stated != divided} == {"llama", "qwen3", "wide-heads"}
 
 
+def test_scales_that_are_read_are_of_either_sign(artifacts):
+    """In all symmetric artifacts but those of 8 bits, where the sign has next to nothing to gain."""
+    for case, folder in artifacts.items():
+        files = [load_file(path) for path in folder.glob("*.safetensors")]
+        scales = [tensor for file in files for name, tensor in file.items() if name.endswith(".scales")]
+        negative = any((tensor < 0).any() for tensor in scales)
+        assert negative == case.symmetric or case.bits == 8, case
+
+
 def fields(words: np.ndarray, bits: int) -> np.ndarray:
     """Codes [n * 32 / bits, columns] of words [n, columns], lowest bit first: numpy's own unpacking."""
     columns = np.ascontiguousarray(words.T).view(np.uint8)
