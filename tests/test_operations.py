@@ -41,6 +41,8 @@ COUNTED = {
     # with the measurement
     "exl2": (19720.04, 4781.51, 2805.29, 1040.97, 3123.71, 2743.63, 0, 2.28, 0),
     "gguf": (1107.3, 2399.14, 1402.99, 109.58, 1044.38, 71.02, 439.09, 0, 0),
+    # rows of 1280 alone are in blocks of Q2_K and Q3_K, and swept
+    "gguf narrow": (553.65, 1207.96, 701.85, 55.57, 1233.13, 57.84, 182.85, 0, 0),
     "gguf search": (553.65, 0, 0, 0, 0, 0, 861.96, 0, 0),
     # two streams, of which one has half the windows, as MLX has them, which has the ends besides
     "compressed-tensors": (1660.94, 2768.24, 1402.3, 1010.83, 3581.94, 473.63, 0, 4.33, 0),
@@ -59,12 +61,20 @@ QUANTIZE = {
     "awq rounded": {"solver": "round-to-nearest", "scaling_steps": 4},
     "gptq plain": {"asymmetric": 0.0},
     "gguf": {"solver": "gptq", "types": ["Q4_K_M"]},
+    "gguf narrow": {"solver": "gptq", "types": ["Q2_K"]},
     "gguf search": {"types": ["Q4_K_M", "Q5_1"]},
     "hqq gptq": {"solver": "gptq"},
     "hqq half-quadratic": {"solver": "half-quadratic"},
     "mlx rounded": {"solver": "round-to-nearest"},
 }
-OF_ONE_LAYER = ("awq rounded", "gguf search", "hqq gptq", "hqq half-quadratic", "mlx rounded")  # enough for a solver
+OF_ONE_LAYER = (
+    "awq rounded",
+    "gguf narrow",
+    "gguf search",
+    "hqq gptq",
+    "hqq half-quadratic",
+    "mlx rounded",
+)  # enough for a solver
 FROM_QUANTIZED = ("awq", "compressed-tensors", "gptq", "hqq gptq", "mlx")  # their default compares two streams
 SOLVERS = {
     "awq": GptqSolver,
@@ -72,6 +82,7 @@ SOLVERS = {
     "compressed-tensors": GptqSolver,
     "exl2": Exl2Solver,
     "gguf": BlockSolver,
+    "gguf narrow": BlockSolver,
     "gguf search": BlockSolver,
     "gptq": GptqSolver,
     "gptq plain": GptqSolver,

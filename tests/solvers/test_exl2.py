@@ -163,3 +163,21 @@ def test_variants_share_a_factor_and_equal_mixtures_a_solution():
     alone = Exl2Solver(lambda name: (four,), DAMPING, 4)
     ((_, expected, _),) = alone.solve({"p": weight}, statistics)
     assert torch.equal(linear.others[0].dequantize(), expected.dequantize())
+
+
+def test_the_solver_weighs_what_it_sweeps_by_each_channels_own_inputs():
+    """In the order that channels are visited in, which is not the checkpoint's."""
+    weight, hessian = (value.float() for value in correlated_layer(rows=16, columns=128, seed=9, tokens=400))
+    statistics = Statistics(frozenset({HESSIAN}))
+    statistics.add(torch.linalg.cholesky(hessian).t())
+    statistics.complete()
+    damped = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(128)
+    shares = []
+    for sweeps in (0, 1):
+        solver = Exl2Solver(lambda name: (Mixture.of("3:1/32"),), DAMPING, 4, sweeps)
+        ((_, linear, facts),) = solver.solve({"p": weight}, statistics)
+        error = weight - linear.dequantize()
+        share = (error @ damped @ error.T).trace() / (weight @ damped @ weight.T).trace()
+        assert facts.loss == pytest.approx(float(share), rel=2e-3)
+        shares.append(facts.loss)
+    assert shares[0] > shares[1]

@@ -94,3 +94,9 @@ def test_what_is_exact_stays():
     assert torch.equal(refined.codes_OI, codes)
     assert torch.equal(refined.grid.scale_OG, grid.scale_OG)
     assert refined.change == 0
+
+
+def test_spans_hold_as_many_groups_as_fit():
+    """And a group by itself that is larger."""
+    assert list(module._together([128] * 9)) == [(0, 4), (4, 8), (8, 9)]
+    assert list(module._together([32, 64, 600, 500, 12, 1])) == [(0, 2), (2, 3), (3, 5), (5, 6)]
