@@ -176,8 +176,8 @@ def check_validation(section: ValidationSection, form: str, decoder: Decoder, to
             raise RefusedError(
                 "the model has no chat template, so it cannot be asked validation.prompt",
                 where="validation.generated_tokens",
-                fix="leave the question out with --set validation.generated_tokens=0, or add the chat template to the "
-                "model's tokenizer files",
+                fix="leave the question out with --set validation.generated_tokens=0 and take text without chats, "
+                "such as polish-core-documents; or add the chat template to the model's tokenizer files",
             )
         asked = len(tokenizer.encode(tokenizer.render([("user", section.prompt)], answer=True)))
         if asked + section.generated_tokens >= decoder.window_limit:

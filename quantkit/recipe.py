@@ -91,8 +91,9 @@ class CalibrationSection(Section):
 
     texts: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default={"polish-core": 64},
-        description="Windows to take from each text set: `polish-core`, `polish-plus`, `wikipedia-pl`, `nkjp1m`, "
-        "`poleval2018`, or the path of a .jsonl or .txt file (.gz too). A set of the Hub may be pinned: `NAME@COMMIT`.",
+        description="Windows to take from each text set: `polish-core`, `polish-plus`, either with `-documents` behind "
+        "it for a model without a chat template, `wikipedia-pl`, `nkjp1m`, `poleval2018`, or the path of a .jsonl or "
+        ".txt file (.gz too). A set of the Hub may be pinned: `NAME@COMMIT`.",
     )
     window_tokens: int = Field(default=512, ge=16, description="Tokens per window.")
     seed: int = Field(default=0, description="Order in which documents are drawn.")

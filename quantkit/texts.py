@@ -1,7 +1,7 @@
 """Named sets of Polish text, and files of one's own, with hashes and splits.
 
-`polish-core` and `polish-plus` ship with quantkit. The others are fetched by name at run time, at a pinned commit where
-one is known.
+`polish-core` and `polish-plus` ship with quantkit, whole and without their chats. The others are fetched by name at run
+time, at a pinned commit where one is known.
 """
 
 import gzip
@@ -23,10 +23,27 @@ from quantkit.hub import HubText, fetch_text_files
 
 Split = Literal["calibration", "validation"]
 
-# sets that travel with quantkit: the file of each split
-SHIPPED: dict[str, dict[str, str]] = {
-    "polish-core": {"calibration": "calibration.jsonl", "validation": "validation.jsonl"},
-    "polish-plus": {"calibration": "plus.jsonl"},
+
+@dataclass(frozen=True)
+class ShippedText:
+    """A set that travels with quantkit.
+
+    Attributes:
+        files: of each split.
+        chats: documents that are chats are in it; a model without a chat template can be given no such.
+    """
+
+    files: dict[str, str]
+    chats: bool = True
+
+
+CORE = {"calibration": "calibration.jsonl", "validation": "validation.jsonl"}
+PLUS = {"calibration": "plus.jsonl"}
+SHIPPED = {
+    "polish-core": ShippedText(CORE),
+    "polish-core-documents": ShippedText(CORE, chats=False),
+    "polish-plus": ShippedText(PLUS),
+    "polish-plus-documents": ShippedText(PLUS, chats=False),
 }
 MOST_DOCUMENTS = 20_000  # taken from a fetched set; more than any recipe uses
 COMMIT = re.compile("[0-9a-f]{40}")  # behind the @ of a name
@@ -75,7 +92,7 @@ class TextSet:
 
     Attributes:
         name: a set's name as the recipe has it, or the file's name for one's own text.
-        sha256: of the files it was read from.
+        sha256: of the files it was read from; of a file's hash and what was left out for a part of one.
         documents: in file order.
         revision: commit on the Hub, for fetched sets.
     """
@@ -102,7 +119,11 @@ def load_text_set(name: str, split: Split) -> TextSet:
     if _on_hub(name):
         return _fetched(name, split)
     path = _path(name, split)
-    return TextSet(name if name in SHIPPED else path.name, sha256_of(path), tuple(read_documents(path)))
+    documents = read_documents(path)
+    if name not in SHIPPED:
+        return TextSet(path.name, sha256_of(path), tuple(documents))
+    wanted = (document for document in documents if SHIPPED[name].chats or not document.messages)
+    return TextSet(name, _shipped_sha256(name, split), tuple(wanted))
 
 
 def _on_hub(name: str) -> bool:
@@ -110,7 +131,12 @@ def _on_hub(name: str) -> bool:
 
 
 def _path(name: str, split: Split) -> Path:
-    return shipped("calibration") / SHIPPED[name][split] if name in SHIPPED else Path(name)
+    return shipped("calibration") / SHIPPED[name].files[split] if name in SHIPPED else Path(name)
+
+
+def _shipped_sha256(name: str, split: Split) -> str:
+    whole = sha256_of(_path(name, split))
+    return whole if SHIPPED[name].chats else hashlib.sha256(f"{whole} without chats".encode()).hexdigest()
 
 
 def require_known(name: str, split: Split, *, where: str = "") -> None:
@@ -133,8 +159,9 @@ def require_known(name: str, split: Split, *, where: str = "") -> None:
             )
         return
     if name in SHIPPED:
-        if split not in SHIPPED[name]:
-            raise RefusedError(f"the text set {name} has no {split} half", where=where, fix="use polish-core")
+        if split not in SHIPPED[name].files:
+            fix = "use polish-core, or polish-core-documents"
+            raise RefusedError(f"the text set {name} has no {split} half", where=where, fix=fix)
         return
     # unlike Path's, os's test has an answer for what can be no path, such as a name that is too long
     if Path(name).name.removesuffix(".gz").endswith((".jsonl", ".txt")) and os.path.isfile(name):
@@ -165,7 +192,7 @@ def known_sha256(name: str, split: Split) -> str | None:
         require_known(name, split)
     except RefusedError:
         return None
-    return sha256_of(_path(name, split))
+    return _shipped_sha256(name, split) if name in SHIPPED else sha256_of(_path(name, split))
 
 
 def joined_sha256(hashes: Sequence[str]) -> str:

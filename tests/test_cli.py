@@ -194,8 +194,8 @@ def test_a_failed_gate_keeps_the_artifact_exits_with_3_and_is_not_published(own_
 NO_SUCH_TEXT = (
     "error: no text set 'polish-cor'\n"
     "  at:  {key}\n"
-    "  fix: use one of polish-core, polish-plus, nkjp1m, wikipedia-pl, poleval2018, or the path of a .jsonl or .txt "
-    "file that exists\n"
+    "  fix: use one of polish-core, polish-core-documents, polish-plus, polish-plus-documents, nkjp1m, "
+    "wikipedia-pl, poleval2018, or the path of a .jsonl or .txt file that exists\n"
 )
 
 
@@ -250,8 +250,8 @@ def test_text_that_will_not_do_is_refused(own_recipe, tmp_path, content, change,
             "validation.generated_tokens=3",
             "error: the model has no chat template, so it cannot be asked validation.prompt\n"
             "  at:  validation.generated_tokens\n"
-            "  fix: leave the question out with --set validation.generated_tokens=0, or add the chat template to the "
-            "model's tokenizer files\n",
+            "  fix: leave the question out with --set validation.generated_tokens=0 and take text without chats, "
+            "such as polish-core-documents; or add the chat template to the model's tokenizer files\n",
         ),
     ],
     ids=["unknown text", "long window", "no template"],

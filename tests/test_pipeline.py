@@ -182,6 +182,21 @@ def test_a_validation_that_cannot_be_made_is_refused_before_the_work(recipe, tmp
     assert build(recipe, out=out, device=CPU).record["validation"]["gate"]["passed"], "it was only not judged"
 
 
+@pytest.mark.parametrize("section", ["calibration", "validation"])
+def test_a_model_without_a_chat_template_is_given_documents(section, recipe, tmp_path):
+    model = without_template(Path(recipe.model.id), tmp_path / "model")
+    recipe = changed(changed(recipe, "model", id=str(model)), "validation", generated_tokens=0)
+    wanted, out = {"calibration": 2, "validation": "all"}[section], tmp_path / "a"
+    # all of it is read, or its first documents, in which a chat may stand or not
+    whole = {"polish-core": 200 if section == "calibration" else wanted}
+    with pytest.raises(RefusedError, match="the text has chats in it") as caught:
+        build(changed(recipe, section, texts=whole), out=out, device=CPU)
+    assert f"{section}.texts" in str(caught.value)
+    assert not out.exists()
+    done = build(changed(recipe, section, texts={"polish-core-documents": wanted}), out=out, device=CPU)
+    assert done.record["validation"]["gate"]["passed"]
+
+
 def test_validation_text_is_read_once_and_only_where_it_is_used(recipe, tmp_path, monkeypatch):
     from quantkit import making
 

@@ -11,7 +11,7 @@ import pytest
 
 from quantkit.errors import RefusedError, UnavailableError
 from quantkit.home import shipped
-from quantkit.texts import load_text_set, read_documents
+from quantkit.texts import known_sha256, load_text_set, read_documents
 
 SHINGLE_WORDS = 8
 
@@ -205,6 +205,20 @@ def test_polish_plus_is_for_calibration_alone():
         load_text_set("polish-plus", "validation")
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("polish-core", "calibration"), ("polish-core", "validation"), ("polish-plus", "calibration")],
+)
+def test_a_set_without_its_chats_is_another_set(name, split):
+    whole, documents = load_text_set(name, split), load_text_set(f"{name}-documents", split)
+    assert documents.documents == tuple(document for document in whole.documents if document.text)
+    assert 0 < len(documents.documents) < len(whole.documents)
+    assert documents.name == f"{name}-documents"
+    assert documents.sha256 != whole.sha256
+    assert documents.sha256 == known_sha256(f"{name}-documents", split)
+    assert whole.sha256 == known_sha256(name, split)
+
+
 @pytest.mark.parametrize("name", ["polish-cor", "", "a\0.txt", "a" * 300 + ".txt"])
 def test_unknown_set(name):
     with pytest.raises(RefusedError) as caught:
@@ -212,8 +226,8 @@ def test_unknown_set(name):
     assert str(caught.value) == (
         f"no text set {name!r}\n"
         "  at:  calibration.texts\n"
-        "  fix: use one of polish-core, polish-plus, nkjp1m, wikipedia-pl, poleval2018, or the path of a .jsonl or "
-        ".txt file that exists"
+        "  fix: use one of polish-core, polish-core-documents, polish-plus, polish-plus-documents, nkjp1m, "
+        "wikipedia-pl, poleval2018, or the path of a .jsonl or .txt file that exists"
     )
 
 

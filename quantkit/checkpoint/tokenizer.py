@@ -46,6 +46,14 @@ class Tokenizer:
         Raises:
             RefusedError: the model has no chat template, or the template refuses the roles.
         """
+        if not self.has_template:
+            raise RefusedError(
+                "the model has no chat template, and the text has chats in it",
+                where="chat template",
+                fix="take text without: --set 'calibration.texts={\"polish-core-documents\"=64}' "
+                "--set 'validation.texts=[\"polish-core-documents\"]' --set validation.generated_tokens=0 "
+                "(validate: --text polish-core-documents); or add the chat template to the model's tokenizer files",
+            )
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
             text: str = self._inner.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer)
@@ -53,8 +61,8 @@ class Tokenizer:
             raise RefusedError(
                 f"the chat template cannot render the conversation: {error}",
                 where="chat template",
-                fix="take text without chat turns (calibration.texts, validation.texts, or --text of validate): "
-                "wikipedia-pl, nkjp1m or a file of your own; or a tokenizer with a chat template",
+                fix="take text without chats (calibration.texts, validation.texts, or --text of validate), such as "
+                "polish-core-documents; or mend the template",
             ) from None
         return text.removeprefix(self._inner.bos_token or "")
 
