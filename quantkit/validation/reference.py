@@ -1,9 +1,11 @@
-"""The reference model's side of a comparison, computed once per model and text and kept under QUANTKIT_HOME.
+"""The reference model's side of a comparison, computed once per model and text and kept a while under QUANTKIT_HOME.
 
 What is kept are the final hidden states, not logits: logits are recomputed chunk by chunk from the head.
 """
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from quantkit.home import quantkit_home
 from quantkit.validation.generation import Answer, greedy_answer
 from quantkit.validation.perplexity import final_states
 from quantkit.validation.text import EvaluationText
+
+KEPT_BYTES = 16 << 30  # of all models' states together: of a 7B's, judged on 200,000 tokens, nine
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ def run_reference(
     states_path, answer_path = folder / f"{fingerprint}.safetensors", folder / f"{fingerprint}.json"
     kept = _kept(states_path, answer_path)
     if kept is not None:
+        # a home that others keep may be read only
+        with suppress(OSError):
+            os.utime(states_path)
         return Judged(kept[0], decoder.head(head_tensors(source)), kept[1])
     judged = run(source, text, decoder, tokenizer, settings)
     from safetensors.torch import save_file
@@ -86,7 +93,24 @@ def run_reference(
         with replacing(states_path) as temporary:
             save_file({"states": judged.states_ND.contiguous()}, temporary)
         write_json(answer_path, asdict(judged.answer) if judged.answer else None)
+        _drop_oldest(folder)
     return judged
+
+
+def _drop_oldest(folder: Path) -> None:
+    """Remove the states that were used longest ago where all take more than `KEPT_BYTES`; the last used stay."""
+    used: list[tuple[float, int, Path]] = []
+    for path in folder.glob("*.safetensors"):
+        # another command may have removed it
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            used.append((found.st_mtime, found.st_size, path))
+    together = 0
+    for place, (_, size, path) in enumerate(sorted(used, reverse=True)):
+        together += size
+        if place and together > KEPT_BYTES:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)
 
 
 def _kept(states_path: Path, answer_path: Path) -> tuple[Tensor, Answer | None] | None:
