@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantkit.channels import by_channel, by_row
 from quantkit.checkpoint.families import END_MODULES, HEAD, family_of, in_layer
 from quantkit.checkpoint.index import Checkpoint, open_every_file, read_json
 from quantkit.errors import RefusedError
@@ -69,7 +70,7 @@ def encode_linear(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
     """The tensors of one linear by their names in the file; out features are padded to 32 with what decodes to 0."""
     grid = linear.grid
     assert isinstance(grid, Exl2Grid), "EXL2 stores mixed widths with quadratic scales"
-    codes_IO = linear.codes_OI[:, grid.order_I].t()
+    codes_IO = by_channel(linear.codes_OI, grid.order_I)
     rows = codes_IO.shape[1]
     words, table, start, place = [], [], 0, 0
     for bits, size in grid.groups:
@@ -109,8 +110,7 @@ def decode_linear(name: str, tensors: dict[str, Tensor]) -> QuantizedLinear:
     codes_IN = torch.cat(
         [unpack(part["q_weight"][start:stop], bits) for bits, start, stop in zip(widths, starts, stops, strict=True)]
     )
-    codes_NI = torch.empty_like(codes_IN.t().contiguous())
-    codes_NI[:, order_I] = codes_IN.t()
+    codes_NI = by_row(codes_IN, order_I)
     code_GN = unpack(part["q_scale"].t().contiguous(), SCALE_BITS).t() + 1
     groups = tuple((bits, 32 * (stop - start) // bits) for bits, start, stop in zip(widths, starts, stops, strict=True))
     return QuantizedLinear(codes_NI, Exl2Grid(groups, part["q_scale_max"].float(), code_GN, order_I), bias_N)

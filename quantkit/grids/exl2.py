@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quantkit.channels import by_channel, by_row
 from quantkit.kernels import best_scales
 
 WIDTHS = (8, 6, 5, 4, 3, 2)
@@ -120,10 +121,8 @@ class Exl2Grid:
         sizes = torch.tensor([size for _, size in self.groups], device=codes_OI.device)
         middle_G = torch.tensor([2.0 ** (bits - 1) for bits, _ in self.groups], device=codes_OI.device)
         scale_IO = column_scales(self.code_GO, self.scale_max_G).repeat_interleave(sizes, dim=0)
-        steps_IO = codes_OI[:, self.order_I].t().float() - middle_G.repeat_interleave(sizes).unsqueeze(1)
-        decoded_OI = torch.empty(codes_OI.shape, device=codes_OI.device)
-        decoded_OI[:, self.order_I] = rounded_product(steps_IO, scale_IO).t()
-        return decoded_OI
+        steps_IO = by_channel(codes_OI, self.order_I).float() - middle_G.repeat_interleave(sizes).unsqueeze(1)
+        return by_row(rounded_product(steps_IO, scale_IO), self.order_I)
 
 
 def rounded_product(steps: Tensor, scale: Tensor) -> Tensor:

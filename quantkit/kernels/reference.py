@@ -48,7 +48,7 @@ def best_of_errors(
 ) -> Tensor:
     """`best_scales` by an implementation's own rounding errors."""
     usable_CO = torch.where(scale_CO == 0, 1.0, scale_CO)
-    return errors(weight_IO, importance_I, usable_CO, torch.full_like(scale_CO, (top + 1) // 2), top).argmin(0)
+    return errors(weight_IO, importance_I, usable_CO, torch.full_like(scale_CO, (top + 1) // 2), top).min(0).indices
 
 
 def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quantkit.channels import by_channel
 from quantkit.grids.blocks import BlockGrid, BlockType, require_finite, search, steps_of
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
@@ -42,7 +43,7 @@ def solve_blocks(
         RefusedError: weights too large for the type's float16 scales.
     """
     upper_II, order_I = factor.upper_II, factor.order_I
-    weight_IO = weight_OI.t()[order_I]
+    weight_IO = by_channel(weight_OI, order_I)
     columns, rows = weight_IO.shape
     num_blocks, num_subs = columns // kind.block, kind.block // kind.sub
     error_IO = torch.empty_like(weight_IO)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, Statistics
+from quantkit.channels import by_channel, by_row, permuted
 from quantkit.costs import Cost, StageWork
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import UNIT, Exl2Grid, Groups, Mixture, column_scales, fit
@@ -24,7 +25,6 @@ from quantkit.kernels.levels import Levels
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost, output_energy, updated
-from quantkit.solvers.order import permuted
 from quantkit.solvers.refine import as_they_are, refine_operations, sweep
 
 LARGEST = torch.finfo(torch.float16).max
@@ -93,8 +93,7 @@ def solve_exl2(
             damping=factor.damping,
             sweeps=sweeps,
         )
-    codes_OI = torch.empty(weight_OI.shape, dtype=torch.uint8, device=weight_OI.device)
-    codes_OI[:, order_I] = solved.codes_IO.t()
+    codes_OI = by_row(solved.codes_IO, order_I)
     return QuantizedLinear(codes_OI, Exl2Grid(groups, solved.scale_max_G, solved.code_GO, order_I)), lost
 
 
@@ -110,7 +109,7 @@ def in_visiting_order(weight_OI: Tensor, order_I: Tensor, *, where: str) -> Tens
             where=where,
             fix="EXL2 stores float16 scales; this model cannot be stored in it",
         )
-    return weight_OI.t()[order_I]
+    return by_channel(weight_OI, order_I)
 
 
 def solve_groups(weight_IO: Tensor, factor: Factor, groups: Groups, *, candidates: int) -> Visited:
@@ -213,7 +212,7 @@ class Exl2Solver:
             wanted = self.mixtures(name)
             solved = {mixture: solve(weight_OI, mixture=mixture, where=name) for mixture in dict.fromkeys(wanted)}
             linear, lost = solved[wanted[0]]
-            energy = output_energy(weight_OI.t()[factor.order_I], factor.upper_II)
+            energy = output_energy(by_channel(weight_OI, factor.order_I), factor.upper_II)
             others = tuple(solved[mixture][0] for mixture in wanted[1:])
             finished = time.perf_counter()
             share = lost / energy if energy else 0.0

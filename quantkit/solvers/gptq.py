@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import DEVIATION, HESSIAN, Statistics
+from quantkit.channels import by_channel, by_row, permuted
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineGrid, Rule
@@ -29,7 +30,7 @@ from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
-from quantkit.solvers.order import permuted, visiting_order
+from quantkit.solvers.order import visiting_order
 from quantkit.solvers.refine import refine, refine_operations
 
 DAMPING_STEP = 2.0
@@ -141,7 +142,7 @@ def solve_gptq(
             never the mathematics.
     """
     upper_II, order_I = factor.upper_II, factor.order_I
-    weight_IO = weight_OI.t()[order_I]
+    weight_IO = by_channel(weight_OI, order_I)
     num_channels, rows = weight_IO.shape
     size = num_channels if group_size == -1 else group_size
     span = max(span // size, 1) * size
@@ -174,11 +175,11 @@ def solve_gptq(
 
     group_I = torch.empty_like(order_I, dtype=torch.int32)
     group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
-    codes_OI = torch.empty((rows, num_channels), dtype=torch.uint8, device=weight_IO.device)
-    codes_OI[:, order_I] = codes_IO.t()
     grid = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), group_I)
     energy = output_energy(weight_IO, upper_II)
-    return GptqSolution(codes_OI, grid, float(lost_O.sum()) / energy if energy else 0.0, energy, factor.damping)
+    return GptqSolution(
+        by_row(codes_IO, order_I), grid, float(lost_O.sum()) / energy if energy else 0.0, energy, factor.damping
+    )
 
 
 def output_energy(weight_IO: Tensor, upper_II: Tensor) -> float:
@@ -244,11 +245,11 @@ def towards_float(weights: Iterable[Tensor], deviation_RI: Tensor, factor: Facto
 def over_hessian(rows_RI: Tensor, factor: Factor) -> Tensor:
     """B H^-1 [R, I] for rows B, with the damped H; channels in the checkpoint's order."""
     upper_II = factor.upper_II
-    solved_RI = rows_RI[:, factor.order_I]
+    solved_RI = rows_RI.index_select(1, factor.order_I)
     # from the right, where rows are solved as they lie in memory
     torch.linalg.solve_triangular(upper_II.t(), solved_RI, upper=False, left=False, out=solved_RI)
     torch.linalg.solve_triangular(upper_II, solved_RI, upper=True, left=False, out=solved_RI)
-    return torch.empty_like(solved_RI).index_copy_(1, factor.order_I, solved_RI)
+    return solved_RI.index_select(1, torch.argsort(factor.order_I))
 
 
 @dataclass(frozen=True)

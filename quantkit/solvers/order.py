@@ -6,8 +6,6 @@ Shape legend: I in features.
 import torch
 from torch import Tensor
 
-ROWS = 512  # of a matrix that are put in order at once
-
 
 def visiting_order(diagonal_I: Tensor, order: str, group_size: int) -> Tensor:
     """int64 [I]: channels in the order they are solved.
@@ -32,16 +30,3 @@ def visiting_order(diagonal_I: Tensor, order: str, group_size: int) -> Tensor:
     groups = torch.argsort(grouped.amax(1), descending=True, stable=True)
     tail = full + torch.argsort(diagonal_I[full:], descending=True, stable=True)
     return torch.cat([inside[groups].flatten(), tail])
-
-
-def permuted(matrix_II: Tensor, order_I: Tensor) -> Tensor:
-    """Rows and columns of a matrix [I, I] in an order, int64 [I]; a new matrix.
-
-    By rows and then by columns, some rows at a time: indexed by both at once, a GPU makes two int64 matrices of the
-    indices first, and a CPU takes more than twice as long.
-    """
-    found_II = torch.empty_like(matrix_II)
-    for start in range(0, len(order_I), ROWS):
-        rows_I = order_I[start : start + ROWS]
-        torch.index_select(matrix_II[rows_I], 1, order_I, out=found_II[start : start + ROWS])
-    return found_II

@@ -17,10 +17,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from quantkit.channels import by_channel, by_row, permuted
 from quantkit.grids.affine import AffineGrid, Rule
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
-from quantkit.solvers.order import permuted
 
 PANEL = 128
 SPAN = 512  # channels that the errors of all others are multiplied for at once: wide products are faster
@@ -74,8 +74,8 @@ def refine(
     order_I = torch.argsort(grid.group_I, stable=True)
     if not torch.equal(order_I, torch.arange(len(order_I), device=order_I.device)):
         hessian_II = permuted(hessian_II, order_I)
-    weight_IO, codes_IO = weight_OI.t()[order_I], codes_OI.t()[order_I]
-    error_IO = weight_IO - grid.decode(codes_OI).t()[order_I].to(weight_IO.dtype)
+    weight_IO, codes_IO = by_channel(weight_OI, order_I), by_channel(codes_OI, order_I)
+    error_IO = weight_IO - by_channel(grid.decode(codes_OI), order_I).to(weight_IO.dtype)
     sizes = torch.bincount(grid.group_I).tolist()
     weights = weight_IO.split(sizes)
 
@@ -86,10 +86,8 @@ def refine(
         return Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1), error_SO
 
     change = sweep(weight_IO, codes_IO, error_IO, hessian_II, sizes, settle, damping=damping, sweeps=sweeps)
-    refined_OI = torch.empty_like(codes_OI)
-    refined_OI[:, order_I] = codes_IO.t()
     refined = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), grid.group_I)
-    return Refined(refined_OI, refined, change)
+    return Refined(by_row(codes_IO, order_I), refined, change)
 
 
 def sweep(

@@ -14,6 +14,7 @@ import torch
 
 from quantkit import kernels
 from quantkit.calibration.statistics import Statistics
+from quantkit.channels import permuted
 from quantkit.grids.affine import AffineRule, BiasRule, FloatZeroRule
 from quantkit.grids.blocks import TYPES, quantize
 from quantkit.grids.exl2 import Mixture
@@ -21,7 +22,6 @@ from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.exl2 import solve_exl2
 from quantkit.solvers.gptq import factorize, solve_gptq
 from quantkit.solvers.hqq import HalfQuadratic
-from quantkit.solvers.order import permuted
 from quantkit.solvers.refine import refine
 from quantkit.solvers.weights import GroupFit, WeightSolver
 from tests.kernels.test_kernels import TRITON, on

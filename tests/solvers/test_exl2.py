@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from quantkit.calibration.statistics import HESSIAN, Statistics
+from quantkit.channels import permuted
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import Mixture
 from quantkit.solvers import refine
 from quantkit.solvers.exl2 import Exl2Solver, blocks, solve_exl2
 from quantkit.solvers.gptq import PANEL, factorize, output_energy
-from quantkit.solvers.order import permuted
 from tests.oracles import correlated_layer, oracle_exl2, oracle_sweeps
 
 DAMPING = 0.01

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from quantkit.channels import permuted
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineRule
 from quantkit.solvers.gptq import factorize, in_file_order, solve_gptq, towards_float
-from quantkit.solvers.order import permuted, visiting_order
+from quantkit.solvers.order import visiting_order
 from tests.oracles import correlated_layer, oracle_gptq
 
 DAMPING = 0.01
