@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantkit.costs import FLOAT_BYTES, Cost, StageWork
+from quantkit.machine import needs_widening
 from quantkit.ranks import ALONE, Ranks, owners
 
 HESSIAN = "hessian"
@@ -181,12 +182,14 @@ def _sum_of_squares(x_NB: Tensor) -> Tensor:
 def _exact_bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
     """Let the CPU's bf16 units multiply float32 matrices that hold bf16 values: the same products, summed in float32.
 
+    Where they are no faster nothing changes.
+
     Args:
         dtype: what the values were computed in; nothing changes for another than bfloat16, whose values would be cut.
     """
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and not needs_widening(torch.device("cpu"), dtype):
         matmul.fp32_precision = "bf16"
     try:
         yield

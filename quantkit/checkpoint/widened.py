@@ -1,7 +1,7 @@
-"""bfloat16 on processors without instructions for it: products of widened numbers, rounded once at their end.
+"""bfloat16 on processors without fast instructions for it: products of widened numbers, rounded once at their end.
 
-There torch multiplies bfloat16 many times slower than float32. Widening loses nothing; a linear sums in float32 in
-either case, so what it gives is the same to the order of summation.
+There torch multiplies bfloat16 slower than float32, many times so without any instructions. Widening loses nothing; a
+linear sums in float32 in either case, so what it gives is the same to the order of summation.
 
 Shape legend: F in features.
 """

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
 from quantkit.machine import needs_expanding, needs_widening
@@ -59,9 +60,37 @@ def test_everything_that_a_layer_multiplies_is_widened_where_the_processor_needs
 def test_only_bfloat16_on_a_cpu_may_need_it(monkeypatch):
     assert not needs_widening(CPU, torch.float32)
     assert not needs_widening(torch.device("meta"), torch.bfloat16)
-    for has in (True, False):
-        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda has=has: has)
-        assert needs_widening(CPU, torch.bfloat16) is not has
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert needs_widening(CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("facts", "widens"),
+    [
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16 amx_bf16 amx_tile\n", False),
+        ("vendor_id\t: GenuineIntel\nflags\t\t: fpu avx512_bf16\n", True),
+        ("vendor_id\t: AuthenticAMD\nflags\t\t: fpu avx512_bf16\n", False),
+        ("Features\t: fp asimdhp bf16\n", False),
+        (None, False),
+    ],
+    ids=["Intel", "Intel without tiles", "AMD", "Arm", "not Linux"],
+)
+def test_instructions_that_are_no_faster_than_float32s_are_not_used(facts, widens, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr("quantkit.machine.CPU_FACTS", tmp_path / "cpuinfo")
+    if facts is not None:
+        (tmp_path / "cpuinfo").write_text(facts)
+    assert needs_widening(CPU, torch.bfloat16) is widens
+    seen = []
+    monkeypatch.setattr(
+        "quantkit.calibration.statistics._add_product",
+        lambda *_: seen.append(torch.backends.mkldnn.matmul.fp32_precision),
+    )
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    for dtype in (torch.bfloat16, torch.float32):
+        Statistics(frozenset({HESSIAN})).add(torch.ones(2, 3, 4, dtype=dtype))
+    assert seen == [before if widens else "bf16", before]
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 @pytest.mark.parametrize("model_type", VARIANTS)

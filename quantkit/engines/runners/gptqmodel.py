@@ -66,12 +66,22 @@ def build(request):
 
 
 def build_dtype(form, device):
-    """What the model is run in: its own choice, but for processors that bfloat16 takes many times as long on.
+    """What the model is run in: its own choice, but for processors that bfloat16 takes longer on than float32.
 
     There GPTQ runs in float32. AWQ does not: what packs it refuses a linear that is not of 16 bits.
     """
-    slow = device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    slow = device == "cpu" and not (torch.ops.mkldnn._is_mkldnn_bf16_supported() and not has_intel_vectors_alone())
     return torch.float32 if slow and form == "gptq" else "auto"
+
+
+def has_intel_vectors_alone():
+    """Whether it is an Intel processor without tiles (AMX): its vectors multiply bfloat16 no faster than float32."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            facts = file.read()
+    except OSError:
+        return False
+    return "GenuineIntel" in facts and "amx_bf16" not in facts
 
 
 def as_bfloat16(model):
