@@ -17,7 +17,7 @@ from quantkit.grids.blocks import BlockGrid, BlockType, require_finite, search, 
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 from quantkit.solvers.gptq import PANEL, Factor, updated
-from quantkit.solvers.refine import as_they_are, sweep
+from quantkit.solvers.refine import Sweeps, as_they_are, sweep
 
 
 def solve_blocks(
@@ -25,8 +25,7 @@ def solve_blocks(
     factor: Factor,
     kind: BlockType,
     *,
-    hessian_II: Tensor | None = None,
-    sweeps: int = 0,
+    sweeps: Sweeps | None = None,
     where: str = "",
 ) -> tuple[Tensor, BlockGrid, float]:
     """Codes uint8 [O, I] and grid that minimize the linear's output error over the calibration tokens; the share lost.
@@ -35,8 +34,7 @@ def solve_blocks(
         weight_OI: [O, I] in the factor's dtype; I is a multiple of `kind.block`. Not modified.
         factor: the Hessian's factor; its order keeps the columns of a block together.
         kind: the ggml type.
-        hessian_II: the undamped Hessian, in the checkpoint's order; needed for sweeps only.
-        sweeps: times that every code is chosen again, see `quantkit.solvers.refine`.
+        sweeps: how often every code is chosen again, by the Hessian in the checkpoint's order; None for not at all.
         where: the linear's name, for the error.
 
     Raises:
@@ -83,11 +81,10 @@ def solve_blocks(
     # blocks as they stand in the row
     position_I = torch.argsort(order_I)
     codes_IO = codes_IO[position_I]
-    if sweeps:
-        assert hessian_II is not None, "sweeps weigh errors with it"
-        given = (weight_IO[position_I], codes_IO, error_IO[position_I], hessian_II, [kind.block] * num_blocks)
+    if sweeps is not None:
+        given = (weight_IO[position_I], codes_IO, error_IO[position_I], [kind.block] * num_blocks)
         settle = as_they_are(partial(_levels, kind, [part.to(weight_IO.dtype) for part in grid.steps()]))
-        lost += sweep(*given, settle, damping=factor.damping, sweeps=sweeps)
+        lost += sweep(*given, settle, sweeps, damping=factor.damping)
     codes_OI = codes_IO.t().contiguous()
     return codes_OI, grid, float(lost / energy) if float(energy) else 0.0
 

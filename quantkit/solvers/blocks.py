@@ -19,7 +19,7 @@ from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
 from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.gptq import FACTORISE, Factor, factorize, feedback_cost
-from quantkit.solvers.refine import refine_operations
+from quantkit.solvers.refine import Sweeps, refine_operations
 
 DENSE = ("F16", "BF16")
 SWEPT_BITS = 3  # of more a sweep gains 2 or 3 %, for twice the products of GPTQ itself
@@ -35,7 +35,7 @@ class BlockSolver:
             that a stream goes on with.
         weighted: collect the mean squares of the inputs, weight errors by them and hand them on.
         damping: of GPTQ, see `quantkit.solvers.gptq.factorize`; None searches on the weights alone.
-        sweeps: of GPTQ, see `quantkit.solvers.block_gptq.solve_blocks`, where codes have few bits.
+        sweeps: times that GPTQ chooses every code again, where codes have few bits.
         with_ggml: ggml's own encoder makes every type, not only those that ours does not make, and errors of what has
             no input are weighted as it does.
     """
@@ -76,13 +76,13 @@ class BlockSolver:
                 else:
                     with timed(spent, FACTORISE):
                         factor = self._factor(factors, statistics, TYPES[kind], name)
+                    times = self._sweeps(TYPES[kind])
                     working_OI = weight_OI.to(factor.upper_II.dtype)
                     codes_OI, grid, share = solve_blocks(
                         working_OI,
                         factor,
                         TYPES[kind],
-                        hessian_II=statistics.hessian(),
-                        sweeps=self._sweeps(TYPES[kind]),
+                        sweeps=Sweeps(times, statistics.hessian()) if times else None,
                         where=name,
                     )
                     solved.append(QuantizedLinear(pack(codes_OI, grid), EncodedGrid(kind)))

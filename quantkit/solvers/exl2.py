@@ -25,7 +25,7 @@ from quantkit.kernels.levels import Levels
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost, output_energy, updated
-from quantkit.solvers.refine import as_they_are, refine_operations, sweep
+from quantkit.solvers.refine import Sweeps, as_they_are, refine_operations, sweep
 
 LARGEST = torch.finfo(torch.float16).max
 
@@ -54,8 +54,7 @@ def solve_exl2(
     mixture: Mixture,
     *,
     candidates: int,
-    hessian_II: Tensor | None = None,
-    sweeps: int = 0,
+    sweeps: Sweeps | None = None,
     where: str = "",
 ) -> tuple[QuantizedLinear, float]:
     """Codes and grid that minimize the linear's output error over the calibration tokens, and that error, tr(E H E^T).
@@ -65,8 +64,7 @@ def solve_exl2(
         factor: the Hessian's factor, strongest channels first.
         mixture: widths and group sizes.
         candidates: scales tried per column and group, see `quantkit.grids.exl2.fit`.
-        hessian_II: the undamped Hessian in the factor's order; needed for sweeps only.
-        sweeps: times that every code is chosen again.
+        sweeps: how often every code is chosen again, by the Hessian in the factor's order; None for not at all.
         where: the linear's name, for the error.
 
     Raises:
@@ -77,8 +75,7 @@ def solve_exl2(
     weight_IO = in_visiting_order(weight_OI, order_I, where=where)
     solved = solve_groups(weight_IO, factor, groups, candidates=candidates)
     lost = solved.lost
-    if sweeps:
-        assert hessian_II is not None, "sweeps weigh errors with it"
+    if sweeps is not None:
 
         def levels(group: int) -> Levels:
             return _levels(groups[group][0], solved.code_GO[group], solved.scale_max_G[group], weight_IO.dtype)
@@ -87,11 +84,10 @@ def solve_exl2(
             weight_IO,
             solved.codes_IO,
             solved.error_IO,
-            hessian_II,
             [size for _, size in groups],
             as_they_are(levels),
+            sweeps,
             damping=factor.damping,
-            sweeps=sweeps,
         )
     codes_OI = by_row(solved.codes_IO, order_I)
     return QuantizedLinear(codes_OI, Exl2Grid(groups, solved.scale_max_G, solved.code_GO, order_I)), lost
@@ -178,7 +174,8 @@ class Exl2Solver:
     Attributes:
         mixtures: of each variant, by the linear's full name; a stream goes on with the first.
         damping: see `quantkit.solvers.gptq.factorize`.
-        candidates, sweeps: see `solve_exl2`.
+        candidates: see `solve_exl2`.
+        sweeps: times that every code is chosen again.
     """
 
     mixtures: Callable[[str], tuple[Mixture, ...]]
@@ -204,8 +201,7 @@ class Exl2Solver:
             solve_exl2,
             factor=factor,
             candidates=self.candidates,
-            hessian_II=permuted(statistics.hessian(), factor.order_I) if self.sweeps else None,
-            sweeps=self.sweeps,
+            sweeps=Sweeps(self.sweeps, permuted(statistics.hessian(), factor.order_I)) if self.sweeps else None,
         )
         for name, weight in weights.items():
             weight_OI = weight.to(factor.upper_II.dtype)

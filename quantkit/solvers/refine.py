@@ -35,6 +35,20 @@ part [S, S] of the damped Hessian.
 
 
 @dataclass(frozen=True)
+class Sweeps:
+    """How often codes are chosen again once all are there, and what their errors are weighed by.
+
+    Attributes:
+        times: above 0.
+        hessian_II: [I, I], the sum over calibration tokens of x x^T, undamped, in the order of channels that the solver
+            goes by; not to be modified.
+    """
+
+    times: int
+    hessian_II: Tensor
+
+
+@dataclass(frozen=True)
 class Refined:
     """What sweeps left of a loss.
 
@@ -85,7 +99,7 @@ def refine(
         error_SO = torch.addcmul(weights[group], codes_SO - zero_O, scale_O, value=-1)
         return Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1), error_SO
 
-    change = sweep(weight_IO, codes_IO, error_IO, hessian_II, sizes, settle, damping=damping, sweeps=sweeps)
+    change = sweep(weight_IO, codes_IO, error_IO, sizes, settle, Sweeps(sweeps, hessian_II), damping=damping)
     refined = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), grid.group_I)
     return Refined(by_row(codes_IO, order_I), refined, change)
 
@@ -94,12 +108,11 @@ def sweep(
     weight_IO: Tensor,
     codes_IO: Tensor,
     error_IO: Tensor,
-    hessian_II: Tensor,
     sizes: Sequence[int],
     settle: Settle,
+    sweeps: Sweeps,
     *,
     damping: float,
-    sweeps: int,
 ) -> float:
     """Choose all codes again, so many times, group by group; by how much tr(E H E^T) is less then: not positive.
 
@@ -107,15 +120,16 @@ def sweep(
         weight_IO: [I, O] in the Hessian's dtype, groups one behind the other; not modified.
         codes_IO: uint8 [I, O], replaced.
         error_IO: the weights minus what their codes stand for, replaced.
-        hessian_II: [I, I] in that order of channels, the sum over calibration tokens of x x^T; not modified.
         sizes: channels of each group.
         settle: what a group's codes stand for, asked before they are chosen.
-        damping, sweeps: see `refine`.
+        sweeps: how many times, and the Hessian in that order of channels.
+        damping: see `refine`.
     """
+    hessian_II = sweeps.hessian_II
     added = damping * (float(hessian_II.diagonal().mean()) or 1.0)
     change = weight_IO.new_zeros(())
     edges = [0, *accumulate(sizes)]
-    for first, last in [*_together(sizes)] * sweeps:
+    for first, last in [*_together(sizes)] * sweeps.times:
         span = slice(edges[first], edges[last])
         # half the loss's slope, with all errors as they are now; damping stands on the diagonal alone
         slope_BO = torch.addmm(error_IO[span], hessian_II[span], error_IO, beta=added)

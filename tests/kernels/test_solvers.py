@@ -22,7 +22,7 @@ from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.exl2 import solve_exl2
 from quantkit.solvers.gptq import factorize, solve_gptq
 from quantkit.solvers.hqq import HalfQuadratic
-from quantkit.solvers.refine import refine
+from quantkit.solvers.refine import Sweeps, refine
 from quantkit.solvers.weights import GroupFit, WeightSolver
 from tests.kernels.test_kernels import TRITON, on
 from tests.oracles import correlated_layer
@@ -74,14 +74,14 @@ def by_sweeps(weight, hessian, rule):
 
 def by_exl2(weight, hessian, mixture):
     factor = factor_of(hessian, "activation", -1)
-    given = {"hessian_II": permuted(hessian, factor.order_I), "sweeps": 1}
-    found, lost = solve_exl2(weight * 0.02, factor, Mixture.of(mixture), candidates=4, **given)
+    sweeps = Sweeps(1, permuted(hessian, factor.order_I))
+    found, lost = solve_exl2(weight * 0.02, factor, Mixture.of(mixture), candidates=4, sweeps=sweeps)
     return found.codes_OI, found.grid, lost
 
 
 def by_blocks(weight, hessian, kind):
     factor = factor_of(hessian, "group-aware", kind.block)
-    return solve_blocks(weight, factor, kind, hessian_II=hessian, sweeps=1)
+    return solve_blocks(weight, factor, kind, sweeps=Sweeps(1, hessian))
 
 
 def by_search(weight, hessian, kind):

@@ -70,7 +70,7 @@ def test_sweeps_equal_trying_every_code(name, panel, span, monkeypatch):
     weight, hessian = correlated_layer(3, 96, tokens=150)
     factor = factorize(hessian, order="group-aware", group_size=kind.block, damping=DAMPING)
     codes, grid, _ = solve_blocks(weight, factor, kind)
-    swept, same, _ = solve_blocks(weight, factor, kind, hessian_II=hessian, sweeps=2)
+    swept, same, _ = solve_blocks(weight, factor, kind, sweeps=refine.Sweeps(2, hessian))
     values = torch.stack([grid.decode(torch.full_like(codes, code)) for code in range(kind.top + 1)], 2).double()
     expected = oracle_sweeps(weight, codes, values, hessian, damping=DAMPING, sweeps=2, order=range(96))
     assert (swept != codes).any()
@@ -85,7 +85,9 @@ def test_a_sweep_loses_less_and_says_how_much(name):
     factor = factorize(hessian, order="group-aware", group_size=kind.block, damping=DAMPING)
     shares = []
     for sweeps in (0, 1, 2):
-        codes, grid, share = solve_blocks(weight, factor, kind, hessian_II=hessian, sweeps=sweeps)
+        codes, grid, share = solve_blocks(
+            weight, factor, kind, sweeps=refine.Sweeps(sweeps, hessian) if sweeps else None
+        )
         assert lost(weight, hessian, grid.decode(codes)) == pytest.approx(share, rel=1e-3)
         shares.append(share)
     assert 0.97 * shares[0] > shares[1] > shares[2]

@@ -23,8 +23,7 @@ def solve(weight, hessian, mixture, *, candidates=12, sweeps=0):
         factor,
         Mixture.of(mixture),
         candidates=candidates,
-        hessian_II=permuted(hessian, factor.order_I),
-        sweeps=sweeps,
+        sweeps=refine.Sweeps(sweeps, permuted(hessian, factor.order_I)) if sweeps else None,
     )
     energy = output_energy(weight.t()[factor.order_I], factor.upper_II)
     return linear, lost / energy if energy else 0.0
