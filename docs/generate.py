@@ -1,9 +1,10 @@
-"""Write docs/cli.md, docs/recipe.md and docs/record.schema.json from the code, and the tables of docs/growth.md.
+"""Write docs/cli.md, docs/recipe.md and docs/record.schema.json from the code, and tables of two other pages.
 
-Those come from plans and from bench/results. With --check all are only compared.
+Those of docs/growth.md and docs/measured.md come from plans and from bench/results. With --check all are only compared.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -43,6 +44,25 @@ GROWTHS = {
     "windows of 512 tokens": ("growth-tokens.json", "windows"),
     "vocabulary, judged as well": ("growth-vocabulary.json", "vocabulary"),
 }
+# whole processes that took turns: what was built, and where the figures are
+SPEEDS = (
+    ("GPTQ 4 bits, random Mistral 1024 wide, 4 layers, 16,384 tokens", "speed-gptq-1024-3584-4-float32.json"),
+    ("the same in bfloat16", "speed-gptq-1024-3584-4.json"),
+    ("the same in float32 with `asymmetric = 0`", "speed-gptq-sweeps-1024-3584-4.json"),
+    ("GPTQ 4 bits, 2048 wide, 20 layers (0.9 B parameters), 4,096 tokens", "speed-gptq-2048-5632-20-float32.json"),
+    ("GPTQ 4 bits, 256 wide, 1 layer, 2,048 tokens", "speed-gptq-256-512-1.json"),
+    ("GPTQ 4 bits, the 5 M parameter model, 32,768 tokens", "speed-gptq-auto-round-mistral-pl.json"),
+    ("compressed-tensors 4 bits, the random Mistral of 4 layers", "speed-compressed-tensors-1024-3584-4.json"),
+    ("AWQ, the 5 M parameter model, 32,768 tokens", "speed-awq-mistral-pl.json"),
+    ("HQQ 3 bits without calibration, the 5 M parameter model", "speed-hqq-mistral-pl.json"),
+    ("the same of a layer of Bielik-7B's shape", "speed-hqq-4096-14336-1.json"),
+    ("the same of 32 such layers", "speed-hqq-4096-14336-32.json"),
+    ("MLX 4 bits, rounded, the 5 M parameter model", "speed-mlx-mistral-pl.json"),
+    ("the same of a layer of Bielik-7B's shape", "speed-mlx-4096-14336-1.json"),
+    ("the same of 32 such layers, 14 GB of bfloat16", "speed-mlx-4096-14336-32.json"),
+    ("ten GGUF types of a layer of Bielik-7B's shape, no importance", "speed-gguf-4096-14336-1.json"),
+    ("the same of bielik-nano", "speed-gguf-nano.json"),
+)
 
 
 def command_line() -> str:
@@ -136,10 +156,10 @@ def _shown(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
-def growth() -> str:
-    """docs/growth.md with its tables: plans of the shapes, floors, what grew with what."""
-    text = (HERE / "growth.md").read_text(encoding="utf-8")
-    for name, table in (("shapes", _shape_table()), ("floors", _floor_table()), ("growths", _growth_table())):
+def with_tables(page: str, tables: dict[str, str]) -> str:
+    """A page with its tables, each written between the comments that name it."""
+    text = (HERE / page).read_text(encoding="utf-8")
+    for name, table in tables.items():
         before, begin, rest = text.partition(f"<!-- {name}: written by `make docs` -->\n")
         _, end, after = rest.partition(f"<!-- end of {name} -->")
         text = before + begin + table + end + after
@@ -186,6 +206,27 @@ def _growth_table() -> str:
     return _table([heading, *rows])
 
 
+def _speed_table() -> str:
+    rows = [["what is built", "by", "seconds", "times", "peak GB", "times", "rounds, processor, commit"]]
+    for title, file in SPEEDS:
+        found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+        for place, way in enumerate(found["rows"]):
+            over = way["over_first"]
+            times = [_span(over[measure]) if place else "" for measure in ("wall_s", "peak_gb")]
+            made = found["environment"]
+            processor = re.sub(r"\(R\)| Processor", "", made["device_model"])
+            told = f"{len(over['wall_s'])}, {processor}, {made['commit'][:7]}"
+            name = " ".join(filter(None, (way["way"], way["version"])))
+            first = ["", ""] if place else [title, told]
+            rows.append([first[0], name, f"{way['wall_s']:.1f}", times[0], f"{way['peak_gb']:.2f}", times[1], first[1]])
+    return _table(rows)
+
+
+def _span(ratios: list[float]) -> str:
+    """A ratio of each round: the only one, or from which to which."""
+    return " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
+
+
 def _shape_table() -> str:
     recipe = load_recipe(find_recipe("bielik-7b-instruct-v0.1/gptq"))
     columns = {}
@@ -223,7 +264,14 @@ def _shape_table() -> str:
 def main() -> int:
     """Write all pages, or return 1 and name those that are stale."""
     schema = json.dumps(record_schema(), indent=2, ensure_ascii=False) + "\n"
-    pages = {"cli.md": command_line(), "recipe.md": recipe_keys(), "record.schema.json": schema, "growth.md": growth()}
+    grown = {"shapes": _shape_table(), "floors": _floor_table(), "growths": _growth_table()}
+    pages = {
+        "cli.md": command_line(),
+        "recipe.md": recipe_keys(),
+        "record.schema.json": schema,
+        "growth.md": with_tables("growth.md", grown),
+        "measured.md": with_tables("measured.md", {"speeds": _speed_table()}),
+    }
     if "--check" in sys.argv[1:]:
         stale = [
             name for name, text in pages.items() if not (HERE / name).exists() or (HERE / name).read_text() != text

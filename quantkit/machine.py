@@ -109,8 +109,8 @@ def needs_widening(device: torch.device, dtype: torch.dtype) -> bool:
 def _multiplies_bfloat16_fast() -> bool:
     """Whether the CPU multiplies more numbers of bfloat16 at a time than of float32.
 
-    Intel's vectors (AVX512_BF16) do not: torch takes 1.4 times as long. Its tiles (AMX) do, which
-    virtual machines may lack; AMD's and Arm's vectors do.
+    Intel's vectors (AVX512_BF16) do not: torch takes 1.4 times as long. Its tiles (AMX) do, which virtual machines may
+    lack; AMD's and Arm's vectors do.
     """
     facts = _cpu_facts(CPU_FACTS)
     only_vectors = facts.get("vendor_id") == "GenuineIntel" and "amx_bf16" not in facts.get("flags", "").split()

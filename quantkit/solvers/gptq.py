@@ -177,9 +177,8 @@ def solve_gptq(
     group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
     grid = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), group_I)
     energy = output_energy(weight_IO, upper_II)
-    return GptqSolution(
-        by_row(codes_IO, order_I), grid, float(lost_O.sum()) / energy if energy else 0.0, energy, factor.damping
-    )
+    share = float(lost_O.sum()) / energy if energy else 0.0
+    return GptqSolution(by_row(codes_IO, order_I), grid, share, energy, factor.damping)
 
 
 def output_energy(weight_IO: Tensor, upper_II: Tensor) -> float:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from quantkit.channels import permuted
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineRule
 from quantkit.solvers.gptq import factorize, in_file_order, solve_gptq, towards_float
@@ -132,14 +131,6 @@ def test_non_finite_activations_name_the_layer():
     with pytest.raises(RunFailedError, match="activations are not finite") as caught:
         factorize(hessian, order="natural", group_size=8, damping=0.01, where="model.layers.0.mlp.down_proj")
     assert caught.value.where == "model.layers.0.mlp.down_proj"
-
-
-@pytest.mark.parametrize("side", [7, 512, 1100])
-def test_a_matrix_is_put_in_order(side):
-    matrix, order = torch.randn(side, side), torch.randperm(side)
-    found = permuted(matrix, order)
-    assert torch.equal(found, matrix[order][:, order])
-    assert found.is_contiguous()
 
 
 @pytest.mark.parametrize("order", ["natural", "activation"])
