@@ -107,10 +107,10 @@ def needs_widening(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _multiplies_bfloat16_fast() -> bool:
-    """Whether the CPU multiplies more numbers of bfloat16 at a time than of float32.
+    """Whether torch's products of bfloat16 are taken to be faster than those of float32 on the CPU.
 
-    Intel's vectors (AVX512_BF16) do not: torch takes 1.4 times as long. Its tiles (AMX) do, which virtual machines may
-    lack; AMD's and Arm's vectors do.
+    Not without instructions for them. On Intel's processors not by those for vectors (AVX512_BF16), where they take 1.4
+    times as long, but by those for tiles (AMX), which virtual machines may lack. The engine gptqmodel goes by the same.
     """
     facts = _cpu_facts(CPU_FACTS)
     only_vectors = facts.get("vendor_id") == "GenuineIntel" and "amx_bf16" not in facts.get("flags", "").split()

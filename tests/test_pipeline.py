@@ -187,11 +187,10 @@ def test_a_model_without_a_chat_template_is_given_documents(section, recipe, tmp
     model = without_template(Path(recipe.model.id), tmp_path / "model")
     recipe = changed(changed(recipe, "model", id=str(model)), "validation", generated_tokens=0)
     wanted, out = {"calibration": 2, "validation": "all"}[section], tmp_path / "a"
-    # all of it is read, or its first documents, in which a chat may stand or not
+    # calibration reads documents in a drawn order until it has enough: so many that a chat is among them
     whole = {"polish-core": 200 if section == "calibration" else wanted}
-    with pytest.raises(RefusedError, match="the text has chats in it") as caught:
+    with pytest.raises(RefusedError, match="the text has chats in it"):
         build(changed(recipe, section, texts=whole), out=out, device=CPU)
-    assert f"{section}.texts" in str(caught.value)
     assert not out.exists()
     done = build(changed(recipe, section, texts={"polish-core-documents": wanted}), out=out, device=CPU)
     assert done.record["validation"]["gate"]["passed"]

@@ -20,7 +20,7 @@ from quantkit.validation.generation import Answer, greedy_answer
 from quantkit.validation.perplexity import final_states
 from quantkit.validation.text import EvaluationText
 
-KEPT_BYTES = 16 << 30  # of all models' states together: of a 7B's, judged on 200,000 tokens, nine
+KEPT_BYTES = 16 << 30  # of all models' states together: nine of a 7B's in bfloat16, judged on 217,000 tokens
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,11 @@
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import quantkit
 from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.checkpoint.index import open_checkpoint
 from quantkit.checkpoint.layer import Decoder
@@ -9,6 +13,7 @@ from quantkit.machine import needs_expanding, needs_widening
 from tests.tiny import VARIANTS, make_tiny
 
 CPU = torch.device("cpu")
+RUNNERS = Path(quantkit.__file__).parent / "engines" / "runners"
 
 
 def through_layers(checkpoint, dtype, device=CPU) -> torch.Tensor:
@@ -64,6 +69,16 @@ def test_only_bfloat16_on_a_cpu_may_need_it(monkeypatch):
     assert needs_widening(CPU, torch.bfloat16)
 
 
+def gptqmodels_dtype(facts, monkeypatch):
+    """What the engine's script, which imports nothing of quantkit, builds GPTQ in on such a processor."""
+    monkeypatch.syspath_prepend(RUNNERS)
+    spec = spec_from_file_location("gptqmodel_runner", RUNNERS / "gptqmodel.py")
+    runner = module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    monkeypatch.setattr(runner, "CPU_FACTS", str(facts))
+    return runner.build_dtype("gptq", "cpu")
+
+
 @pytest.mark.parametrize(
     ("facts", "widens"),
     [
@@ -81,6 +96,7 @@ def test_instructions_that_are_no_faster_than_float32s_are_not_used(facts, widen
     if facts is not None:
         (tmp_path / "cpuinfo").write_text(facts)
     assert needs_widening(CPU, torch.bfloat16) is widens
+    assert (gptqmodels_dtype(tmp_path / "cpuinfo", monkeypatch) == torch.float32) is widens
     seen = []
     monkeypatch.setattr(
         "quantkit.calibration.statistics._add_product",

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from start import causal_logits, read_json, versions
 
+CPU_FACTS = "/proc/cpuinfo"
+
 
 def load(request):
     """Read an artifact the way most people do: transformers, which calls gptqmodel for the quantized linears."""
@@ -77,7 +79,7 @@ def build_dtype(form, device):
 def has_intel_vectors_alone():
     """Whether it is an Intel processor without tiles (AMX): its vectors multiply bfloat16 no faster than float32."""
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
+        with open(CPU_FACTS, encoding="utf-8") as file:
             facts = file.read()
     except OSError:
         return False
