@@ -40,6 +40,8 @@ OTHER_PRODUCTS = (
 )
 # weights worked on together: 2 MB of float32, which stay in a CPU's cache; on a GPU enough for a launch to be worth it
 TOGETHER, TOGETHER_ON_GPU = 1 << 19, 1 << 21
+# rows that a thread takes for itself: fewer are not worth its way through the channels, more of them leave its cache
+ALONE = 128, 1024
 Result = TypeVar("Result")
 CPU_FACTS = Path("/proc/cpuinfo")
 SIXTEEN_BIT = re.compile("bf16|fp16|asimdhp")  # in the names of x86's and Arm's instructions
@@ -264,8 +266,21 @@ def rows_together(matrix_OI: torch.Tensor) -> int:
     return max(weights // matrix_OI.shape[1], 1)
 
 
+def rows_of_a_thread(matrix_OI: torch.Tensor) -> int:
+    """How many rows of a matrix [O, I] a thread of the CPU takes for itself at a time; all of them on a GPU.
+
+    All threads that there are to be get as many, whatever cores there are: products of other shapes may sum otherwise.
+    """
+    rows, threads = len(matrix_OI), torch.get_num_threads()
+    if matrix_OI.device.type != "cpu":
+        return rows
+    fewest, most = ALONE
+    times = -(-rows // (threads * most))
+    return max(-(-rows // (threads * times)), fewest)
+
+
 def side_by_side(work: Callable[..., Result], pieces: Iterable[tuple[Any, ...]], device: torch.device) -> list[Result]:
-    """What `work` makes of each piece, in order: on a CPU `pieces_at_a_time`, each on one thread.
+    """What `work` makes of each piece, in order: on a CPU `pieces_at_a_time`, each of several on one thread.
 
     For many small steps on what fits a cache: handing every step to all threads takes longer than the step.
 
@@ -275,9 +290,9 @@ def side_by_side(work: Callable[..., Result], pieces: Iterable[tuple[Any, ...]],
         device: where they are; elsewhere than on a CPU they are worked on one after another.
     """
     threads, every = torch.get_num_threads(), list(pieces)
-    at_a_time = min(pieces_at_a_time(), len(every))
-    if at_a_time < 2 or device.type != "cpu":
+    if min(threads, len(every)) < 2 or device.type != "cpu":
         return list(starmap(work, every))
+    at_a_time = min(pieces_at_a_time(), len(every))
     # counts for the threads of the pool, which begin after it
     torch.set_num_threads(1)
     try:

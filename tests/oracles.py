@@ -143,12 +143,13 @@ def oracle_exl2(weight, hessian, *, groups, damping, candidates):
     return codes[:, back], torch.tensor(scale_codes), largest, decoded[:, back]
 
 
-def oracle_refine(weight, codes, scale, zero, group, hessian, *, bits, damping, sweeps, float_zero):
+def oracle_refine(weight, codes, scale, zero, group, hessian, *, bits, damping, sweeps, order, float_zero):
     """Coordinate descent by trying: every code a channel could have, every row's scale by what its whole loss says.
 
     Args:
         weight, hessian: float64.
         codes, scale, zero, group: what is to be bettered: [rows, columns], [rows, groups] twice, [columns].
+        order: of the channels; groups come in that of their numbers.
         float_zero: the zero is chosen too, and kept in float16; otherwise it stays.
 
     Returns:
@@ -163,7 +164,7 @@ def oracle_refine(weight, codes, scale, zero, group, hessian, *, bits, damping, 
 
     for _ in range(sweeps):
         for g in range(scale.shape[1]):
-            inside = [channel for channel in range(len(group)) if int(group[channel]) == g]
+            inside = [channel for channel in order if int(group[channel]) == g]
             for row in range(len(weight)):
                 kept = float(scale[row, g]), float(zero[row, g])
                 before = loss(row)

@@ -144,6 +144,33 @@ def test_pieces_are_worked_on_side_by_side_each_on_one_thread(monkeypatch):
     assert torch.get_num_threads() == 2
 
 
+def test_on_one_core_they_are_on_one_thread_too(monkeypatch):
+    """So that products do not sum otherwise than where there are as many cores as threads."""
+    monkeypatch.setattr("quantkit.machine.os.cpu_count", lambda: 1)
+    torch.set_num_threads(2)
+    assert machine.side_by_side(lambda piece: torch.get_num_threads(), ((1,), (2,)), CPU) == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "threads", "expected"),
+    [
+        (4096, 16, 256),
+        (4096, 2, 1024),
+        (14336, 2, 1024),
+        (14336, 16, 896),
+        (3584, 2, 896),
+        (3584, 1, 896),
+        (100, 2, 128),
+    ],
+)
+def test_threads_get_as_many_rows_each(rows, threads, expected, monkeypatch):
+    torch.set_num_threads(threads)
+    for cores in (1, 64):
+        monkeypatch.setattr("quantkit.machine.os.cpu_count", lambda cores=cores: cores)
+        assert machine.rows_of_a_thread(torch.empty(rows, 4)) == expected
+    assert machine.rows_of_a_thread(torch.empty(rows, 4, device="meta")) == rows
+
+
 def test_an_error_in_a_piece_is_raised_and_the_threads_are_as_they_were():
     torch.set_num_threads(2)
 

@@ -28,7 +28,7 @@ def solve_blocks(
     sweeps: Sweeps | None = None,
     where: str = "",
 ) -> tuple[Tensor, BlockGrid, float]:
-    """Codes uint8 [O, I] and grid that minimize the linear's output error over the calibration tokens; the share lost.
+    """Codes uint8 [O, I] and grid that minimize the linear's output error over the calibration tokens, tr(E H E^T).
 
     Args:
         weight_OI: [O, I] in the factor's dtype; I is a multiple of `kind.block`. Not modified.
@@ -51,7 +51,7 @@ def solve_blocks(
         torch.empty((rows, num_blocks, num_subs), dtype=torch.int16, device=weight_IO.device) for _ in range(2)
     ]
     shift_1O = weight_IO.new_full((1, rows), kind.offset)
-    lost, energy = weight_IO.new_zeros(()), weight_IO.new_zeros(())
+    lost = weight_IO.new_zeros(())
     for start, column in zip(range(0, columns, kind.block), order_I[:: kind.block].tolist(), strict=True):
         inside = slice(start, start + kind.block)
         block, place_I = column // kind.block, order_I[inside] % kind.block
@@ -75,7 +75,6 @@ def solve_blocks(
             lost += solve_panel(
                 weight_IO[here], feedback_PO, upper_II[here, here], levels, codes_IO[here], error_IO[here]
             ).sum()
-            energy += (upper_II[: here.stop, here].t() @ weight_IO[: here.stop]).square_().sum()
     grid = BlockGrid(kind, halves_ON[0], halves_ON[1], wholes_ONS[0], wholes_ONS[1])
     require_finite(grid, weight_OI, where=where)
     # blocks as they stand in the row
@@ -86,7 +85,7 @@ def solve_blocks(
         settle = as_they_are(partial(_levels, kind, [part.to(weight_IO.dtype) for part in grid.steps()]))
         lost += sweep(*given, settle, sweeps, damping=factor.damping)
     codes_OI = codes_IO.t().contiguous()
-    return codes_OI, grid, float(lost / energy) if float(energy) else 0.0
+    return codes_OI, grid, float(lost)
 
 
 def _levels(kind: BlockType, steps: Sequence[Tensor], block: int) -> Levels:

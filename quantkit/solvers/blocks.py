@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
+from quantkit.channels import by_channel
 from quantkit.costs import Cost, Shape, StageWork
 from quantkit.grids.block_bytes import encode, pack
 from quantkit.grids.blocks import TYPES, BlockType
 from quantkit.grids.encoded import EncodedGrid, as_floats
-from quantkit.machine import pieces_at_a_time
+from quantkit.machine import pieces_at_a_time, rows_of_a_thread, side_by_side
 from quantkit.progress import timed
 from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
 from quantkit.solvers.block_gptq import solve_blocks
-from quantkit.solvers.gptq import FACTORISE, Factor, factorize, feedback_cost
+from quantkit.solvers.gptq import FACTORISE, Factor, factorize, feedback_cost, output_energy
 from quantkit.solvers.refine import Sweeps, refine_operations
 
 DENSE = ("F16", "BF16")
@@ -77,16 +78,13 @@ class BlockSolver:
                     with timed(spent, FACTORISE):
                         factor = self._factor(factors, statistics, TYPES[kind], name)
                     times = self._sweeps(TYPES[kind])
+                    sweeps = Sweeps(times, statistics.hessian()) if times else None
                     working_OI = weight_OI.to(factor.upper_II.dtype)
-                    codes_OI, grid, share = solve_blocks(
-                        working_OI,
-                        factor,
-                        TYPES[kind],
-                        sweeps=Sweeps(times, statistics.hessian()) if times else None,
-                        where=name,
-                    )
-                    solved.append(QuantizedLinear(pack(codes_OI, grid), EncodedGrid(kind)))
-                    loss = share if loss is None else loss
+                    encoded_OY, lost = solve_by_rows(working_OI, factor, TYPES[kind], sweeps, where=name)
+                    solved.append(QuantizedLinear(encoded_OY, EncodedGrid(kind)))
+                    if loss is None:
+                        energy = output_energy(by_channel(working_OI, factor.order_I), factor.upper_II)
+                        loss = lost / energy if energy else 0.0
             damping = max((factor.damping for factor in factors.values()), default=None)
             facts = LinearFacts(name, loss, damping, time.perf_counter() - started, spent.pop(FACTORISE, 0.0))
             # no variable holds them on while the next is solved
@@ -135,6 +133,20 @@ class BlockSolver:
         if mean_I is None and self.weighted:
             return torch.ones(weight_OI.shape[1], device=weight_OI.device)
         return mean_I
+
+
+def solve_by_rows(
+    weight_OI: Tensor, factor: Factor, kind: BlockType, sweeps: Sweeps | None, *, where: str
+) -> tuple[Tensor, float]:
+    """A linear's bytes [O, Y] by GPTQ, and what is lost, tr(E H E^T): some rows on each thread of a CPU."""
+
+    def solve(weight_RI: Tensor) -> tuple[Tensor, float]:
+        codes_RI, grid, lost = solve_blocks(weight_RI, factor, kind, sweeps=sweeps, where=where)
+        return pack(codes_RI, grid), lost
+
+    pieces = zip(weight_OI.split(rows_of_a_thread(weight_OI)), strict=True)
+    encoded, lost = zip(*side_by_side(solve, pieces, weight_OI.device), strict=True)
+    return torch.cat(encoded), sum(lost)
 
 
 def _published(mean_I: Tensor, tokens: int) -> Tensor:

@@ -15,8 +15,9 @@ walks over input channels and wants each one contiguous.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,10 +29,11 @@ from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineGrid, Rule
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
+from quantkit.machine import rows_of_a_thread, side_by_side
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.order import visiting_order
-from quantkit.solvers.refine import refine, refine_operations
+from quantkit.solvers.refine import Sweeps, refine_operations, refitted, sweep
 
 DAMPING_STEP = 2.0
 DAMPING_TRIES = 6
@@ -128,6 +130,7 @@ def solve_gptq(
     rule: Rule,
     *,
     group_size: int,
+    sweeps: Sweeps | None = None,
     panel: int = PANEL,
     span: int = SPAN,
 ) -> GptqSolution:
@@ -138,6 +141,7 @@ def solve_gptq(
         factor: the Hessian's factor, in visiting order.
         rule: how each group's scale and zero are chosen.
         group_size: channels per grid, in visiting order; -1 for one grid per row.
+        sweeps: how often scales and codes are chosen again, by the Hessian in visiting order; None for not at all.
         panel, span: channels per lazy update, inside a group and of whole groups; they change speed and rounding noise,
             never the mathematics.
     """
@@ -173,11 +177,15 @@ def solve_gptq(
                     weight_IO[here], feedback_PO, upper_II[here, here], levels, codes_IO[here], error_IO[here]
                 )
 
+    lost, energy = float(lost_O.sum()), output_energy(weight_IO, upper_II)
+    if sweeps is not None:
+        sizes = [len(part) for part in order_I.split(size)]
+        settle = refitted(rule, weight_IO, scale_GO, zero_GO, sizes)
+        lost += sweep(weight_IO, codes_IO, error_IO, sizes, settle, sweeps, damping=factor.damping)
     group_I = torch.empty_like(order_I, dtype=torch.int32)
     group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
     grid = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), group_I)
-    energy = output_energy(weight_IO, upper_II)
-    share = float(lost_O.sum()) / energy if energy else 0.0
+    share = lost / energy if energy else 0.0
     return GptqSolution(by_row(codes_IO, order_I), grid, share, energy, factor.damping)
 
 
@@ -189,6 +197,28 @@ def output_energy(weight_IO: Tensor, upper_II: Tensor) -> float:
         # columns of W R; R is zero below its diagonal
         found += (upper_II[: ahead.stop, ahead].t() @ weight_IO[: ahead.stop]).square_().sum()
     return float(found)
+
+
+def solve_by_rows(
+    weight_OI: Tensor, factor: Factor, rule: Rule, *, group_size: int, sweeps: Sweeps | None = None
+) -> GptqSolution:
+    """`solve_gptq` of some rows on each thread of a CPU: rows have nothing to do with each other."""
+    solve = partial(solve_gptq, factor=factor, rule=rule, group_size=group_size, sweeps=sweeps)
+    parts = weight_OI.split(rows_of_a_thread(weight_OI))
+    return _joined(side_by_side(solve, zip(parts, strict=True), weight_OI.device))
+
+
+def _joined(parts: Sequence[GptqSolution]) -> GptqSolution:
+    """The solution of a linear, given those of its rows."""
+    first = parts[0]
+    grid = replace(
+        first.grid,
+        scale_OG=torch.cat([part.grid.scale_OG for part in parts]),
+        zero_OG=torch.cat([part.grid.zero_OG for part in parts]),
+    )
+    lost, energy = sum(part.loss * part.energy for part in parts), sum(part.energy for part in parts)
+    codes_OI = torch.cat([part.codes_OI for part in parts])
+    return GptqSolution(codes_OI, grid, lost / energy if energy else 0.0, energy, first.damping)
 
 
 def in_file_order(solution: GptqSolution) -> GptqSolution:
@@ -291,32 +321,18 @@ class GptqSolver:
                 where=next(iter(weights)),
             )
         wanted: Iterable[Tensor] = (weight.to(factor.upper_II.dtype) for weight in weights.values())
+        sweeps = Sweeps(self.sweeps, permuted(hessian_II, factor.order_I)) if self.sweeps else None
         if self.asymmetric:
             wanted = towards_float(wanted, statistics.deviation(), factor, self.asymmetric)
         for name, weight_OI in zip(weights, wanted, strict=True):
-            solution = solve_gptq(weight_OI, factor, self.rule, group_size=self.group_size)
+            solution = solve_by_rows(weight_OI, factor, self.rule, group_size=self.group_size, sweeps=sweeps)
             if self.order == "group-aware":
                 solution = in_file_order(solution)
-            if self.sweeps:
-                solution = self._refined(weight_OI, solution, hessian_II)
             finished = time.perf_counter()
             factorise_s = spent.pop(FACTORISE, 0.0)
             facts = LinearFacts(name, solution.loss, solution.damping, finished - started, factorise_s)
             yield name, QuantizedLinear(solution.codes_OI, solution.grid), facts
             started = finished
-
-    def _refined(self, weight_OI: Tensor, solution: GptqSolution, hessian_II: Tensor) -> GptqSolution:
-        refined = refine(
-            weight_OI,
-            solution.codes_OI,
-            solution.grid,
-            hessian_II,
-            self.rule,
-            damping=solution.damping,
-            sweeps=self.sweeps,
-        )
-        share = refined.change / solution.energy if solution.energy else 0.0
-        return replace(solution, codes_OI=refined.codes_OI, grid=refined.grid, loss=solution.loss + share)
 
     def cost(self, work: StageWork) -> Cost:
         """Factorization, feedback and sweeps; with a correction its equations and its products too."""

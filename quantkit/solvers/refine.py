@@ -4,8 +4,8 @@ GPTQ chooses a group's scale before any of its codes, and a channel's code as if
 its error exactly. Both can be chosen again, knowing everything else: coordinate descent on the same objective,
 tr(E H E^T) with E the weights minus what their codes stand for. Every step keeps the better of old and new, so a sweep
 never loses. (For the codes compare CDQuant, arXiv 2406.17542, which takes the best channel next; here they are taken in
-order, so that a panel of them is one call of the kernel that GPTQ itself uses.) `refine` does both on affine grids;
-where scales are not free, as in EXL2's and ggml's files, `sweep` chooses the codes alone.
+order, so that a panel of them is one call of the kernel that GPTQ itself uses.) On affine grids `sweep` chooses both
+(`refitted`); where scales are not free, as in EXL2's and ggml's files, the codes alone (`as_they_are`).
 
 Shape legend: O out features, I in features, S channels of a group, P channels of a panel, G groups.
 """
@@ -17,8 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from quantkit.channels import by_channel, by_row, permuted
-from quantkit.grids.affine import AffineGrid, Rule
+from quantkit.grids.affine import Rule
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
 
@@ -48,62 +47,6 @@ class Sweeps:
     hessian_II: Tensor
 
 
-@dataclass(frozen=True)
-class Refined:
-    """What sweeps left of a loss.
-
-    Attributes:
-        codes_OI: uint8 [O, I].
-        grid: what they mean.
-        change: by how much tr(E H E^T) is less, with the damped H: not positive.
-    """
-
-    codes_OI: Tensor
-    grid: AffineGrid
-    change: float
-
-
-def refine(
-    weight_OI: Tensor,
-    codes_OI: Tensor,
-    grid: AffineGrid,
-    hessian_II: Tensor,
-    rule: Rule,
-    *,
-    damping: float,
-    sweeps: int,
-) -> Refined:
-    """Codes and grid that lose no more than those given, after so many sweeps over all groups.
-
-    Args:
-        weight_OI: [O, I] in the Hessian's dtype; not modified.
-        codes_OI, grid: uint8 [O, I] and what they mean, with groups of any channels; not modified.
-        hessian_II: [I, I], the sum over calibration tokens of x x^T; not modified.
-        rule: how scales and zeros may be chosen.
-        damping: fraction of mean(diag H) added to the diagonal, or of 1 where that is 0.
-        sweeps: times that every scale and every code is chosen again.
-    """
-    scale_GO, zero_GO = (part.t().to(weight_OI.dtype).contiguous() for part in (grid.scale_OG, grid.zero_OG))
-    # channels group by group, which they are already unless they were visited by their activations
-    order_I = torch.argsort(grid.group_I, stable=True)
-    if not torch.equal(order_I, torch.arange(len(order_I), device=order_I.device)):
-        hessian_II = permuted(hessian_II, order_I)
-    weight_IO, codes_IO = by_channel(weight_OI, order_I), by_channel(codes_OI, order_I)
-    error_IO = weight_IO - by_channel(grid.decode(codes_OI), order_I).to(weight_IO.dtype)
-    sizes = torch.bincount(grid.group_I).tolist()
-    weights = weight_IO.split(sizes)
-
-    def settle(group: int, codes_SO: Tensor, _: Tensor, slope_SO: Tensor, inside_SS: Tensor) -> tuple[Levels, Tensor]:
-        scale_O, zero_O = rule.refit(codes_SO, scale_GO[group], zero_GO[group], inside_SS, slope_SO)
-        scale_GO[group], zero_GO[group] = scale_O, zero_O
-        error_SO = torch.addcmul(weights[group], codes_SO - zero_O, scale_O, value=-1)
-        return Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1), error_SO
-
-    change = sweep(weight_IO, codes_IO, error_IO, sizes, settle, Sweeps(sweeps, hessian_II), damping=damping)
-    refined = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), grid.group_I)
-    return Refined(by_row(codes_IO, order_I), refined, change)
-
-
 def sweep(
     weight_IO: Tensor,
     codes_IO: Tensor,
@@ -123,7 +66,7 @@ def sweep(
         sizes: channels of each group.
         settle: what a group's codes stand for, asked before they are chosen.
         sweeps: how many times, and the Hessian in that order of channels.
-        damping: see `refine`.
+        damping: fraction of mean(diag H) added to the diagonal, or of 1 where that is 0.
     """
     hessian_II = sweeps.hessian_II
     added = damping * (float(hessian_II.diagonal().mean()) or 1.0)
@@ -150,6 +93,26 @@ def sweep(
             moved_BO[here] = error_SO - missed_SO
             error_IO[inside] = error_SO
     return float(change)
+
+
+def refitted(rule: Rule, weight_IO: Tensor, scale_GO: Tensor, zero_GO: Tensor, sizes: Sequence[int]) -> Settle:
+    """Groups on affine grids, whose scales and zeros are chosen again.
+
+    Args:
+        rule: how.
+        weight_IO: what `sweep` is given.
+        scale_GO, zero_GO: [G, O] what the codes mean so far, replaced.
+        sizes: channels of each group.
+    """
+    weights = weight_IO.split(list(sizes))
+
+    def settle(group: int, codes_SO: Tensor, _: Tensor, slope_SO: Tensor, inside_SS: Tensor) -> tuple[Levels, Tensor]:
+        scale_O, zero_O = rule.refit(codes_SO, scale_GO[group], zero_GO[group], inside_SS, slope_SO)
+        scale_GO[group], zero_GO[group] = scale_O, zero_O
+        error_SO = torch.addcmul(weights[group], codes_SO - zero_O, scale_O, value=-1)
+        return Levels.of_zeros(scale_O, zero_O, 2**rule.bits - 1), error_SO
+
+    return settle
 
 
 def as_they_are(levels: Callable[[int], Levels]) -> Settle:

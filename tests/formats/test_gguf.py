@@ -190,7 +190,7 @@ def test_a_tensor_is_read_once_and_encoded_once_in_each_type(solver, sources, te
     def encoding(*args: Any, where: str, **_: Any) -> None:
         encoded.append((where, next(each.name for each in args if isinstance(each, BlockType))))
 
-    for name in ("encode", "solve_blocks"):
+    for name in ("encode", "solve_by_rows"):
         monkeypatch.setattr(blocks, name, counted(getattr(blocks, name), encoding))
     monkeypatch.setattr(Checkpoint, "read", counted(Checkpoint.read, lambda _, item: reads.append(item)))
     recipe = recipe_of(sources["mistral"], text, types=("Q4_K_S", "Q4_K_M", "Q5_K_M"), solver=solver)

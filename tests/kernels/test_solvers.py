@@ -22,7 +22,7 @@ from quantkit.solvers.block_gptq import solve_blocks
 from quantkit.solvers.exl2 import solve_exl2
 from quantkit.solvers.gptq import factorize, solve_gptq
 from quantkit.solvers.hqq import HalfQuadratic
-from quantkit.solvers.refine import Sweeps, refine
+from quantkit.solvers.refine import Sweeps
 from quantkit.solvers.weights import GroupFit, WeightSolver
 from tests.kernels.test_kernels import TRITON, on
 from tests.oracles import correlated_layer
@@ -67,9 +67,10 @@ def by_gptq(weight, hessian, rule, order="group-aware", group_size=32):
 
 
 def by_sweeps(weight, hessian, rule):
-    codes, grid, _ = by_gptq(weight, hessian, rule)
-    found = refine(weight, codes, grid, hessian, rule, damping=DAMPING, sweeps=1)
-    return found.codes_OI, found.grid, found.change
+    factor = factor_of(hessian, "group-aware", 32)
+    sweeps = Sweeps(1, permuted(hessian, factor.order_I))
+    found = solve_gptq(weight, factor, rule, group_size=32, sweeps=sweeps)
+    return found.codes_OI, found.grid, found.loss
 
 
 def by_exl2(weight, hessian, mixture):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from quantkit.channels import permuted
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineRule
-from quantkit.solvers.gptq import factorize, in_file_order, solve_gptq, towards_float
+from quantkit.solvers.gptq import factorize, in_file_order, solve_by_rows, solve_gptq, towards_float
 from quantkit.solvers.order import visiting_order
+from quantkit.solvers.refine import Sweeps
 from tests.oracles import correlated_layer, oracle_gptq
 
 DAMPING = 0.01
@@ -48,6 +50,26 @@ def test_codes_equal_the_oracle_on_every_grid(bits, symmetric, candidates):
         candidates=candidates,
     )
     assert (found.codes_OI != codes).sum() == 0  # 80 columns: the last group is a short one
+
+
+@pytest.mark.parametrize("sweeps", [0, 1])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_rows_may_be_solved_apart(threads, sweeps, monkeypatch):
+    """For as many threads as there are to be; one core alone makes the same of them."""
+    monkeypatch.setattr("quantkit.machine.ALONE", (8, 32))
+    torch.set_num_threads(threads)
+    weight, hessian = correlated_layer(rows=77, columns=64, seed=6)
+    factor = factorize(hessian, order="activation", group_size=32, damping=DAMPING)
+    again = Sweeps(sweeps, permuted(hessian, factor.order_I)) if sweeps else None
+    whole = solve_gptq(weight, factor, AffineRule(3, candidates=4), group_size=32, sweeps=again)
+    for cores in (1, 2):
+        monkeypatch.setattr("quantkit.machine.os.cpu_count", lambda cores=cores: cores)
+        found = solve_by_rows(weight, factor, AffineRule(3, candidates=4), group_size=32, sweeps=again)
+        assert torch.equal(found.codes_OI, whole.codes_OI)
+        for part in ("scale_OG", "zero_OG", "group_I"):
+            assert torch.equal(getattr(found.grid, part), getattr(whole.grid, part))
+        assert found.loss == pytest.approx(whole.loss, rel=1e-12)
+        assert found.energy == pytest.approx(whole.energy, rel=1e-12)
 
 
 @pytest.mark.parametrize("order", ["natural", "group-aware", "activation"])
