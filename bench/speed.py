@@ -45,7 +45,7 @@ from quantkit.recipe import OWN_ENGINE, Recipe
 from quantkit.texts import load_text_set
 from quantkit.upstream import settled
 
-QUANTKIT = [sys.executable, "-c", "from quantkit.cli import app; app()"]
+QUANTKIT = [sys.executable, "-m", "quantkit"]
 LLAMA_QUANTIZE = "llama-quantize"
 MEASURES = ("wall_s", "cpu_s", "peak_gb", "written_over_files")
 

@@ -450,6 +450,20 @@ def test_a_reader_that_has_left_is_no_error_to_tell_of():
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.parametrize(("command", "code"), [(("recipes", "list"), 0), (("recipes", "show", "nothing-like-it"), 2)])
+def test_only_a_success_ends_without_taking_modules_apart(command, code):
+    program = (
+        "import atexit, sys\n"
+        "atexit.register(print, 'taken apart', file=sys.stderr)\n"
+        "from quantkit.cli import run\n"
+        "run()"
+    )
+    done, plain = run(program, *command), run(COMMAND, *command)
+    assert (done.returncode, done.stdout) == (plain.returncode, plain.stdout)
+    assert done.returncode == code
+    assert done.stderr == plain.stderr + ("taken apart\n" if code else "")
+
+
 # a command that says when it has begun; a shell may have told its background jobs to ignore an interrupt
 ENDLESS = """
 import signal, sys, time

@@ -7,6 +7,7 @@ inside the commands, so that `quantkit --help` starts without torch.
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -128,6 +129,23 @@ def main() -> None:
     except KeyboardInterrupt:
         say(interrupted())
         sys.exit(INTERRUPTED_CODE)
+
+
+def run() -> None:
+    """What the installed command starts: `main`, and after a success the end at once.
+
+    Taking torch's and transformers' modules apart takes a second, and nothing of ours waits for it.
+    """
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+    # what cannot be written is told by the ordinary end
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _place(error: OSError) -> str:
