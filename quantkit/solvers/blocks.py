@@ -19,7 +19,7 @@ from quantkit.progress import timed
 from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
 from quantkit.solvers.block_gptq import solve_blocks
-from quantkit.solvers.gptq import FACTORISE, Factor, factorize, feedback_cost, output_energy
+from quantkit.solvers.gptq import FACTORISE, PANEL, Factor, factorize, feedback_cost, output_energy
 from quantkit.solvers.refine import Sweeps, refine_operations
 
 DENSE = ("F16", "BF16")
@@ -83,7 +83,8 @@ class BlockSolver:
                     encoded_OY, lost = solve_by_rows(working_OI, factor, TYPES[kind], sweeps, where=name)
                     solved.append(QuantizedLinear(encoded_OY, EncodedGrid(kind)))
                     if loss is None:
-                        energy = output_energy(by_channel(working_OI, factor.order_I), factor.upper_II)
+                        weight_IO, span = by_channel(working_OI, factor.order_I), min(PANEL, TYPES[kind].block)
+                        energy = output_energy(weight_IO, factor.upper_II, span)
                         loss = lost / energy if energy else 0.0
             damping = max((factor.damping for factor in factors.values()), default=None)
             facts = LinearFacts(name, loss, damping, time.perf_counter() - started, spent.pop(FACTORISE, 0.0))

@@ -189,11 +189,11 @@ def solve_gptq(
     return GptqSolution(by_row(codes_IO, order_I), grid, share, energy, factor.damping)
 
 
-def output_energy(weight_IO: Tensor, upper_II: Tensor) -> float:
-    """tr(W H W^T) with H = R R^T; channels in visiting order."""
+def output_energy(weight_IO: Tensor, upper_II: Tensor, span: int = SPAN) -> float:
+    """tr(W H W^T) with H = R R^T; channels in visiting order, so many at a time."""
     found = weight_IO.new_zeros(())
-    for first in range(0, len(weight_IO), SPAN):
-        ahead = slice(first, first + SPAN)
+    for first in range(0, len(weight_IO), span):
+        ahead = slice(first, first + span)
         # columns of W R; R is zero below its diagonal
         found += (upper_II[: ahead.stop, ahead].t() @ weight_IO[: ahead.stop]).square_().sum()
     return float(found)
