@@ -41,7 +41,7 @@ OTHER_PRODUCTS = (
 # weights worked on together: 2 MB of float32, which stay in a CPU's cache; on a GPU enough for a launch to be worth it
 TOGETHER, TOGETHER_ON_GPU = 1 << 19, 1 << 21
 # rows that a thread takes for itself: fewer are not worth its way through the channels, more of them leave its cache
-ALONE = 128, 1024
+FEWEST_ROWS, MOST_ROWS = 128, 1024
 Result = TypeVar("Result")
 CPU_FACTS = Path("/proc/cpuinfo")
 SIXTEEN_BIT = re.compile("bf16|fp16|asimdhp")  # in the names of x86's and Arm's instructions
@@ -274,9 +274,18 @@ def rows_of_a_thread(matrix_OI: torch.Tensor) -> int:
     rows, threads = len(matrix_OI), torch.get_num_threads()
     if matrix_OI.device.type != "cpu":
         return rows
-    fewest, most = ALONE
-    times = -(-rows // (threads * most))
-    return max(-(-rows // (threads * times)), fewest)
+    times = -(-rows // (threads * MOST_ROWS))
+    return max(-(-rows // (threads * times)), FEWEST_ROWS)
+
+
+def share_rows(work: Callable[[torch.Tensor], Result], matrix_OI: torch.Tensor) -> list[Result]:
+    """What `work` makes of a matrix's rows, in order: of some on each thread of a CPU, of all at once on a GPU.
+
+    Args:
+        work: of rows that have nothing to do with any other.
+        matrix_OI: [O, I].
+    """
+    return side_by_side(work, ((part,) for part in matrix_OI.split(rows_of_a_thread(matrix_OI))), matrix_OI.device)
 
 
 def side_by_side(work: Callable[..., Result], pieces: Iterable[tuple[Any, ...]], device: torch.device) -> list[Result]:

@@ -248,7 +248,7 @@ def counts(name: str, sources, tmp_path, monkeypatch) -> tuple[dict[str, float],
     for rule in ROUNDERS:
         monkeypatch.setattr(rule, "encode", counted(rule.encode, "rounded", lambda _, *given: ROUNDED(*given)))
     # counted is what this thread asks for: no other is to take rows for itself
-    monkeypatch.setattr("quantkit.machine.ALONE", (1 << 30, 1 << 30))
+    monkeypatch.setattr("quantkit.machine.FEWEST_ROWS", 1 << 30)
     monkeypatch.setattr(solver, "solve", solve)
     monkeypatch.setattr(Statistics, "add", add)
     recipe = Recipe.of(

@@ -14,7 +14,7 @@ from quantkit.costs import Cost, Shape, StageWork
 from quantkit.grids.block_bytes import encode, pack
 from quantkit.grids.blocks import TYPES, BlockType
 from quantkit.grids.encoded import EncodedGrid, as_floats
-from quantkit.machine import pieces_at_a_time, rows_of_a_thread, side_by_side
+from quantkit.machine import pieces_at_a_time, share_rows
 from quantkit.progress import timed
 from quantkit.qtensor import Importance, LinearFacts, QuantizedLinear
 from quantkit.solvers import ggml
@@ -83,8 +83,9 @@ class BlockSolver:
                     encoded_OY, lost = solve_by_rows(working_OI, factor, TYPES[kind], sweeps, where=name)
                     solved.append(QuantizedLinear(encoded_OY, EncodedGrid(kind)))
                     if loss is None:
-                        weight_IO, span = by_channel(working_OI, factor.order_I), min(PANEL, TYPES[kind].block)
-                        energy = output_energy(weight_IO, factor.upper_II, span)
+                        energy = output_energy(
+                            by_channel(working_OI, factor.order_I), factor.upper_II, min(PANEL, TYPES[kind].block)
+                        )
                         loss = lost / energy if energy else 0.0
             damping = max((factor.damping for factor in factors.values()), default=None)
             facts = LinearFacts(name, loss, damping, time.perf_counter() - started, spent.pop(FACTORISE, 0.0))
@@ -145,8 +146,7 @@ def solve_by_rows(
         codes_RI, grid, lost = solve_blocks(weight_RI, factor, kind, sweeps=sweeps, where=where)
         return pack(codes_RI, grid), lost
 
-    pieces = zip(weight_OI.split(rows_of_a_thread(weight_OI)), strict=True)
-    encoded, lost = zip(*side_by_side(solve, pieces, weight_OI.device), strict=True)
+    encoded, lost = zip(*share_rows(solve, weight_OI), strict=True)
     return torch.cat(encoded), sum(lost)
 
 

@@ -29,7 +29,7 @@ from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineGrid, Rule
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
-from quantkit.machine import rows_of_a_thread, side_by_side
+from quantkit.machine import share_rows
 from quantkit.progress import timed
 from quantkit.qtensor import LinearFacts, QuantizedLinear
 from quantkit.solvers.order import visiting_order
@@ -50,16 +50,21 @@ class GptqSolution:
     Attributes:
         codes_OI: uint8 [O, I] in the checkpoint's channel order.
         grid: scales, zeros and the group of every channel.
-        loss: tr(E H E^T) / tr(W H W^T), the share of the linear's output energy that was lost; unitless.
+        lost: tr(E H E^T) with the damped H.
         energy: tr(W H W^T) with the damped H.
         damping: the fraction of mean(diag H) that was added.
     """
 
     codes_OI: Tensor
     grid: AffineGrid
-    loss: float
+    lost: float
     energy: float
     damping: float
+
+    @property
+    def loss(self) -> float:
+        """The share of the linear's output energy that was lost; unitless."""
+        return self.lost / self.energy if self.energy else 0.0
 
 
 @dataclass(frozen=True)
@@ -185,12 +190,16 @@ def solve_gptq(
     group_I = torch.empty_like(order_I, dtype=torch.int32)
     group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
     grid = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), group_I)
-    share = lost / energy if energy else 0.0
-    return GptqSolution(by_row(codes_IO, order_I), grid, share, energy, factor.damping)
+    return GptqSolution(by_row(codes_IO, order_I), grid, lost, energy, factor.damping)
 
 
 def output_energy(weight_IO: Tensor, upper_II: Tensor, span: int = SPAN) -> float:
-    """tr(W H W^T) with H = R R^T; channels in visiting order, so many at a time."""
+    """tr(W H W^T) with H = R R^T; channels in visiting order.
+
+    Args:
+        weight_IO, upper_II: W turned, and R.
+        span: channels at a time; wide products are faster, and take more of R's zeros along.
+    """
     found = weight_IO.new_zeros(())
     for first in range(0, len(weight_IO), span):
         ahead = slice(first, first + span)
@@ -204,8 +213,7 @@ def solve_by_rows(
 ) -> GptqSolution:
     """`solve_gptq` of some rows on each thread of a CPU: rows have nothing to do with each other."""
     solve = partial(solve_gptq, factor=factor, rule=rule, group_size=group_size, sweeps=sweeps)
-    parts = weight_OI.split(rows_of_a_thread(weight_OI))
-    return _joined(side_by_side(solve, zip(parts, strict=True), weight_OI.device))
+    return _joined(share_rows(solve, weight_OI))
 
 
 def _joined(parts: Sequence[GptqSolution]) -> GptqSolution:
@@ -216,9 +224,9 @@ def _joined(parts: Sequence[GptqSolution]) -> GptqSolution:
         scale_OG=torch.cat([part.grid.scale_OG for part in parts]),
         zero_OG=torch.cat([part.grid.zero_OG for part in parts]),
     )
-    lost, energy = sum(part.loss * part.energy for part in parts), sum(part.energy for part in parts)
     codes_OI = torch.cat([part.codes_OI for part in parts])
-    return GptqSolution(codes_OI, grid, lost / energy if energy else 0.0, energy, first.damping)
+    lost, energy = sum(part.lost for part in parts), sum(part.energy for part in parts)
+    return GptqSolution(codes_OI, grid, lost, energy, first.damping)
 
 
 def in_file_order(solution: GptqSolution) -> GptqSolution:
@@ -346,11 +354,14 @@ class GptqSolver:
         few_rows = [shape.rows for shape in work.shapes if shape.rows < side]
         shared = side if len(few_rows) < len(work.shapes) else 0
         products = 0 if work.narrow else sum(shape.rows for shape in work.shapes)
-        return plain + Cost(
+        both = plain + Cost(
             {"solve": 2.0 * side**2 * (shared + sum(few_rows) + products)},
             # what all linears share, once it is made: the factor, the right side, the solution
             3 * shared * side * FLOAT_BYTES,
         )
+        # the Hessian in order, which sweeps go by, is there beside that
+        ordered = shared * side * FLOAT_BYTES if self.sweeps else 0
+        return replace(both, memory_bytes=both.memory_bytes + ordered)
 
 
 def feedback_cost(work: StageWork, *, factors: int = 1) -> Cost:

@@ -1,12 +1,25 @@
 """GPTQ against a brute-force oracle, in float64, where equality of codes is exact."""
 
+import gc
+
 import pytest
 import torch
 
+from quantkit.calibration.statistics import HESSIAN, Statistics
 from quantkit.channels import permuted
+from quantkit.costs import FLOAT_BYTES, Shape, StageWork
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineRule
-from quantkit.solvers.gptq import factorize, in_file_order, solve_by_rows, solve_gptq, towards_float
+from quantkit.solvers import gptq
+from quantkit.solvers.gptq import (
+    WORKING_COPIES,
+    GptqSolver,
+    factorize,
+    in_file_order,
+    solve_by_rows,
+    solve_gptq,
+    towards_float,
+)
 from quantkit.solvers.order import visiting_order
 from quantkit.solvers.refine import Sweeps
 from tests.oracles import correlated_layer, oracle_gptq
@@ -56,7 +69,8 @@ def test_codes_equal_the_oracle_on_every_grid(bits, symmetric, candidates):
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_rows_may_be_solved_apart(threads, sweeps, monkeypatch):
     """For as many threads as there are to be; one core alone makes the same of them."""
-    monkeypatch.setattr("quantkit.machine.ALONE", (8, 32))
+    monkeypatch.setattr("quantkit.machine.FEWEST_ROWS", 8)
+    monkeypatch.setattr("quantkit.machine.MOST_ROWS", 32)
     torch.set_num_threads(threads)
     weight, hessian = correlated_layer(rows=77, columns=64, seed=6)
     factor = factorize(hessian, order="activation", group_size=32, damping=DAMPING)
@@ -70,6 +84,59 @@ def test_rows_may_be_solved_apart(threads, sweeps, monkeypatch):
             assert torch.equal(getattr(found.grid, part), getattr(whole.grid, part))
         assert found.loss == pytest.approx(whole.loss, rel=1e-12)
         assert found.energy == pytest.approx(whole.energy, rel=1e-12)
+
+
+def summed(inputs, needs=frozenset({HESSIAN}), exact=None) -> Statistics:
+    statistics = Statistics(needs)
+    statistics.add(inputs, exact)
+    statistics.complete()
+    return statistics
+
+
+@pytest.mark.parametrize("order", ["natural", "group-aware", "activation"])
+def test_the_solver_sweeps_by_the_hessian_in_its_order(order):
+    """By another, a sweep would lose more, and another share than it says."""
+    generator = torch.Generator().manual_seed(1)
+    weight, mixed = torch.randn(24, 96, generator=generator), torch.randn(96, 96, generator=generator)
+    inputs = torch.randn(1, 500, 96, generator=generator) @ mixed * torch.linspace(0.2, 3, 96)
+    damped = inputs[0].T @ inputs[0]
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    losses = []
+    for sweeps in (0, 1):
+        solver = GptqSolver(AffineRule(3, candidates=4), 32, order, DAMPING, sweeps=sweeps)
+        ((_, linear, facts),) = solver.solve({"up": weight}, summed(inputs))
+        error = weight - linear.dequantize()
+        expected = (error @ damped @ error.T).trace() / (weight @ damped @ weight.T).trace()
+        assert facts.loss == pytest.approx(float(expected), rel=1e-3)
+        losses.append(facts.loss)
+    assert losses[1] < 0.97 * losses[0]
+
+
+@pytest.mark.parametrize("sweeps", [0, 1])
+@pytest.mark.parametrize("asymmetric", [0.0, 0.5])
+def test_matrices_as_wide_as_the_input_are_planned(asymmetric, sweeps, monkeypatch):
+    """Beside the sums that the solver is given, and what it takes for a linear."""
+    rows, side = 96, 64
+    generator = torch.Generator().manual_seed(1)
+    inputs, moved = torch.randn(2, 1, 300, side, generator=generator)
+    solver = GptqSolver(AffineRule(4), 32, "group-aware", DAMPING, asymmetric, sweeps)
+    statistics = summed(inputs, solver.needs, inputs + moved if asymmetric else None)
+    given = {total.data_ptr() for total in statistics._sums.values()}
+    beside = []
+    solve = gptq.solve_by_rows
+
+    def noting(*arguments, **named):
+        tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.shape == (side, side)]
+        beside.append(len({each.untyped_storage().data_ptr() for each in tensors} - given))
+        return solve(*arguments, **named)
+
+    monkeypatch.setattr(gptq, "solve_by_rows", noting)
+    weights = {name: torch.randn(rows, side, generator=generator) for name in ("gate", "up")}
+    assert len(list(solver.solve(weights, statistics))) == 2
+    work = StageWork(tuple(Shape(name, rows, side) for name in weights), side, tokens=300, compared=300)
+    planned = solver.cost(work).memory_bytes - WORKING_COPIES * rows * side * FLOAT_BYTES
+    assert beside == [1 + bool(asymmetric) + sweeps] * 2
+    assert max(beside) * side**2 * FLOAT_BYTES <= planned
 
 
 @pytest.mark.parametrize("order", ["natural", "group-aware", "activation"])
