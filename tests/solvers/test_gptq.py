@@ -65,9 +65,10 @@ def test_codes_equal_the_oracle_on_every_grid(bits, symmetric, candidates):
     assert (found.codes_OI != codes).sum() == 0  # 80 columns: the last group is a short one
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("sweeps", [0, 1])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_rows_may_be_solved_apart(threads, sweeps, monkeypatch):
+def test_rows_may_be_solved_apart(threads, sweeps, symmetric, monkeypatch):
     """For as many threads as there are to be; one core alone makes the same of them."""
     monkeypatch.setattr("quantkit.machine.FEWEST_ROWS", 8)
     monkeypatch.setattr("quantkit.machine.MOST_ROWS", 32)
@@ -75,10 +76,11 @@ def test_rows_may_be_solved_apart(threads, sweeps, monkeypatch):
     weight, hessian = correlated_layer(rows=77, columns=64, seed=6)
     factor = factorize(hessian, order="activation", group_size=32, damping=DAMPING)
     again = Sweeps(sweeps, permuted(hessian, factor.order_I)) if sweeps else None
-    whole = solve_gptq(weight, factor, AffineRule(3, candidates=4), group_size=32, sweeps=again)
+    rule = AffineRule(3, symmetric=symmetric, candidates=4)
+    whole = solve_gptq(weight, factor, rule, group_size=32, sweeps=again)
     for cores in (1, 2):
         monkeypatch.setattr("quantkit.machine.os.cpu_count", lambda cores=cores: cores)
-        found = solve_by_rows(weight, factor, AffineRule(3, candidates=4), group_size=32, sweeps=again)
+        found = solve_by_rows(weight, factor, rule, group_size=32, sweeps=again)
         assert torch.equal(found.codes_OI, whole.codes_OI)
         for part in ("scale_OG", "zero_OG", "group_I"):
             assert torch.equal(getattr(found.grid, part), getattr(whole.grid, part))
