@@ -46,7 +46,7 @@ FACTS = {
     "max_memory_allocated": 0,
 }
 # interpreted Triton takes minutes for a build; the others are plain torch on the GPU's tensors
-COMPILED = ("solve_panel", "rounding_errors", "code_moments", "fit_ranges", "fit_offset")
+COMPILED = ("solve_panel", "rounding_errors", "best_scales", "code_moments", "fit_ranges", "fit_offset")
 COPIES = {aten.copy_.default, aten._to_copy.default}
 UNORDERED = {"index_add", "scatter_add", "cumsum", "histc", "kthvalue", "median", "nanmedian", "nll_loss2d_forward"}
 INDEXED = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}

@@ -95,6 +95,11 @@ def cases(rows: int, columns: int, device: torch.device) -> dict[str, Case]:
             4 * (panel.numel() + 3 * CANDIDATES * rows),
             8.0 * CANDIDATES * panel.numel(),
         ),
+        "best_scales": Case(
+            lambda kernels: kernels.best_scales(panel, importance, tried[0], 15, 1.0),
+            4 * (panel.numel() + CANDIDATES * rows) + 8 * rows,
+            14.0 * CANDIDATES * panel.numel(),
+        ),
         "pack": Case(lambda kernels: kernels.pack(codes, 3), codes.numel() * 11 // 8, exact=True),
         "unpack": Case(lambda kernels: kernels.unpack(words, 3), codes.numel() * 11 // 8, exact=True),
         "dequantize": Case(lambda kernels: kernels.dequantize(*decoded), 3 * size, 2.0 * size, exact=True),

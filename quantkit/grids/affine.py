@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quantkit.kernels import code_moments, dequantize, rounding_errors
+from quantkit.kernels import best_scales, code_moments, dequantize, rounding_errors
 from quantkit.kernels.reference import per_channel
 
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16: a group of zeros still needs a scale
@@ -193,6 +193,11 @@ class AffineRule:
     def highest_code(self) -> int:
         return 2**self.bits - 1
 
+    @property
+    def _middle(self) -> int:
+        """The zero of a symmetric grid."""
+        return 2 ** (self.bits - 1)
+
     def fit(self, weight_IO: Tensor, importance_I: Tensor) -> tuple[Tensor, Tensor]:
         """Scale [O] and zero [O] of one group, in the dtype of the weights.
 
@@ -204,18 +209,24 @@ class AffineRule:
             weight_IO: [I, O], one group's weights, input channels first; not modified.
             importance_I: [I], non-negative weight of each channel's squared error (the Hessian's diagonal).
         """
+        if self.symmetric and self.candidates:
+            return self._fit_symmetric(weight_IO, importance_I)
         low_O = weight_IO.amin(0).clamp(max=0)
         high_O = weight_IO.amax(0).clamp(min=0)
         if self.candidates == 0:
             return self.within(low_O, high_O)
         fraction_C1 = fractions(self.candidates, self.shrink, like=low_O)
         tried = self.within(low_O * fraction_C1, high_O * fraction_C1)
-        best, error_O = best_of(tried, rounding_errors(weight_IO, importance_I, *tried, self.highest_code))
-        if not self.symmetric:
-            return best
-        turned = -tried[0], tried[1]
-        other, other_O = best_of(turned, rounding_errors(weight_IO, importance_I, *turned, self.highest_code))
-        return where(other_O < error_O * WORTH_TURNING, other, best)
+        return best_of(tried, rounding_errors(weight_IO, importance_I, *tried, self.highest_code))
+
+    def _fit_symmetric(self, weight_IO: Tensor, importance_I: Tensor) -> tuple[Tensor, Tensor]:
+        largest_O = weight_IO.abs().amax(0)
+        fraction_C1 = fractions(self.candidates, self.shrink, like=largest_O)
+        tried_CO = self._stored(largest_O * fraction_C1 * (2 / self.highest_code))
+        both_CO = torch.cat([tried_CO, -tried_CO])
+        best_O = best_scales(weight_IO, importance_I, tried_CO, self.highest_code, worth_turning=WORTH_TURNING)
+        scale_O = both_CO.gather(0, best_O.unsqueeze(0)).squeeze(0)
+        return scale_O, torch.full_like(scale_O, self._middle)
 
     def grid(self, scale_OG: Tensor, zero_OG: Tensor, group_I: Tensor) -> AffineGrid:
         """What the codes of a whole linear mean."""
@@ -240,7 +251,7 @@ class AffineRule:
         """Scale and zero of grids that reach from `low_O`, at most 0, to `high_O`, at least 0; of any shape."""
         if self.symmetric:
             scale_O = self._stored(torch.maximum(-low_O, high_O) * 2 / self.highest_code)
-            return scale_O, torch.full_like(scale_O, 2 ** (self.bits - 1))
+            return scale_O, torch.full_like(scale_O, self._middle)
         # a zero that may not fall below `lowest_zero` leaves fewer codes for the positive side
         widest = torch.maximum((high_O - low_O) / self.highest_code, high_O / (self.highest_code - self.lowest_zero))
         scale_O = self._stored(widest)
@@ -284,7 +295,7 @@ class FloatZeroRule:
         tried = self.as_stored(span_O * fraction_C1 / self.highest_code, middle_O - span_O * fraction_C1 / 2)
         best = tried[0][0], tried[1][0]
         if self.candidates:
-            best, _ = best_of(tried, rounding_errors(weight_IO, importance_I, *tried, self.highest_code))
+            best = best_of(tried, rounding_errors(weight_IO, importance_I, *tried, self.highest_code))
         moments_5O = code_moments(weight_IO, importance_I, *best, self.highest_code)
         for _ in range(self.refits):
             refitted = self._refitted(moments_5O, *best)
@@ -369,9 +380,9 @@ def _fractions(candidates: int, shrink: float, dtype: torch.dtype, device: torch
     return (1 - (1 - shrink) * steps_C / max(candidates, 1)).unsqueeze(1)
 
 
-def best_of(tried: tuple[Tensor, Tensor], error_CO: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Of candidate scales and zeros [C, O] those of the smallest error per row, the first on a tie, and that error."""
-    # argmin alone takes a CPU ten times as long
-    error_1O, best_1O = error_CO.min(0, keepdim=True)
+def best_of(tried: tuple[Tensor, Tensor], error_CO: Tensor) -> tuple[Tensor, Tensor]:
+    """Of candidate scales and zeros [C, O] those of the smallest error per row, the first on a tie."""
+    # argmin takes a CPU ten times as long
+    best_1O = error_CO.min(0, keepdim=True).indices
     scale_O, zero_O = (values.gather(0, best_1O).squeeze(0) for values in tried)
-    return (scale_O, zero_O), error_1O.squeeze(0)
+    return scale_O, zero_O

@@ -49,16 +49,22 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     return _fitting(weight_IO).rounding_errors(weight_IO, importance_I, scale_CO, zero_CO, top)
 
 
-def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int) -> Tensor:
+def best_scales(
+    weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int, *, worth_turning: float = 0.0
+) -> Tensor:
     """int64 [O]: the candidate that rounds a group's weights with the least weighted squared error, by column.
+
+    Of several alike it is the first. Codes reach one step further down than up, so a scale's negative rounds otherwise.
 
     Args:
         weight_IO, importance_I: see `rounding_errors`.
         scale_CO: [C, O] the candidates; code q stands for scale * (q - (top + 1) / 2). A column of zeros is as well off
             with any scale, so one of 0 is taken as 1.
         top: the largest code, odd.
+        worth_turning: the negative of candidate c, named C + c, is taken where the least error of all negatives is less
+            than so much of the least of the candidates as they are; with 0 there are none.
     """
-    return _fitting(weight_IO).best_scales(weight_IO, importance_I, scale_CO, top)
+    return _fitting(weight_IO).best_scales(weight_IO, importance_I, scale_CO, top, worth_turning)
 
 
 def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:

@@ -41,11 +41,12 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     return error_CO
 
 
-def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int) -> Tensor:
+def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int, worth_turning: float) -> Tensor:
     """See `quantkit.kernels.best_scales`."""
-    index_O = torch.empty(scale_CO.shape[1], dtype=torch.int64)
-    zero_1 = weight_IO.new_full((1,), (top + 1) // 2)
-    over_rows(_choose_rows, (weight_IO, importance_I, scale_CO, zero_1), (index_O,), top)
+    index_O = torch.empty(scale_CO.shape[1], dtype=torch.int64, device=weight_IO.device)
+    choose = _choose_rows_and_signs if worth_turning else _choose_rows
+    further = (worth_turning,) if worth_turning else ()
+    over_rows(choose, (weight_IO, importance_I, scale_CO), (index_O,), top, *further)
     return index_O
 
 
@@ -110,7 +111,7 @@ def fit_offset(x_LM: Tensor, w_LM: Tensor, largest_M: Tensor, code_C: Tensor, of
 
 
 def over_rows(
-    kernel: Callable[..., None], read: tuple[Tensor, ...], filled: tuple[Tensor, ...], top: int, *further: bool | int
+    kernel: Callable[..., None], read: tuple[Tensor, ...], filled: tuple[Tensor, ...], top: int, *further: float
 ) -> None:
     """Run a kernel on all rows, which are the last dimension of what it fills; some in each thread."""
     # one layout, so one compilation; a copy of what is to be filled would be lost
@@ -269,11 +270,11 @@ def _ends(values):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _choose_rows(weight, importance, scale, zero, index, top, first, last):  # type: ignore[no-untyped-def]
+def _choose_rows(weight, importance, scale, index, top, first, last):  # type: ignore[no-untyped-def]
     one = weight.dtype.type(1)
     least, total = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
     times, zeros, steps = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
-    zeros[:] = zero[0]
+    zeros[:] = (top + one) / 2
     for start in range(first, last, BLOCK):
         stop = min(start + BLOCK, last)
         width = stop - start
@@ -289,6 +290,47 @@ def _choose_rows(weight, importance, scale, zero, index, top, first, last):  # t
                 if candidate == 0 or total[o] < least[o]:
                     least[o] = total[o]
                     index[start + o] = candidate
+
+
+@numba.njit(nogil=True, cache=True, error_model="numpy")
+def _choose_rows_and_signs(  # type: ignore[no-untyped-def]
+    weight, importance, scale, index, top, worth_turning, first, last
+):
+    kind = weight.dtype.type
+    one, middle, worth = kind(1), (top + kind(1)) / kind(2), kind(worth_turning)
+    least, total = np.empty((2, BLOCK), weight.dtype), np.empty((2, BLOCK), weight.dtype)
+    times, steps = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
+    chosen = np.zeros((2, BLOCK), np.int64)
+    near = np.zeros((weight.shape[0], BLOCK), weight.dtype)
+    for start in range(first, last, BLOCK):
+        stop = min(start + BLOCK, last)
+        width = stop - start
+        near[:, :width] = weight[:, start:stop]
+        for candidate in range(scale.shape[0]):
+            for o in range(width):
+                step = scale[candidate, start + o]
+                steps[o] = one if step == 0 else step
+                times[o] = one / steps[o]
+            total[:] = 0
+            for i in range(near.shape[0]):
+                share = importance[i]
+                for o in range(BLOCK):
+                    # one code for both: the ends alone differ
+                    ratio = near[i, o] * times[o]
+                    code = np.rint(ratio)
+                    miss = ratio - min(max(code, -middle), middle - one)
+                    turned = ratio - min(max(code, one - middle), middle)
+                    total[0, o] += share * (miss * miss)
+                    total[1, o] += share * (turned * turned)
+            for sign in range(2):
+                for o in range(width):
+                    error = total[sign, o] * (steps[o] * steps[o])
+                    if candidate == 0 or error < least[sign, o]:
+                        least[sign, o] = error
+                        chosen[sign, o] = candidate
+        for o in range(width):
+            turns = least[1, o] < least[0, o] * worth
+            index[start + o] = scale.shape[0] + chosen[1, o] if turns else chosen[0, o]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", inline="always")

@@ -16,6 +16,7 @@ from quantkit.kernels.levels import Levels
 
 ROWS = 16  # of one program of a panel: 128 channels of them fill the registers of four warps
 COLUMNS = 128  # of one program that keeps a candidate or two for each
+CHOSEN = 16  # rows of one program that goes through all candidates
 CODES = 1024  # in one program that packs or decodes
 # x + MAGIC - MAGIC rounds to even what lies between -2^22 and 2^22, or 2^51
 MAGIC = {torch.float32: 1.5 * 2.0**23, torch.float64: 1.5 * 2.0**52}
@@ -60,9 +61,28 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     return error_CO
 
 
-def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int) -> Tensor:
+def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int, worth_turning: float) -> Tensor:
     """See `quantkit.kernels.best_scales`."""
-    return reference.best_of_errors(rounding_errors, weight_IO, importance_I, scale_CO, top)
+    weight_IO = weight_IO.contiguous()
+    channels, rows = weight_IO.shape
+    index_O = torch.empty(rows, dtype=torch.int64, device=weight_IO.device)
+    _choose_rows[(triton.cdiv(rows, CHOSEN),)](
+        weight_IO,
+        importance_I.contiguous(),
+        scale_CO.contiguous(),
+        index_O,
+        channels,
+        rows,
+        len(scale_CO),
+        worth_turning,
+        TOP=top,
+        TURNED=worth_turning > 0,
+        MAGIC=MAGIC[weight_IO.dtype],
+        CHANNELS=32,
+        ROWS=CHOSEN,
+        **PLAIN,
+    )
+    return index_O
 
 
 def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:
@@ -288,6 +308,48 @@ def _round_rows(  # type: ignore[no-untyped-def]
         miss = ratio - nearest(ratio, 0, TOP, MAGIC)
         total += tl.sum(share[:, None] * (miss * miss), axis=0)
     tl.store(error + tried, total * (size * size), mask=inside)
+
+
+@triton.jit
+def _choose_rows(  # type: ignore[no-untyped-def]
+    weight, importance, scale, index, channels, rows, candidates, worth_turning,
+    TOP: tl.constexpr, TURNED: tl.constexpr, MAGIC: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = at < rows
+    none = tl.zeros([ROWS], dtype=weight.dtype.element_ty)
+    least, turned_least = none, none
+    chosen, turned_chosen = at * 0, at * 0
+    tried = at
+    for candidate in range(candidates):
+        size = tl.load(scale + tried, mask=inside, other=1.0)
+        tried += rows
+        size = tl.where(size == 0, 1.0, size)
+        times = 1.0 / size
+        total, turned_total = none, none
+        for first in range(0, channels, CHANNELS):
+            channel = first + tl.arange(0, CHANNELS)
+            here = channel < channels
+            tile = channel.to(tl.int64)[:, None] * rows + at[None, :]
+            values = tl.load(weight + tile, mask=here[:, None] & inside[None, :], other=0.0)
+            share = tl.load(importance + channel, mask=here, other=0.0)
+            ratio = values * times[None, :]
+            miss = ratio - nearest(ratio, -(TOP + 1) // 2, TOP // 2, MAGIC)
+            total += tl.sum(share[:, None] * (miss * miss), axis=0)
+            if TURNED:
+                miss = ratio - nearest(ratio, -(TOP // 2), (TOP + 1) // 2, MAGIC)
+                turned_total += tl.sum(share[:, None] * (miss * miss), axis=0)
+        total *= size * size
+        better = (candidate == 0) | (total < least)
+        least, chosen = tl.where(better, total, least), tl.where(better, candidate, chosen)
+        if TURNED:
+            turned_total *= size * size
+            better = (candidate == 0) | (turned_total < turned_least)
+            turned_least = tl.where(better, turned_total, turned_least)
+            turned_chosen = tl.where(better, candidate, turned_chosen)
+    if TURNED:
+        chosen = tl.where(turned_least < least * worth_turning, candidates + turned_chosen, chosen)
+    tl.store(index + at, chosen, mask=inside)
 
 
 @triton.jit

@@ -1,6 +1,5 @@
 """The inner loops as plain torch, on any device: what the compiled ones are held against."""
 
-from collections.abc import Callable
 from itertools import chain, repeat
 
 import torch
@@ -34,21 +33,14 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
     return error_CO.mul_(scale_CO.square())
 
 
-def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int) -> Tensor:
+def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int, worth_turning: float) -> Tensor:
     """See `quantkit.kernels.best_scales`."""
-    return best_of_errors(rounding_errors, weight_IO, importance_I, scale_CO, top)
-
-
-def best_of_errors(
-    errors: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor],
-    weight_IO: Tensor,
-    importance_I: Tensor,
-    scale_CO: Tensor,
-    top: int,
-) -> Tensor:
-    """`best_scales` by an implementation's own rounding errors."""
-    usable_CO = torch.where(scale_CO == 0, 1.0, scale_CO)
-    return errors(weight_IO, importance_I, usable_CO, torch.full_like(scale_CO, (top + 1) // 2), top).min(0).indices
+    usable_CO, middle_CO = torch.where(scale_CO == 0, 1.0, scale_CO), torch.full_like(scale_CO, (top + 1) // 2)
+    error_O, index_O = rounding_errors(weight_IO, importance_I, usable_CO, middle_CO, top).min(0)
+    if worth_turning == 0:
+        return index_O
+    turned_O, turned_index_O = rounding_errors(weight_IO, importance_I, -usable_CO, middle_CO, top).min(0)
+    return torch.where(turned_O < error_O * worth_turning, len(scale_CO) + turned_index_O, index_O)
 
 
 def code_moments(weight_IO: Tensor, importance_I: Tensor, scale_O: Tensor, zero_O: Tensor, top: int) -> Tensor:

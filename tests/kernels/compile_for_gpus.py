@@ -66,6 +66,13 @@ def ranges(signed: bool):
     return gpu._fit_ranges, signature, {"SIGNED": signed, **BLOCK}
 
 
+def choose(turned: bool):
+    signature = pointers("weight importance scale", "fp32") | pointers("index", "i64")
+    signature |= whole("channels rows candidates") | {"worth_turning": "fp32"}
+    constants = {"TOP": 15, "TURNED": turned, "MAGIC": gpu.MAGIC[torch.float32], "CHANNELS": 32, "ROWS": gpu.CHOSEN}
+    return gpu._choose_rows, signature, constants
+
+
 def search(name: str):
     kind = TYPES_OF_BLOCKS[name]
     low, high = kind.scale_range
@@ -89,6 +96,8 @@ CASES = {
         pointers("weight importance scale zero error", "fp32") | whole("channels rows channel_stride row_stride"),
         {"TOP": 15, "MAGIC": gpu.MAGIC[torch.float32], "CHANNELS": 8, "ROWS": gpu.COLUMNS},
     ),
+    "choose": choose(False),
+    "choose, with signs": choose(True),
     "moments": (
         gpu._moment_rows,
         pointers("weight importance scale zero moments", "fp32") | whole("channels rows channel_stride row_stride"),

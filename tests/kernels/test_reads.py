@@ -77,6 +77,9 @@ LOOPS = {
         drawn(LENGTH, ROWS), drawn(LENGTH), drawn(CANDIDATES, ROWS), drawn(CANDIDATES, ROWS), 15
     ),
     "best_scales": lambda: kernels.best_scales(drawn(LENGTH, ROWS), drawn(LENGTH), drawn(CANDIDATES, ROWS), 15),
+    "best_scales, either sign": lambda: kernels.best_scales(
+        drawn(LENGTH, ROWS), drawn(LENGTH), drawn(CANDIDATES, ROWS), 15, worth_turning=1.0
+    ),
     "code_moments": lambda: kernels.code_moments(drawn(LENGTH, ROWS), drawn(LENGTH), drawn(ROWS), drawn(ROWS), 15),
     "round_groups": lambda: kernels.round_groups(
         drawn(ROWS, LENGTH), LENGTH, 15, torch.zeros(ROWS, LENGTH, dtype=torch.uint8)
@@ -91,6 +94,7 @@ READ = {
     "solve_panel": 18448,
     "rounding_errors": 3240,
     "best_scales": 3336,
+    "best_scales, either sign": 6488,
     "code_moments": 4776,
     "round_groups": 528,
     "squared_errors": 2072,

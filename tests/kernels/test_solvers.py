@@ -116,17 +116,18 @@ class Case:
     exact: bool = True
 
 
+CHOSEN = {"solve_panel", "best_scales"}
 ROUNDED = {"solve_panel", "rounding_errors"}
 FITTED = ROUNDED | {"code_moments"}
 CASES = {
     # more channels than a panel has
     "gptq": Case(by_gptq, {"rule": AffineRule(4), "order": "activation", "group_size": -1}, (3, 136), {"solve_panel"}),
     # more rows than a program of the kernel has; the last group is a short one
-    "sweep, symmetric": Case(by_sweeps, {"rule": AffineRule(3, candidates=4)}, (20, 40), ROUNDED),
+    "sweep, symmetric": Case(by_sweeps, {"rule": AffineRule(3, candidates=4)}, (20, 40), CHOSEN),
     "sweep, whole zeros": Case(by_sweeps, {"rule": AffineRule(2, symmetric=False, candidates=4)}, (6, 40), ROUNDED),
     "sweep, float zeros": Case(by_sweeps, {"rule": FLOAT_ZEROS}, (6, 40), FITTED),
     "sweep, mlx": Case(by_sweeps, {"rule": BiasRule(4, candidates=4, stored=torch.bfloat16)}, (6, 40), FITTED),
-    "exl2": Case(by_exl2, {"mixture": "8:.05/32 4:.1/32 3:.85/64"}, (6, 128), {"solve_panel", "best_scales"}),
+    "exl2": Case(by_exl2, {"mixture": "8:.05/32 4:.1/32 3:.85/64"}, (6, 128), CHOSEN),
     "gptq on Q4_0": Case(by_blocks, {"kind": TYPES["Q4_0"]}, (3, 64), {"solve_panel", "fit_offset"}, exact=False),
     "gptq on Q5_1": Case(by_blocks, {"kind": TYPES["Q5_1"]}, (3, 64), {"solve_panel", "fit_ranges"}, exact=False),
     "gptq on Q2_K": Case(
