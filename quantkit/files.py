@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from quantkit.errors import RunFailedError
 
 PIECE_BYTES = 1 << 23  # hashed at a time
+READ_AT_ONCE = 4  # files, where a disk is slower than a core
 # what `replacing` leaves when it is killed
 PARTIAL = re.compile(r"\..+\.\d+\.partial")
 # safetensors wraps what the system said into text
@@ -59,8 +60,8 @@ def sha256_of(path: Path) -> str:
 
 
 def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
-    """SHA-256 of files of a folder by name; several are read at once (hashing releases the interpreter)."""
-    return hash_beside(folder, names, threads=4)()
+    """SHA-256 of files of a folder by name; many are read at once (hashing releases the interpreter)."""
+    return hash_beside(folder, names, threads=max(os.cpu_count() or 1, READ_AT_ONCE))()
 
 
 def hash_beside(folder: Path, names: list[str], *, threads: int) -> Callable[[], dict[str, str]]:
@@ -68,7 +69,7 @@ def hash_beside(folder: Path, names: list[str], *, threads: int) -> Callable[[],
 
     A process that ends before does not wait.
     """
-    pool = ThreadPool(threads)
+    pool = ThreadPool(max(min(threads, len(names)), 1))
     found = pool.map_async(lambda name: sha256_of(folder / name), names, chunksize=1)
     pool.close()
     return lambda: dict(zip(names, found.get(), strict=True))

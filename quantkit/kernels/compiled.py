@@ -44,9 +44,7 @@ def rounding_errors(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, z
 def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: int, worth_turning: float) -> Tensor:
     """See `quantkit.kernels.best_scales`."""
     index_O = torch.empty(scale_CO.shape[1], dtype=torch.int64, device=weight_IO.device)
-    choose = _choose_rows_and_signs if worth_turning else _choose_rows
-    further = (worth_turning,) if worth_turning else ()
-    over_rows(choose, (weight_IO, importance_I, scale_CO), (index_O,), top, *further)
+    over_rows(_choose_rows, (weight_IO, importance_I, scale_CO), (index_O,), top, worth_turning)
     return index_O
 
 
@@ -270,42 +268,17 @@ def _ends(values):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy")
-def _choose_rows(weight, importance, scale, index, top, first, last):  # type: ignore[no-untyped-def]
-    one = weight.dtype.type(1)
-    least, total = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
-    times, zeros, steps = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
-    zeros[:] = (top + one) / 2
+def _choose_rows(weight, importance, scale, index, top, worth_turning, first, last):  # type: ignore[no-untyped-def]
+    one, worth = weight.dtype.type(1), weight.dtype.type(worth_turning)
+    middle = (top + one) / weight.dtype.type(2)
+    signs = 2 if worth > 0 else 1
+    least, total = np.zeros((2, BLOCK), weight.dtype), np.zeros((2, BLOCK), weight.dtype)
+    times, steps = np.zeros(BLOCK, weight.dtype), np.zeros(BLOCK, weight.dtype)
+    chosen = np.zeros((2, BLOCK), np.int64)
     for start in range(first, last, BLOCK):
         stop = min(start + BLOCK, last)
         width = stop - start
         near = weight[:, start:stop].copy()
-        index[start:stop] = 0
-        for candidate in range(scale.shape[0]):
-            for o in range(width):
-                step = scale[candidate, start + o]
-                steps[o] = one if step == 0 else step
-                times[o] = one / steps[o]
-            _round_block(near, importance, steps[:width], times[:width], zeros[:width], top, total)
-            for o in range(width):
-                if candidate == 0 or total[o] < least[o]:
-                    least[o] = total[o]
-                    index[start + o] = candidate
-
-
-@numba.njit(nogil=True, cache=True, error_model="numpy")
-def _choose_rows_and_signs(  # type: ignore[no-untyped-def]
-    weight, importance, scale, index, top, worth_turning, first, last
-):
-    kind = weight.dtype.type
-    one, middle, worth = kind(1), (top + kind(1)) / kind(2), kind(worth_turning)
-    least, total = np.empty((2, BLOCK), weight.dtype), np.empty((2, BLOCK), weight.dtype)
-    times, steps = np.empty(BLOCK, weight.dtype), np.empty(BLOCK, weight.dtype)
-    chosen = np.zeros((2, BLOCK), np.int64)
-    near = np.zeros((weight.shape[0], BLOCK), weight.dtype)
-    for start in range(first, last, BLOCK):
-        stop = min(start + BLOCK, last)
-        width = stop - start
-        near[:, :width] = weight[:, start:stop]
         for candidate in range(scale.shape[0]):
             for o in range(width):
                 step = scale[candidate, start + o]
@@ -314,22 +287,23 @@ def _choose_rows_and_signs(  # type: ignore[no-untyped-def]
             total[:] = 0
             for i in range(near.shape[0]):
                 share = importance[i]
-                for o in range(BLOCK):
-                    # one code for both: the ends alone differ
+                for o in range(width):
+                    # one code for both signs: the ends alone differ
                     ratio = near[i, o] * times[o]
                     code = np.rint(ratio)
                     miss = ratio - min(max(code, -middle), middle - one)
-                    turned = ratio - min(max(code, one - middle), middle)
                     total[0, o] += share * (miss * miss)
-                    total[1, o] += share * (turned * turned)
-            for sign in range(2):
+                    if signs == 2:
+                        miss = ratio - min(max(code, one - middle), middle)
+                        total[1, o] += share * (miss * miss)
+            for sign in range(signs):
                 for o in range(width):
                     error = total[sign, o] * (steps[o] * steps[o])
                     if candidate == 0 or error < least[sign, o]:
                         least[sign, o] = error
                         chosen[sign, o] = candidate
         for o in range(width):
-            turns = least[1, o] < least[0, o] * worth
+            turns = signs == 2 and least[1, o] < least[0, o] * worth
             index[start + o] = scale.shape[0] + chosen[1, o] if turns else chosen[0, o]
 
 

@@ -13,17 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quantkit.kernels.gpu import (
-    COLUMNS,
-    MAGIC,
-    PLAIN,
-    codes_of,
-    error_of,
-    inverse,
-    line_through,
-    nearest,
-    without_negative,
-)
+from quantkit.kernels.gpu import COLUMNS, codes_of, error_of, line_through, without_negative
+from quantkit.kernels.gpu_rounding import MAGIC, PLAIN, inverse, nearest
 from quantkit.kernels.levels import ABOVE, BELOW, BlockSearch
 
 ROUNDINGS = tl.constexpr(9)  # of the largest scale, see `quantkit.grids.blocks`

@@ -18,11 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from quantkit.grids.blocks import TYPES as TYPES_OF_BLOCKS
-from quantkit.kernels import gpu, gpu_search
+from quantkit.kernels import gpu, gpu_codes, gpu_search
+from quantkit.kernels.gpu_rounding import MAGIC, PLAIN
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64"}
 ARCHITECTURES = (80, 90)  # A100; H100, H200 and GH200
-BLOCK = {"TOP": 15, "MAGIC": gpu.MAGIC[torch.float32], "LENGTH": 32, "BLOCKS": gpu.COLUMNS}
+BLOCK = {"TOP": 15, "MAGIC": MAGIC[torch.float32], "LENGTH": 32, "BLOCKS": gpu.COLUMNS}
 
 
 def pointers(names: str, kind: str) -> dict[str, str]:
@@ -41,24 +42,24 @@ def solve(dtype: torch.dtype, half: bool):
         | pointers("error lost", TYPES[dtype])
         | whole("channels rows")
         | whole(" ".join(f"{name}_stride" for name in strides.split()))
-    ), {"TOP": 15, "HALF": half, "MAGIC": gpu.MAGIC[dtype], "CHANNELS": 128, "ROWS": gpu.ROWS}  # fmt: skip
+    ), {"TOP": 15, "HALF": half, "MAGIC": MAGIC[dtype], "CHANNELS": 128, "ROWS": gpu.ROWS}  # fmt: skip
 
 
 def pack(bits: int):
     signature = pointers("codes", "u8") | pointers("words", "i32") | whole("width code_stride width_stride")
     overlap = -(-32 // bits) + (32 % bits > 0)
-    return gpu._pack_words, signature, {"BITS": bits, "OVERLAP": overlap, "WIDTH": gpu.CODES}
+    return gpu_codes._pack_words, signature, {"BITS": bits, "OVERLAP": overlap, "WIDTH": gpu_codes.CODES}
 
 
 def unpack(bits: int):
     signature = pointers("words", "i32") | pointers("codes", "u8") | whole("num_words width word_stride width_stride")
-    return gpu._unpack_words, signature, {"BITS": bits, "WIDTH": gpu.CODES}
+    return gpu_codes._unpack_words, signature, {"BITS": bits, "WIDTH": gpu_codes.CODES}
 
 
 def decode(kind: str):
     signature = pointers("codes", "u8") | pointers("scale zero", "fp32") | pointers("group", "i32")
     signature |= pointers("weight", kind) | whole("columns groups row_stride column_stride")
-    return gpu._decode_rows, signature, {"WIDTH": gpu.CODES}
+    return gpu_codes._decode_rows, signature, {"WIDTH": gpu_codes.CODES}
 
 
 def ranges(signed: bool):
@@ -69,7 +70,7 @@ def ranges(signed: bool):
 def choose(turned: bool):
     signature = pointers("weight importance scale", "fp32") | pointers("index", "i64")
     signature |= whole("channels rows candidates") | {"worth_turning": "fp32"}
-    constants = {"TOP": 15, "TURNED": turned, "MAGIC": gpu.MAGIC[torch.float32], "CHANNELS": 32, "ROWS": gpu.CHOSEN}
+    constants = {"TOP": 15, "TURNED": turned, "MAGIC": MAGIC[torch.float32], "CHANNELS": 32, "ROWS": gpu.CHOSEN}
     return gpu._choose_rows, signature, constants
 
 
@@ -83,7 +84,7 @@ def search(name: str):
         | whole("columns weights starts refinements")
     ), {
         "TOP": kind.top, "OFFSET": kind.offset, "LOW": low, "HIGH": high, "MIN_TOP": kind.min_top,
-        "MAGIC": gpu.MAGIC[torch.float32], "SUBS": kind.block // kind.sub, "LENGTH": kind.sub, "COLUMNS": gpu.COLUMNS,
+        "MAGIC": MAGIC[torch.float32], "SUBS": kind.block // kind.sub, "LENGTH": kind.sub, "COLUMNS": gpu.COLUMNS,
     }  # fmt: skip
 
 
@@ -94,14 +95,14 @@ CASES = {
     "round": (
         gpu._round_rows,
         pointers("weight importance scale zero error", "fp32") | whole("channels rows channel_stride row_stride"),
-        {"TOP": 15, "MAGIC": gpu.MAGIC[torch.float32], "CHANNELS": 8, "ROWS": gpu.COLUMNS},
+        {"TOP": 15, "MAGIC": MAGIC[torch.float32], "CHANNELS": 8, "ROWS": gpu.COLUMNS},
     ),
     "choose": choose(False),
     "choose, with signs": choose(True),
     "moments": (
         gpu._moment_rows,
         pointers("weight importance scale zero moments", "fp32") | whole("channels rows channel_stride row_stride"),
-        {"TOP": 15, "MAGIC": gpu.MAGIC[torch.float32], "CHANNELS": 8, "ROWS": gpu.COLUMNS},
+        {"TOP": 15, "MAGIC": MAGIC[torch.float32], "CHANNELS": 8, "ROWS": gpu.COLUMNS},
     ),
     "pack": pack(3),
     "unpack": unpack(3),
@@ -132,7 +133,7 @@ def compiled(case, architecture: int) -> dict[str, int]:
     source = ASTSource(
         kernel, order, constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()}
     )
-    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(gpu.PLAIN))
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(PLAIN))
     return {
         "bytes": len(made.asm["cubin"]),
         "fused": len(re.findall(r"\bfma\.rn", made.asm["ptx"])),

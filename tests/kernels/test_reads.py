@@ -93,8 +93,8 @@ LOOPS = {
 READ = {
     "solve_panel": 18448,
     "rounding_errors": 3240,
-    "best_scales": 3336,
-    "best_scales, either sign": 6488,
+    "best_scales": 2544,
+    "best_scales, either sign": 3416,
     "code_moments": 4776,
     "round_groups": 528,
     "squared_errors": 2072,
