@@ -17,7 +17,7 @@ from quantkit.kernels.levels import Levels
 
 ROWS = 16  # of one program of a panel: 128 channels of them fill the registers of four warps
 COLUMNS = 128  # of one program that keeps a candidate or two for each
-CHOSEN = 16  # rows of one program that goes through all candidates
+CHOSEN, CHOSEN_FROM = 16, 64  # rows, and channels at a time, of one program that goes through all candidates
 # a few passes through memory
 round_groups, squared_errors = reference.round_groups, reference.squared_errors
 pack, unpack, dequantize = gpu_codes.pack, gpu_codes.unpack, gpu_codes.dequantize
@@ -76,7 +76,7 @@ def best_scales(weight_IO: Tensor, importance_I: Tensor, scale_CO: Tensor, top: 
         TOP=top,
         TURNED=worth_turning > 0,
         MAGIC=MAGIC[weight_IO.dtype],
-        CHANNELS=32,
+        CHANNELS=CHOSEN_FROM,
         ROWS=CHOSEN,
         **PLAIN,
     )
@@ -264,7 +264,9 @@ def _choose_rows(  # type: ignore[no-untyped-def]
         tried += rows
         size = tl.where(size == 0, 1.0, size)
         times = 1.0 / size
-        total, turned_total = none, none
+        # threads meet for a sum once per candidate
+        errors = tl.zeros([CHANNELS, ROWS], dtype=none.dtype)
+        turned_errors = errors
         for first in range(0, channels, CHANNELS):
             channel = first + tl.arange(0, CHANNELS)
             here = channel < channels
@@ -273,15 +275,15 @@ def _choose_rows(  # type: ignore[no-untyped-def]
             share = tl.load(importance + channel, mask=here, other=0.0)
             ratio = values * times[None, :]
             miss = ratio - nearest(ratio, -(TOP + 1) // 2, TOP // 2, MAGIC)
-            total += tl.sum(share[:, None] * (miss * miss), axis=0)
+            errors += share[:, None] * (miss * miss)
             if TURNED:
                 miss = ratio - nearest(ratio, -(TOP // 2), (TOP + 1) // 2, MAGIC)
-                turned_total += tl.sum(share[:, None] * (miss * miss), axis=0)
-        total *= size * size
+                turned_errors += share[:, None] * (miss * miss)
+        total = tl.sum(errors, axis=0) * (size * size)
         better = (candidate == 0) | (total < least)
         least, chosen = tl.where(better, total, least), tl.where(better, candidate, chosen)
         if TURNED:
-            turned_total *= size * size
+            turned_total = tl.sum(turned_errors, axis=0) * (size * size)
             better = (candidate == 0) | (turned_total < turned_least)
             turned_least = tl.where(better, turned_total, turned_least)
             turned_chosen = tl.where(better, candidate, turned_chosen)
