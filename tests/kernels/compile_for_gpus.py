@@ -70,7 +70,13 @@ def ranges(signed: bool):
 def choose(turned: bool):
     signature = pointers("weight importance scale", "fp32") | pointers("index", "i64")
     signature |= whole("channels rows candidates") | {"worth_turning": "fp32"}
-    constants = {"TOP": 15, "TURNED": turned, "MAGIC": MAGIC[torch.float32], "CHANNELS": gpu.CHOSEN_FROM, "ROWS": gpu.CHOSEN}
+    constants = {
+        "TOP": 15,
+        "TURNED": turned,
+        "MAGIC": MAGIC[torch.float32],
+        "CHANNELS": gpu.CHOSEN_FROM,
+        "ROWS": gpu.CHOSEN,
+    }
     return gpu._choose_rows, signature, constants
 
 
