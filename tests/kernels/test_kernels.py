@@ -181,6 +181,7 @@ def test_the_best_scale_is_the_first_of_least_rounding_error(worth_turning, dtyp
     weight, importance = random(41, rows, dtype=dtype), random(41, dtype=dtype, seed=1).abs()
     scale = random(5, rows, dtype=dtype, seed=2).abs() * 0.5 + 0.1
     scale[3] = scale[1]
+    scale[0, 0] = 0  # beside others that are none
     scale[:, -1], weight[:, -1] = 0, 0
     there = on(device, weight, importance, scale)
     found = kernels.best_scales(*there, 7, worth_turning).cpu()
