@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from quantkit.errors import RunFailedError
 
 PIECE_BYTES = 1 << 23  # hashed at a time
-READ_AT_ONCE = 4  # files, where a disk is slower than a core
+READ_AT_ONCE = 4, 16  # files: where a disk is slower than a core, and where cores are many, for each holds a piece
 # what `replacing` leaves when it is killed
 PARTIAL = re.compile(r"\..+\.\d+\.partial")
 # safetensors wraps what the system said into text
@@ -61,7 +61,8 @@ def sha256_of(path: Path) -> str:
 
 def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
     """SHA-256 of files of a folder by name; many are read at once (hashing releases the interpreter)."""
-    return hash_beside(folder, names, threads=max(os.cpu_count() or 1, READ_AT_ONCE))()
+    fewest, most = READ_AT_ONCE
+    return hash_beside(folder, names, threads=min(max(os.cpu_count() or 1, fewest), most))()
 
 
 def hash_beside(folder: Path, names: list[str], *, threads: int) -> Callable[[], dict[str, str]]:

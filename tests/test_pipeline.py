@@ -70,6 +70,7 @@ def test_weights_are_not_left_to_the_collector_of_cycles(name, text_file, tmp_pa
         recipes.append(json.dumps(recipe))
     # elsewhere: what here is a skeleton without memory has some, see `conftest`
     done = forked(LEFT_IN_CYCLES.read_text(encoding="utf-8"), str(tmp_path), *recipes)
+    assert done.returncode == 0, done.stderr
     _, of_two, of_four = map(int, done.stdout.split())
     assert of_four == of_two
 

@@ -178,7 +178,8 @@ def test_moments_are_those_of_the_nearest_codes(dtype, rows, module, device):
 @pytest.mark.parametrize("worth_turning", [0.0, 0.75, 1.0])
 def test_the_best_scale_is_the_first_of_least_rounding_error(worth_turning, dtype, rows, module, device):
     kernels = import_module(f"quantkit.kernels.{module}")
-    weight, importance = random(41, rows, dtype=dtype), random(41, dtype=dtype, seed=1).abs()
+    # more channels than a program takes at a time
+    weight, importance = random(70, rows, dtype=dtype), random(70, dtype=dtype, seed=1).abs()
     scale = random(5, rows, dtype=dtype, seed=2).abs() * 0.5 + 0.1
     scale[3] = scale[1]
     scale[0, 0] = 0  # beside others that are none
