@@ -221,8 +221,7 @@ class AffineRule:
 
     def _fit_symmetric(self, weight_IO: Tensor, importance_I: Tensor) -> tuple[Tensor, Tensor]:
         largest_O = weight_IO.abs().amax(0)
-        fraction_C1 = fractions(self.candidates, self.shrink, like=largest_O)
-        tried_CO = self._stored(largest_O * fraction_C1 * (2 / self.highest_code))
+        tried_CO = self._reaching(largest_O * fractions(self.candidates, self.shrink, like=largest_O))
         both_CO = torch.cat([tried_CO, -tried_CO])
         best_O = best_scales(weight_IO, importance_I, tried_CO, self.highest_code, worth_turning=WORTH_TURNING)
         scale_O = both_CO.gather(0, best_O.unsqueeze(0)).squeeze(0)
@@ -250,12 +249,16 @@ class AffineRule:
     def within(self, low_O: Tensor, high_O: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero of grids that reach from `low_O`, at most 0, to `high_O`, at least 0; of any shape."""
         if self.symmetric:
-            scale_O = self._stored(torch.maximum(-low_O, high_O) * 2 / self.highest_code)
+            scale_O = self._reaching(torch.maximum(-low_O, high_O))
             return scale_O, torch.full_like(scale_O, self._middle)
         # a zero that may not fall below `lowest_zero` leaves fewer codes for the positive side
         widest = torch.maximum((high_O - low_O) / self.highest_code, high_O / (self.highest_code - self.lowest_zero))
         scale_O = self._stored(widest)
         return scale_O, (-low_O / scale_O).round_().clamp_(self.lowest_zero, self.highest_code)
+
+    def _reaching(self, largest_O: Tensor) -> Tensor:
+        """Scales of symmetric grids with the largest magnitude half a step within their highest code's reach."""
+        return self._stored(largest_O * (2 / self.highest_code))
 
     def _stored(self, scale_O: Tensor) -> Tensor:
         return scale_O.abs().clamp_(min=SMALLEST_SCALE).copysign_(scale_O).to(self.stored).to(scale_O.dtype)
