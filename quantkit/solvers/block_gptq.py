@@ -7,12 +7,11 @@ Shape legend: O out features, I in features, N blocks of a row, S sub-blocks, L 
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from quantkit.channels import by_channel
+from quantkit.channels import by_channel, by_row
 from quantkit.grids.blocks import BlockGrid, BlockType, require_finite, search, steps_of
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
@@ -34,7 +33,7 @@ def solve_blocks(
         weight_OI: [O, I] in the factor's dtype; I is a multiple of `kind.block`. Not modified.
         factor: the Hessian's factor; its order keeps the columns of a block together.
         kind: the ggml type.
-        sweeps: how often every code is chosen again, by the Hessian in the checkpoint's order; None for not at all.
+        sweeps: how often every code is chosen again, by the Hessian in visiting order; None for not at all.
         where: the linear's name, for the error.
 
     Raises:
@@ -52,9 +51,10 @@ def solve_blocks(
     ]
     shift_1O = weight_IO.new_full((1, rows), kind.offset)
     lost = weight_IO.new_zeros(())
-    for start, column in zip(range(0, columns, kind.block), order_I[:: kind.block].tolist(), strict=True):
+    block_of_N = (order_I[:: kind.block] // kind.block).tolist()
+    place_NI = (order_I % kind.block).view(num_blocks, kind.block)
+    for block, place_I, start in zip(block_of_N, place_NI, range(0, columns, kind.block), strict=True):
         inside = slice(start, start + kind.block)
-        block, place_I = column // kind.block, order_I[inside] % kind.block
         feedback_IO = upper_II[:start, inside].t() @ error_IO[:start]
         free_IO = torch.empty_like(feedback_IO)
         free_IO[place_I] = updated(weight_IO[inside], feedback_IO, upper_II[inside, inside])
@@ -77,18 +77,15 @@ def solve_blocks(
             ).sum()
     grid = BlockGrid(kind, halves_ON[0], halves_ON[1], wholes_ONS[0], wholes_ONS[1])
     require_finite(grid, weight_OI, where=where)
-    # blocks as they stand in the row
-    position_I = torch.argsort(order_I)
-    codes_IO = codes_IO[position_I]
     if sweeps is not None:
-        given = (weight_IO[position_I], codes_IO, error_IO[position_I], [kind.block] * num_blocks)
-        settle = as_they_are(partial(_levels, kind, [part.to(weight_IO.dtype) for part in grid.steps()]))
-        lost += sweep(*given, settle, sweeps, damping=factor.damping)
-    codes_OI = codes_IO.t().contiguous()
-    return codes_OI, grid, float(lost)
+        steps = [part.to(weight_IO.dtype) for part in grid.steps()]
+        settle = as_they_are(lambda visited: _levels(kind, steps, block_of_N[visited], place_NI[visited]))
+        sizes = [kind.block] * num_blocks
+        lost += sweep(weight_IO, codes_IO, error_IO, sizes, settle, sweeps, damping=factor.damping)
+    return by_row(codes_IO, order_I), grid, float(lost)
 
 
-def _levels(kind: BlockType, steps: Sequence[Tensor], block: int) -> Levels:
-    """What the codes of a block stand for, its columns as they stand in the row; see `BlockGrid.steps`."""
-    step_LO, less_LO = (part_ONS[:, block].t().repeat_interleave(kind.sub, 0) for part_ONS in steps)
+def _levels(kind: BlockType, steps: Sequence[Tensor], block: int, place_I: Tensor) -> Levels:
+    """What a block's codes stand for, its columns as they are visited; for the steps see `BlockGrid.steps`."""
+    step_LO, less_LO = (part_ONS[:, block].t()[place_I // kind.sub] for part_ONS in steps)
     return Levels(step_LO, torch.full_like(step_LO[:1], kind.offset), less_LO, kind.top)

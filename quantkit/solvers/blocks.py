@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
-from quantkit.channels import by_channel
-from quantkit.costs import Cost, Shape, StageWork
+from quantkit.channels import by_channel, permuted
+from quantkit.costs import FLOAT_BYTES, Cost, Shape, StageWork
 from quantkit.grids.block_bytes import encode, pack
 from quantkit.grids.blocks import TYPES, BlockType
 from quantkit.grids.encoded import EncodedGrid, as_floats
@@ -62,6 +62,7 @@ class BlockSolver:
         mean_I = _published(statistics.mean_square(), seen) if self.weighted and seen else None
         importance = None if mean_I is None else Importance(mean_I, seen)
         factors: dict[int, Factor] = {}
+        swept: dict[int, Sweeps] = {}
         spent: dict[str, float] = {}
         for name, weight_OI in weights.items():
             started = time.perf_counter()
@@ -77,8 +78,7 @@ class BlockSolver:
                 else:
                     with timed(spent, FACTORISE):
                         factor = self._factor(factors, statistics, TYPES[kind], name)
-                    times = self._sweeps(TYPES[kind])
-                    sweeps = Sweeps(times, statistics.hessian()) if times else None
+                    sweeps = self._sweeps(swept, statistics, factor, TYPES[kind])
                     working_OI = weight_OI.to(factor.upper_II.dtype)
                     encoded_OY, lost = solve_by_rows(working_OI, factor, TYPES[kind], sweeps, where=name)
                     solved.append(QuantizedLinear(encoded_OY, EncodedGrid(kind)))
@@ -106,11 +106,13 @@ class BlockSolver:
         sizes = {TYPES[kind].block for _, kind in solved}
         gptq = feedback_cost(replace(work, shapes=tuple(shape for shape, _ in solved)), factors=len(sizes))
         swept = sum(
-            self._sweeps(TYPES[kind]) * refine_operations(shape.rows, shape.columns, TYPES[kind].block)
+            self._times(TYPES[kind]) * refine_operations(shape.rows, shape.columns, TYPES[kind].block)
             for shape, kind in solved
         )
+        # sweeps go by the Hessian in the order that the blocks are visited in
+        ordered = len({TYPES[kind].block for _, kind in solved if self._times(TYPES[kind])}) * work.columns**2
         operations = (gptq + Cost({"solve": swept})).operations
-        return Cost(operations, gptq.memory_bytes + found.memory_bytes)
+        return Cost(operations, gptq.memory_bytes + ordered * FLOAT_BYTES + found.memory_bytes)
 
     def _encoded_bytes(self, shape: Shape) -> int:
         types = self.types(shape.name, shape.columns)
@@ -127,7 +129,17 @@ class BlockSolver:
             )
         return factors[kind.block]
 
-    def _sweeps(self, kind: BlockType) -> int:
+    def _sweeps(
+        self, swept: dict[int, Sweeps], statistics: Statistics, factor: Factor, kind: BlockType
+    ) -> Sweeps | None:
+        """With the Hessian in the order of blocks of this size, put in order once."""
+        if not self._times(kind):
+            return None
+        if kind.block not in swept:
+            swept[kind.block] = Sweeps(self.sweeps, permuted(statistics.hessian(), factor.order_I))
+        return swept[kind.block]
+
+    def _times(self, kind: BlockType) -> int:
         return self.sweeps if kind.bits <= SWEPT_BITS else 0
 
     def _weights(self, weight_OI: Tensor, mean_I: Tensor | None) -> Tensor | None:

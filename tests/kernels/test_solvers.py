@@ -82,7 +82,7 @@ def by_exl2(weight, hessian, mixture):
 
 def by_blocks(weight, hessian, kind):
     factor = factor_of(hessian, "group-aware", kind.block)
-    return solve_blocks(weight, factor, kind, sweeps=Sweeps(1, hessian))
+    return solve_blocks(weight, factor, kind, sweeps=Sweeps(1, permuted(hessian, factor.order_I)))
 
 
 def by_search(weight, hessian, kind):

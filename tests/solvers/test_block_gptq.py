@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from quantkit.channels import permuted
 from quantkit.grids.blocks import TYPES, fit, quantize, steps_of
 from quantkit.solvers import block_gptq, refine
 from quantkit.solvers.block_gptq import solve_blocks
@@ -70,9 +71,9 @@ def test_sweeps_equal_trying_every_code(name, panel, span, monkeypatch):
     weight, hessian = correlated_layer(3, 96, tokens=150)
     factor = factorize(hessian, order="group-aware", group_size=kind.block, damping=DAMPING)
     codes, grid, _ = solve_blocks(weight, factor, kind)
-    swept, same, _ = solve_blocks(weight, factor, kind, sweeps=refine.Sweeps(2, hessian))
+    swept, same, _ = solve_blocks(weight, factor, kind, sweeps=refine.Sweeps(2, permuted(hessian, factor.order_I)))
     values = torch.stack([grid.decode(torch.full_like(codes, code)) for code in range(kind.top + 1)], 2).double()
-    expected = oracle_sweeps(weight, codes, values, hessian, damping=DAMPING, sweeps=2, order=range(96))
+    expected = oracle_sweeps(weight, codes, values, hessian, damping=DAMPING, sweeps=2, order=factor.order_I.tolist())
     assert (swept != codes).any()
     assert torch.equal(swept, expected)
     assert torch.equal(same.decode(codes), grid.decode(codes)), "scales stay"
@@ -86,7 +87,7 @@ def test_a_sweep_loses_less_and_says_how_much(name):
     losses = []
     for sweeps in (0, 1, 2):
         codes, grid, loss = solve_blocks(
-            weight, factor, kind, sweeps=refine.Sweeps(sweeps, hessian) if sweeps else None
+            weight, factor, kind, sweeps=refine.Sweeps(sweeps, permuted(hessian, factor.order_I)) if sweeps else None
         )
         assert lost(weight, hessian, grid.decode(codes)) == pytest.approx(loss, rel=1e-3)
         losses.append(loss)
