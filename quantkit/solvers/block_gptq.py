@@ -81,7 +81,7 @@ def solve_blocks(
         steps = [part.to(weight_IO.dtype) for part in grid.steps()]
         settle = as_they_are(lambda visited: _levels(kind, steps, block_of_N[visited], place_NI[visited]))
         sizes = [kind.block] * num_blocks
-        lost += sweep(weight_IO, codes_IO, error_IO, sizes, settle, sweeps, damping=factor.damping)
+        lost += sweep(weight_IO, codes_IO, error_IO, sizes, settle, sweeps)
     return by_row(codes_IO, order_I), grid, float(lost)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, SQUARES, Statistics
-from quantkit.channels import by_channel, permuted
+from quantkit.channels import by_channel
 from quantkit.costs import FLOAT_BYTES, Cost, Shape, StageWork
 from quantkit.grids.block_bytes import encode, pack
 from quantkit.grids.blocks import TYPES, BlockType
@@ -62,7 +62,7 @@ class BlockSolver:
         mean_I = _published(statistics.mean_square(), seen) if self.weighted and seen else None
         importance = None if mean_I is None else Importance(mean_I, seen)
         factors: dict[int, Factor] = {}
-        swept: dict[int, Sweeps] = {}
+        swept: dict[tuple[int, int], Sweeps | None] = {}
         spent: dict[str, float] = {}
         for name, weight_OI in weights.items():
             started = time.perf_counter()
@@ -130,14 +130,13 @@ class BlockSolver:
         return factors[kind.block]
 
     def _sweeps(
-        self, swept: dict[int, Sweeps], statistics: Statistics, factor: Factor, kind: BlockType
+        self, swept: dict[tuple[int, int], Sweeps | None], statistics: Statistics, factor: Factor, kind: BlockType
     ) -> Sweeps | None:
         """With the Hessian in the order of blocks of this size, put in order once."""
-        if not self._times(kind):
-            return None
-        if kind.block not in swept:
-            swept[kind.block] = Sweeps(self.sweeps, permuted(statistics.hessian(), factor.order_I))
-        return swept[kind.block]
+        key = kind.block, self._times(kind)
+        if key not in swept:
+            swept[key] = Sweeps.of(self._times(kind), statistics.hessian(), factor.order_I, factor.damping)
+        return swept[key]
 
     def _times(self, kind: BlockType) -> int:
         return self.sweeps if kind.bits <= SWEPT_BITS else 0

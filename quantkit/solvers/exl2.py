@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quantkit.calibration.statistics import HESSIAN, Statistics
-from quantkit.channels import by_channel, by_row, permuted
+from quantkit.channels import by_channel, by_row
 from quantkit.costs import Cost, StageWork
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import UNIT, Exl2Grid, Groups, Mixture, column_scales, fit
@@ -80,15 +80,8 @@ def solve_exl2(
         def levels(group: int) -> Levels:
             return _levels(groups[group][0], solved.code_GO[group], solved.scale_max_G[group], weight_IO.dtype)
 
-        lost += sweep(
-            weight_IO,
-            solved.codes_IO,
-            solved.error_IO,
-            [size for _, size in groups],
-            as_they_are(levels),
-            sweeps,
-            damping=factor.damping,
-        )
+        sizes = [size for _, size in groups]
+        lost += sweep(weight_IO, solved.codes_IO, solved.error_IO, sizes, as_they_are(levels), sweeps)
     codes_OI = by_row(solved.codes_IO, order_I)
     return QuantizedLinear(codes_OI, Exl2Grid(groups, solved.scale_max_G, solved.code_GO, order_I)), lost
 
@@ -201,7 +194,7 @@ class Exl2Solver:
             solve_exl2,
             factor=factor,
             candidates=self.candidates,
-            sweeps=Sweeps(self.sweeps, permuted(statistics.hessian(), factor.order_I)) if self.sweeps else None,
+            sweeps=Sweeps.of(self.sweeps, statistics.hessian(), factor.order_I, factor.damping),
         )
         for name, weight in weights.items():
             weight_OI = weight.to(factor.upper_II.dtype)

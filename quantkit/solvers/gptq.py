@@ -186,7 +186,7 @@ def solve_gptq(
     if sweeps is not None:
         sizes = [len(part) for part in order_I.split(size)]
         settle = refitted(rule, weight_IO, scale_GO, zero_GO, sizes)
-        lost += sweep(weight_IO, codes_IO, error_IO, sizes, settle, sweeps, damping=factor.damping)
+        lost += sweep(weight_IO, codes_IO, error_IO, sizes, settle, sweeps)
     group_I = torch.empty_like(order_I, dtype=torch.int32)
     group_I[order_I] = torch.arange(num_channels, device=order_I.device, dtype=torch.int32) // size
     grid = rule.grid(scale_GO.t().contiguous(), zero_GO.t().contiguous(), group_I)
@@ -329,7 +329,7 @@ class GptqSolver:
                 where=next(iter(weights)),
             )
         wanted: Iterable[Tensor] = (weight.to(factor.upper_II.dtype) for weight in weights.values())
-        sweeps = Sweeps(self.sweeps, permuted(hessian_II, factor.order_I)) if self.sweeps else None
+        sweeps = Sweeps.of(self.sweeps, hessian_II, factor.order_I, factor.damping)
         if self.asymmetric:
             wanted = towards_float(wanted, statistics.deviation(), factor, self.asymmetric)
         for name, weight_OI in zip(weights, wanted, strict=True):

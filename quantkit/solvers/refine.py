@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from quantkit.channels import permuted
 from quantkit.grids.affine import Rule
 from quantkit.kernels import solve_panel
 from quantkit.kernels.levels import Levels
@@ -39,12 +40,28 @@ class Sweeps:
 
     Attributes:
         times: above 0.
-        hessian_II: [I, I], the sum over calibration tokens of x x^T, undamped, in the order of channels that the solver
-            goes by; not to be modified.
+        damped_II: [I, I], the damped Hessian in the order of channels that the solver goes by; not to be modified.
     """
 
     times: int
-    hessian_II: Tensor
+    damped_II: Tensor
+
+    @classmethod
+    def of(cls, times: int, hessian_II: Tensor, order_I: Tensor, damping: float) -> "Sweeps | None":
+        """So many sweeps by a Hessian [I, I], which is not modified; None of none.
+
+        Args:
+            times: 0 or more.
+            hessian_II: the sum over calibration tokens of x x^T, in the checkpoint's order of channels.
+            order_I: the channel visited at each position.
+            damping: fraction of mean(diag H) added to the diagonal, or of 1 where that is 0.
+        """
+        if not times:
+            return None
+        damped_II = permuted(hessian_II, order_I)
+        diagonal_I = damped_II.diagonal()
+        diagonal_I += damping * (float(diagonal_I.mean()) or 1.0)
+        return cls(times, damped_II)
 
 
 def sweep(
@@ -54,8 +71,6 @@ def sweep(
     sizes: Sequence[int],
     settle: Settle,
     sweeps: Sweeps,
-    *,
-    damping: float,
 ) -> float:
     """Choose all codes again, so many times, group by group; by how much tr(E H E^T) is less then: not positive.
 
@@ -66,31 +81,27 @@ def sweep(
         sizes: channels of each group.
         settle: what a group's codes stand for, asked before they are chosen.
         sweeps: how many times, and the Hessian in that order of channels.
-        damping: fraction of mean(diag H) added to the diagonal, or of 1 where that is 0.
     """
-    hessian_II = sweeps.hessian_II
-    added = damping * (float(hessian_II.diagonal().mean()) or 1.0)
+    damped_II = sweeps.damped_II
     change = weight_IO.new_zeros(())
     edges = [0, *accumulate(sizes)]
     for first, last in [*_together(sizes)] * sweeps.times:
         span = slice(edges[first], edges[last])
-        # half the loss's slope, with all errors as they are now; damping stands on the diagonal alone
-        slope_BO = torch.addmm(error_IO[span], hessian_II[span], error_IO, beta=added)
+        # half the loss's slope, with all errors as they are now
+        slope_BO = damped_II[span] @ error_IO
         moved_BO = torch.zeros_like(slope_BO)
         for group in range(first, last):
             inside = slice(edges[group], edges[group + 1])
             here = slice(inside.start - span.start, inside.stop - span.start)
             slope_SO, missed_SO = slope_BO[here], error_IO[inside]
-            slope_SO += hessian_II[inside, span.start : inside.start] @ moved_BO[: here.start]
-            inside_SS = hessian_II[inside, inside].clone()
-            inside_SS.diagonal().add_(added)
-            own_SO = inside_SS @ missed_SO
-            pull_SO = slope_SO - own_SO  # what the errors of all other groups call for
-            change -= 2 * _dot(missed_SO, slope_SO) - _dot(missed_SO, own_SO)
+            slope_SO += damped_II[inside, span.start : inside.start] @ moved_BO[: here.start]
+            inside_SS = damped_II[inside, inside]
+            # what the errors of all other groups call for
+            pull_SO = torch.addmm(slope_SO, inside_SS, missed_SO, alpha=-1)
             levels, error_SO = settle(group, codes_IO[inside], missed_SO, slope_SO, inside_SS)
             _choose_codes(weight_IO[inside], pull_SO, inside_SS, levels, codes_IO[inside], error_SO)
-            change += _dot(error_SO, inside_SS @ error_SO) + 2 * _dot(error_SO, pull_SO)
-            moved_BO[here] = error_SO - missed_SO
+            moved_SO = torch.sub(error_SO, missed_SO, out=moved_BO[here])
+            change += torch.dot(moved_SO.flatten(), torch.addmm(slope_SO, inside_SS, moved_SO, beta=2).flatten())
             error_IO[inside] = error_SO
     return float(change)
 
@@ -142,20 +153,15 @@ def refine_operations(rows: int, columns: int, group_size: int) -> float:
     return 2.0 * rows * columns * (columns + PRODUCTS * size + earlier)
 
 
-def _dot(left_SO: Tensor, right_SO: Tensor) -> Tensor:
-    return torch.dot(left_SO.flatten(), right_SO.flatten())
-
-
 def _choose_codes(
     weight_SO: Tensor, pull_SO: Tensor, inside_SS: Tensor, levels: Levels, codes_SO: Tensor, error_SO: Tensor
 ) -> None:
     """Every code of a group once more, one channel after another; `codes_SO` and `error_SO` are replaced."""
     for first in range(0, len(weight_SO), PANEL):
         here = slice(first, first + PANEL)
-        inside_PP = inside_SS[here, here].contiguous()
         # errors before a channel come as they are chosen, those behind it as they still are, its own not at all
         others_PS = inside_SS[here].clone()
-        others_PS[:, here] = inside_PP.triu(1)
+        others_PS[:, here].triu_(1)
         feedback_PO = torch.addmm(pull_SO[here], others_PS, error_SO)
         chosen_PO, missed_PO = codes_SO[here], error_SO[here]
-        solve_panel(weight_SO[here], feedback_PO, inside_PP, levels.part(here), chosen_PO, missed_PO)
+        solve_panel(weight_SO[here], feedback_PO, inside_SS[here, here], levels.part(here), chosen_PO, missed_PO)

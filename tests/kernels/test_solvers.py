@@ -14,7 +14,6 @@ import torch
 
 from quantkit import kernels
 from quantkit.calibration.statistics import Statistics
-from quantkit.channels import permuted
 from quantkit.grids.affine import AffineRule, BiasRule, FloatZeroRule
 from quantkit.grids.blocks import TYPES, quantize
 from quantkit.grids.exl2 import Mixture
@@ -68,21 +67,21 @@ def by_gptq(weight, hessian, rule, order="group-aware", group_size=32):
 
 def by_sweeps(weight, hessian, rule):
     factor = factor_of(hessian, "group-aware", 32)
-    sweeps = Sweeps(1, permuted(hessian, factor.order_I))
+    sweeps = Sweeps.of(1, hessian, factor.order_I, DAMPING)
     found = solve_gptq(weight, factor, rule, group_size=32, sweeps=sweeps)
     return found.codes_OI, found.grid, found.loss
 
 
 def by_exl2(weight, hessian, mixture):
     factor = factor_of(hessian, "activation", -1)
-    sweeps = Sweeps(1, permuted(hessian, factor.order_I))
+    sweeps = Sweeps.of(1, hessian, factor.order_I, DAMPING)
     found, lost = solve_exl2(weight * 0.02, factor, Mixture.of(mixture), candidates=4, sweeps=sweeps)
     return found.codes_OI, found.grid, lost
 
 
 def by_blocks(weight, hessian, kind):
     factor = factor_of(hessian, "group-aware", kind.block)
-    return solve_blocks(weight, factor, kind, sweeps=Sweeps(1, permuted(hessian, factor.order_I)))
+    return solve_blocks(weight, factor, kind, sweeps=Sweeps.of(1, hessian, factor.order_I, DAMPING))
 
 
 def by_search(weight, hessian, kind):

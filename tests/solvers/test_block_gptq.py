@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quantkit.channels import permuted
 from quantkit.grids.blocks import TYPES, fit, quantize, steps_of
 from quantkit.solvers import block_gptq, refine
 from quantkit.solvers.block_gptq import solve_blocks
@@ -71,7 +70,7 @@ def test_sweeps_equal_trying_every_code(name, panel, span, monkeypatch):
     weight, hessian = correlated_layer(3, 96, tokens=150)
     factor = factorize(hessian, order="group-aware", group_size=kind.block, damping=DAMPING)
     codes, grid, _ = solve_blocks(weight, factor, kind)
-    swept, same, _ = solve_blocks(weight, factor, kind, sweeps=refine.Sweeps(2, permuted(hessian, factor.order_I)))
+    swept, same, _ = solve_blocks(weight, factor, kind, sweeps=refine.Sweeps.of(2, hessian, factor.order_I, DAMPING))
     values = torch.stack([grid.decode(torch.full_like(codes, code)) for code in range(kind.top + 1)], 2).double()
     expected = oracle_sweeps(weight, codes, values, hessian, damping=DAMPING, sweeps=2, order=factor.order_I.tolist())
     assert (swept != codes).any()
@@ -87,7 +86,7 @@ def test_a_sweep_loses_less_and_says_how_much(name):
     losses = []
     for sweeps in (0, 1, 2):
         codes, grid, loss = solve_blocks(
-            weight, factor, kind, sweeps=refine.Sweeps(sweeps, permuted(hessian, factor.order_I)) if sweeps else None
+            weight, factor, kind, sweeps=refine.Sweeps.of(sweeps, hessian, factor.order_I, DAMPING)
         )
         assert lost(weight, hessian, grid.decode(codes)) == pytest.approx(loss, rel=1e-3)
         losses.append(loss)

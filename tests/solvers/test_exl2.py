@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from quantkit.calibration.statistics import HESSIAN, Statistics
-from quantkit.channels import permuted
 from quantkit.errors import RefusedError
 from quantkit.grids.exl2 import Mixture
 from quantkit.solvers import refine
@@ -23,7 +22,7 @@ def solve(weight, hessian, mixture, *, candidates=12, sweeps=0):
         factor,
         Mixture.of(mixture),
         candidates=candidates,
-        sweeps=refine.Sweeps(sweeps, permuted(hessian, factor.order_I)) if sweeps else None,
+        sweeps=refine.Sweeps.of(sweeps, hessian, factor.order_I, factor.damping),
     )
     energy = output_energy(weight.t()[factor.order_I], factor.upper_II)
     return linear, lost / energy if energy else 0.0

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from quantkit.calibration.statistics import HESSIAN, Statistics
-from quantkit.channels import permuted
 from quantkit.costs import FLOAT_BYTES, Shape, StageWork
 from quantkit.errors import RunFailedError
 from quantkit.grids.affine import AffineRule
@@ -75,7 +74,7 @@ def test_rows_may_be_solved_apart(threads, sweeps, symmetric, monkeypatch):
     torch.set_num_threads(threads)
     weight, hessian = correlated_layer(rows=77, columns=64, seed=6)
     factor = factorize(hessian, order="activation", group_size=32, damping=DAMPING)
-    again = Sweeps(sweeps, permuted(hessian, factor.order_I)) if sweeps else None
+    again = Sweeps.of(sweeps, hessian, factor.order_I, factor.damping)
     rule = AffineRule(3, symmetric=symmetric, candidates=4)
     whole = solve_gptq(weight, factor, rule, group_size=32, sweeps=again)
     for cores in (1, 2):

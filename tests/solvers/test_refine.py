@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from quantkit.channels import permuted
 from quantkit.grids.affine import AffineRule, BiasRule, FloatZeroRule
 from quantkit.solvers import refine as module
 from quantkit.solvers.gptq import Factor, GptqSolution, factorize, solve_gptq
@@ -23,7 +22,7 @@ def factor_of(hessian, *, order="group-aware", group_size=16) -> Factor:
 
 
 def solved(weight, hessian, rule, factor, *, sweeps, group_size=16) -> GptqSolution:
-    again = Sweeps(sweeps, permuted(hessian, factor.order_I)) if sweeps else None
+    again = Sweeps.of(sweeps, hessian, factor.order_I, DAMPING)
     return solve_gptq(weight, factor, rule, group_size=group_size, sweeps=again)
 
 
@@ -93,7 +92,7 @@ def test_what_is_exact_stays():
     weight, sizes = (codes - 4.0) * 0.25, [16, 16]
     settle = refitted(AffineRule(3), weight, scale, zero, sizes)
     found, hessian = codes.clone(), correlated_layer(rows=1, columns=32)[1].float()
-    change = sweep(weight, found, torch.zeros(32, 5), sizes, settle, Sweeps(1, hessian), damping=DAMPING)
+    change = sweep(weight, found, torch.zeros(32, 5), sizes, settle, Sweeps(1, hessian))
     assert torch.equal(found, codes)
     assert torch.equal(scale, torch.full((2, 5), 0.25))
     assert change == 0
