@@ -1,6 +1,6 @@
 """The [quantize] table of a recipe: one closed class per format, and the table that names them."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -109,13 +109,21 @@ class HqqSection(Section):
         default=0,
         ge=0,
         le=200,
-        description="Shrunken ranges the scale search tries per group beside the full one.",
+        description="Shrunken ranges the scale search tries per group beside the full one; of `gptq` 5 where nothing "
+        "is said.",
     )
     refine_sweeps: RefineSweeps = 1
     qmodel_pt: bool = Field(
         default=False, description="Also write `qmodel.pt`, the pickle that hqq's own `from_quantized` opens."
     )
     skip: Skip = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gptq_tries_ranges(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("solver") == "gptq":
+            return {"scale_candidates": 5} | given
+        return given
 
     @model_validator(mode="after")
     def _gptq_needs_rows(self) -> "HqqSection":

@@ -284,6 +284,21 @@ def test_values_that_mean_nothing_are_refused(tmp_path, changes, expected):
     assert caught.value.what == f"1 problem(s) in the recipe:\n  {expected}"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, 0),
+        ({"solver": "gptq"}, 5),
+        ({"solver": "gptq", "scale_candidates": 0}, 0),
+        ({"solver": "half-quadratic"}, 0),
+    ],
+)
+def test_gptq_on_hqqs_grid_tries_ranges_where_nothing_is_said(given, expected):
+    recipe = Recipe.of({"format": "hqq", "model": {"id": "a/b"}, "quantize": given})
+    assert recipe.quantize.scale_candidates == expected
+    assert recipe.resolved()["quantize"]["scale_candidates"] == expected
+
+
 def test_values_at_their_limits(tmp_path):
     changes = ("compute.threads=1024", "release.repo=an-org/Zuraw_1.0-x", "quantize.skip=[]")
     assert load_recipe(write(tmp_path, GOOD), changes).compute.threads == 1024
