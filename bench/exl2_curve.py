@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.quality import CPU, Judge, interval
+from bench.quality import CPU, Judge, interval, verdict
 from bench.ways import command_line
 from quantkit.calibration.tokens import calibration_windows
 from quantkit.checkpoint.families import Family
@@ -127,7 +127,7 @@ def stored(mixtures: Mapping[str, Mixture], shapes: Shapes) -> float:
 UNIFORM = tuple(Mixture((Part(bits, 1.0, 128),)) for bits in WIDTHS if bits > 2)
 WAYS: dict[str, Callable[[Measured, Shapes, float], dict[str, Mixture]]] = {
     "quantkit": exact,
-    "exllamav2": published,
+    "exllamav2's selection": published,
     "uniform": uniform,
 }
 
@@ -209,18 +209,11 @@ def _row(
         "ratio": round(float(ratios.mean()), 5),
         "ratio_by_draw": [round(float(ratio), 5) for ratio in ratios],
         "against_first_nats_per_token": [round(value, 6) for value in worse],
-        "verdict": _verdict(way, worse),
+        "verdict": "first" if way == "quantkit" else verdict(worse),
         "mean_kld": round(float(divergences.mean(0).sum() / tokens_D.sum()), 7),
         "against_first_kld": [round(value, 7) for value in farther],
-        "verdict_kld": _verdict(way, farther),
+        "kld_verdict": "first" if way == "quantkit" else verdict(farther),
     }
-
-
-def _verdict(way: str, interval_of_difference: tuple[float, float, float]) -> str:
-    _, low, high = interval_of_difference
-    if way == "quantkit":
-        return "first"
-    return "tie" if low <= 0 <= high else ("better" if high < 0 else "worse")
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -271,7 +264,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model, vocab_size=judge.source.config["vocab_size"])
     text = load_text_set(options.calibration, "calibration")
     alike = [stored(dict.fromkeys(shapes, mixture), shapes) for mixture in UNIFORM]
-    wanted = [(way, target) for target in targets for way in ("quantkit", "exllamav2")]
+    wanted = [(way, target) for target in targets for way in ("quantkit", "exllamav2's selection")]
     wanted += [(way, bits) for bits in alike for way in ("quantkit", "uniform")]
     found: dict[Point, list[tuple[Tensor, Tensor]]] = {key: [] for key in wanted}
     spent: dict[Point, float] = {}

@@ -1,10 +1,9 @@
-"""Write docs/cli.md, docs/recipe.md and docs/record.schema.json from the code, and tables of two other pages.
+"""Write docs/cli.md, docs/recipe.md and docs/record.schema.json from the code, and tables of other pages.
 
-Those of docs/growth.md and docs/measured.md come from plans and from bench/results. With --check all are only compared.
+Those come from plans and from bench/results. With --check all are only compared.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -14,6 +13,7 @@ import torch
 import typer.main
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+from results import QUALITIES, floor_table, growth_table, markdown, quality_table, readme_quality_table, speed_table
 
 from quantkit.checkpoint.index import describe_model
 from quantkit.cli import app
@@ -28,41 +28,6 @@ from quantkit.report.schema import record_schema
 HERE = Path(__file__).parent
 SHAPES = {"7B": "mistral-7b", "70B": "llama-3-70b", "405B": "llama-3.1-405b"}
 ASSUMED_RATE = 400e12  # operations per second
-RESULTS = HERE.parent / "bench" / "results"
-# builds whose stages were held against their floor
-FLOORS = {
-    "GPTQ": "floor-gptq.json",
-    "GPTQ, `asymmetric = 0`": "floor-gptq-plain.json",
-    "GGUF": "floor-gguf.json",
-    "HQQ": "floor-hqq.json",
-}
-STAGES = ("read", "forward", "statistics", "solve", "pack", "write")
-# what was varied, in which unit the table has it, and where the figures are
-GROWTHS = {
-    "layers": ("growth-depth.json", "layers"),
-    "width": ("growth-width.json", "hidden"),
-    "windows of 512 tokens": ("growth-tokens.json", "windows"),
-    "vocabulary, judged as well": ("growth-vocabulary.json", "vocabulary"),
-}
-# whole processes that took turns: what was built, and where the figures are
-SPEEDS = (
-    ("GPTQ 4 bits, random Mistral 1024 wide, 4 layers, 16,384 tokens", "speed-gptq-1024-3584-4-float32.json"),
-    ("the same in bfloat16", "speed-gptq-1024-3584-4.json"),
-    ("the same in float32 with `asymmetric = 0`", "speed-gptq-sweeps-1024-3584-4.json"),
-    ("GPTQ 4 bits, 2048 wide, 20 layers (0.9 B parameters), 4,096 tokens", "speed-gptq-2048-5632-20-float32.json"),
-    ("GPTQ 4 bits, 256 wide, 1 layer, 2,048 tokens", "speed-gptq-256-512-1.json"),
-    ("GPTQ 4 bits, the 5 M parameter model, 32,768 tokens", "speed-gptq-auto-round-mistral-pl.json"),
-    ("compressed-tensors 4 bits, the random Mistral of 4 layers", "speed-compressed-tensors-1024-3584-4.json"),
-    ("AWQ, the 5 M parameter model, 32,768 tokens", "speed-awq-mistral-pl.json"),
-    ("HQQ 3 bits without calibration, the 5 M parameter model", "speed-hqq-mistral-pl.json"),
-    ("the same of a layer of Bielik-7B's shape", "speed-hqq-4096-14336-1.json"),
-    ("the same of 32 such layers", "speed-hqq-4096-14336-32.json"),
-    ("MLX 4 bits, rounded, the 5 M parameter model", "speed-mlx-mistral-pl.json"),
-    ("the same of a layer of Bielik-7B's shape", "speed-mlx-4096-14336-1.json"),
-    ("the same of 32 such layers, 14 GB of bfloat16", "speed-mlx-4096-14336-32.json"),
-    ("ten GGUF types of a layer of Bielik-7B's shape, no importance", "speed-gguf-4096-14336-1.json"),
-    ("the same of bielik-nano", "speed-gguf-nano.json"),
-)
 
 
 def command_line() -> str:
@@ -162,69 +127,9 @@ def with_tables(page: str, tables: dict[str, str]) -> str:
     for name, table in tables.items():
         before, begin, rest = text.partition(f"<!-- {name}: written by `make docs` -->\n")
         _, end, after = rest.partition(f"<!-- end of {name} -->")
+        assert end, f"{page} has no place for {name}"
         text = before + begin + table + end + after
     return text
-
-
-def _table(rows: list[list[str]]) -> str:
-    """Markdown of rows, of which the first is the heading."""
-    heading, *others = rows
-    return "".join(f"| {' | '.join(row)} |\n" for row in (heading, ["---"] * len(heading), *others))
-
-
-def _floor_table() -> str:
-    columns = []
-    for file in FLOORS.values():
-        found = {row["stage"]: row for row in json.loads((RESULTS / file).read_text(encoding="utf-8"))["stages"]}
-        columns.append([_against_floor(found.get(stage)) for stage in STAGES])
-    return _table([["", *FLOORS], *([stage, *row] for stage, *row in zip(STAGES, *columns, strict=True))])
-
-
-def _against_floor(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return f"{row['seconds']:.2f}" + (f" of {row['floor']:.2f}" if row["floor"] else "")
-
-
-def _growth_table() -> str:
-    heading = ["what grows", "from, to", "operations", "seconds quantizing", "peak memory", "the same by the plan"]
-    rows = []
-    for title, (file, key) in GROWTHS.items():
-        found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        first, last, times = found["rows"][0], found["rows"][-1], found["last_to_first"]
-        peaks, plans = ([each[part] / 1e9 for each in (first, last)] for part in ("peak_host_bytes", "planned_bytes"))
-        rows.append(
-            [
-                title,
-                f"{first[key]}, {last[key]}",
-                f"x {times['operations']:.2f}",
-                f"x {times['quantize_s']:.2f}",
-                f"{peaks[0]:.2f}, {peaks[1]:.2f} GB",
-                f"{plans[0]:.2f}, {plans[1]:.2f} GB",
-            ]
-        )
-    return _table([heading, *rows])
-
-
-def _speed_table() -> str:
-    rows = [["what is built", "by", "seconds", "times", "peak GB", "times", "rounds, processor, commit"]]
-    for title, file in SPEEDS:
-        found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-        for place, way in enumerate(found["rows"]):
-            over = way["over_first"]
-            times = [_span(over[measure]) if place else "" for measure in ("wall_s", "peak_gb")]
-            made = found["environment"]
-            processor = re.sub(r"\(R\)| Processor", "", made["device_model"])
-            told = f"{len(over['wall_s'])}, {processor}, {made['commit'][:7]}"
-            name = " ".join(filter(None, (way["way"], way["version"])))
-            first = ["", ""] if place else [title, told]
-            rows.append([first[0], name, f"{way['wall_s']:.1f}", times[0], f"{way['peak_gb']:.2f}", times[1], first[1]])
-    return _table(rows)
-
-
-def _span(ratios: list[float]) -> str:
-    """A ratio of each round: the only one, or from which to which."""
-    return " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios))))
 
 
 def _shape_table() -> str:
@@ -258,20 +163,24 @@ def _shape_table() -> str:
         "of each of four ranks, GB",
         f"seconds at {ASSUMED_RATE / 1e12:.0f} · 10^12 operations per second, if nothing else took time",
     ]
-    return _table([["", *columns], *([name, *row] for name, *row in zip(names, *columns.values(), strict=True))])
+    return markdown([["", *columns], *([name, *row] for name, *row in zip(names, *columns.values(), strict=True))])
 
 
 def main() -> int:
     """Write all pages, or return 1 and name those that are stale."""
     schema = json.dumps(record_schema(), indent=2, ensure_ascii=False) + "\n"
-    grown = {"shapes": _shape_table(), "floors": _floor_table(), "growths": _growth_table()}
+    grown = {"shapes": _shape_table(), "floors": floor_table(), "growths": growth_table()}
     pages = {
         "cli.md": command_line(),
         "recipe.md": recipe_keys(),
         "record.schema.json": schema,
         "growth.md": with_tables("growth.md", grown),
-        "measured.md": with_tables("measured.md", {"speeds": _speed_table()}),
+        "measured.md": with_tables("measured.md", {"speeds": speed_table()}),
+        "../README.md": with_tables("../README.md", {"qualities": readme_quality_table()}),
     }
+    for name in QUALITIES:
+        page = f"formats/{name}.md"
+        pages[page] = with_tables(page, {"qualities": quality_table(name)})
     if "--check" in sys.argv[1:]:
         stale = [
             name for name, text in pages.items() if not (HERE / name).exists() or (HERE / name).read_text() != text

@@ -1,4 +1,4 @@
-"""What a GPU is told to do for one more group of a linear: counted, for being told takes it longer than small work does."""
+"""What a GPU is told to do for one more group of a linear: counted, for telling takes longer than small work does."""
 
 from collections.abc import Callable
 
