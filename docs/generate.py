@@ -13,7 +13,16 @@ import torch
 import typer.main
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
-from results import QUALITIES, floor_table, growth_table, markdown, quality_table, readme_quality_table, speed_table
+from results import (
+    PARTS,
+    QUALITIES,
+    floor_table,
+    growth_table,
+    markdown,
+    quality_table,
+    readme_quality_table,
+    speed_table,
+)
 
 from quantkit.checkpoint.index import describe_model
 from quantkit.cli import app
@@ -178,9 +187,12 @@ def main() -> int:
         "measured.md": with_tables("measured.md", {"speeds": speed_table()}),
         "../README.md": with_tables("../README.md", {"qualities": readme_quality_table()}),
     }
-    for name in QUALITIES:
+    for name, judged in QUALITIES.items():
         page = f"formats/{name}.md"
-        pages[page] = with_tables(page, {"qualities": quality_table(name)})
+        tables = {"qualities": quality_table(judged)}
+        if name in PARTS:
+            tables["parts"] = quality_table(PARTS[name])
+        pages[page] = with_tables(page, tables)
     if "--check" in sys.argv[1:]:
         stale = [
             name for name, text in pages.items() if not (HERE / name).exists() or (HERE / name).read_text() != text
