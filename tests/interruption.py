@@ -1,10 +1,22 @@
-"""A build that its user interrupts."""
+"""Commands that are interrupted while they are at work, and waiting until they are."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+PATIENCE_S = 150
+
+
+def until(happened: Callable[[], object], log: str = "") -> None:
+    """Wait for what another process does; in vain its log is shown."""
+    give_up = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert time.monotonic() < give_up, Path(log).read_text() if log else "in vain"
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +20,10 @@ from quantkit.cluster.status import submitted_jobs
 from quantkit.cluster.submit import JOBS, _beside, _refused
 from quantkit.errors import RefusedError
 from tests.commands import quantkit
+from tests.interruption import until
 from tests.slurm import WITH_USER_SIGNAL, missing, running_slurm
 from tests.tiny import WORDS, make_tiny
 
-PATIENCE_S = 150
 REPO = "an-org/tiny-GPTQ"
 Interruption = Callable[[dict[str, Any], dict[str, str]], None]
 ATHENA = Resources(240, 0, 0, partition="plgrid-gpu-a100", account="plggrant-gpu-a100")
@@ -258,14 +257,6 @@ def test_what_slurm_does_not_take_is_one_error_with_its_reason(slurm, recipes, t
     assert options[-2] in error
     assert "sbatch: " not in found.stderr
     assert "Traceback" not in found.stderr
-
-
-def until(happened: Callable[[], object], log: str = "") -> None:
-    """Wait for what Slurm or a build does."""
-    give_up = time.monotonic() + PATIENCE_S
-    while not happened():
-        assert time.monotonic() < give_up, Path(log).read_text() if log else "in vain"
-        time.sleep(0.05)
 
 
 def slurms(*command: str, slurm: dict[str, str]) -> str:

@@ -29,6 +29,19 @@ from quantkit.home import quantkit_home
 MARKER = "installed.json"
 INSTALL_LOG = "install.log"
 LAST_LINES = 12
+# runs a module, and ends with all that it has started once its standard input is closed: nothing is ever written there,
+# and whoever holds its other end may be killed
+SUPERVISED = """
+import os, runpy, signal, sys, threading
+
+def end():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+
+threading.Thread(target=end, daemon=True).start()
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 CHECKPOINT = "checkpoint"
 REFERENCE_RUNTIME = "reference"  # the one runtime that is no engine: our own decode
 # of the caller's environment, what would make a runner import from elsewhere than its own environment
@@ -314,29 +327,32 @@ def _engine(name: str, table: dict[str, Any]) -> Engine:
 
 def _make(engine: Engine, python: str, environment: Path, say: Callable[[str], None]) -> None:
     environment.mkdir(parents=True)
-    _step(engine, [python, "-m", "venv", str(environment)], say, "making the environment")
-    pip = [str(environment_python(engine)), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
-    _step(engine, [*pip, *engine.pip_flags, *engine.first], say, f"installing {' '.join(engine.first)}")
+    _step(engine, python, ["venv", str(environment)], say, "making the environment")
+    own = str(environment_python(engine))
+    pip = ["pip", "install", "--disable-pip-version-check", "--no-input"]
+    _step(engine, own, [*pip, *engine.pip_flags, *engine.first], say, f"installing {' '.join(engine.first)}")
     # torch and the build tools are there already: packages that look at torch while they are built must see this one
     rest = [*engine.pip_flags, "--no-build-isolation", *engine.requirements]
-    _step(engine, [*pip, *rest], say, f"installing {' '.join(engine.requirements)}")
+    _step(engine, own, [*pip, *rest], say, f"installing {' '.join(engine.requirements)}")
 
 
-def _step(engine: Engine, command: list[str], say: Callable[[str], None], what: str) -> None:
+def _step(engine: Engine, python: str, module: list[str], say: Callable[[str], None], what: str) -> None:
+    """Run a Python module with its arguments; neither it nor what it starts outlives this process."""
     say(what)
     log = environment_of(engine) / INSTALL_LOG
     with log.open("a", encoding="utf-8") as output:
-        output.write(f"$ {' '.join(command)}\n")
+        output.write(f"$ {python} -I -m {' '.join(module)}\n")
         output.flush()
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
+        with subprocess.Popen(
+            [python, "-I", "-c", SUPERVISED, *module],
+            stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=own_variables() | engine.pip_variables,
-            check=False,
-        )
-    if done.returncode:
+            start_new_session=True,
+        ) as process:
+            code = process.wait()
+    if code:
         raise UnavailableError(
             f"{what} failed for the engine {engine.name}:\n{last_lines(log)}",
             where=str(log),

@@ -4,16 +4,22 @@ import dataclasses
 import json
 import os
 import re
+import shutil
+import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from quantkit.engines import env, runtime
 from quantkit.engines.env import environment_of, find_engine, install, is_installed, list_engines, why_not
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
+from tests.interruption import until
 
 WINDOWS = [SimpleNamespace(inputs=(1, 2, 3), targets=(5, 6)), SimpleNamespace(inputs=(4, 5), targets=(6, 7))]
 
@@ -157,6 +163,52 @@ def test_a_failed_install_says_why_and_what_a_killed_one_left_is_thrown_away(tmp
     assert caught.value.where == str(environment_of(engine) / env.INSTALL_LOG)
     assert not is_installed(engine)
     assert not left_over.exists()
+
+
+SLEEPING_BACKEND = """
+import os, time
+from pathlib import Path
+
+def prepare_metadata_for_build_wheel(folder, settings=None):
+    Path(os.environ["TOLD"]).write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+INSTALLING = """
+import dataclasses, sys
+from quantkit.engines.env import find_engine, install
+
+flags = ("--no-index", "--isolated", "--find-links", sys.argv[1])
+install(dataclasses.replace(find_engine("gptqmodel"), pip_flags=flags), print)
+"""
+
+
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_what_pip_has_started_ends_with_the_command(by, tmp_path, monkeypatch):
+    """It would write on into an environment that the next command makes anew."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    source = tmp_path / "torch-2.13.0"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "slow"\nbackend-path = ["."]'
+    )
+    (source / "slow.py").write_text(SLEEPING_BACKEND)
+    shutil.make_archive(str(source), "gztar", tmp_path, source.name)
+    told = tmp_path / "told"
+    process = subprocess.Popen(
+        [sys.executable, "-c", INSTALLING, str(tmp_path)],
+        env=os.environ | {"TOLD": str(told)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: told.exists() and told.read_text())
+    backend = psutil.Process(int(told.read_text()))
+    try:
+        process.send_signal(by)
+        process.wait()
+        assert psutil.wait_procs([backend], timeout=20)[1] == []
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            backend.kill()
 
 
 def test_a_setting_that_the_engine_does_not_know_is_refused(fake, tiny_mistral, tmp_path):
