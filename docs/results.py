@@ -52,13 +52,15 @@ class Compared:
         what: in the table of the format's page.
         files: where the figures are, after `quality-`.
         in_readme: what the README calls it; "" where it is not there.
-        at_bits: the bits per weight that the README has of them; None for the first.
+        beside: other ways of quantkit that the README has beside the first.
+        at_bits: the targets of bits per weight that the README has, where there are several.
     """
 
     what: str
     files: tuple[str, ...]
     in_readme: str = ""
-    at_bits: tuple[float, ...] | None = None
+    beside: tuple[str, ...] = ()
+    at_bits: tuple[float, ...] = ()
 
 
 # by format's page, in the README's order
@@ -78,6 +80,7 @@ QUALITIES = {
             "mistral-pl, 2 bits, groups of 64",
             ("gptq-mistral-pl-2bit", "gptq-auto-round-mistral-pl-2bit"),
             "GPTQ 2 bits, groups of 64",
+            ("three sweeps",),
         ),
         Compared("bielik-nano, 4 bits, groups of 128", ("gptq-nano-4bit",)),
         Compared("bielik-nano, 3 bits, groups of 128", ("gptq-nano-3bit",)),
@@ -97,7 +100,12 @@ QUALITIES = {
     ),
     "hqq": (
         *(
-            Compared(f"mistral-pl, {bits} bits", (f"hqq-mistral-pl-{bits}bit",), f"HQQ {bits} bits, groups of 64")
+            Compared(
+                f"mistral-pl, {bits} bits",
+                (f"hqq-mistral-pl-{bits}bit",),
+                f'HQQ {bits} bits, groups of 64, `solver = "gptq"`',
+                ("least-squares",),
+            )
             for bits in (4, 3, 2)
         ),
         Compared("mistral-pl, 8 bits", ("hqq-mistral-pl-8bit",)),
@@ -115,12 +123,14 @@ QUALITIES = {
     ),
     "gguf": (
         *(
-            Compared(f"mistral-pl, {kind}", (f"gguf-mistral-pl-{kind}",), f"GGUF {kind}")
+            Compared(
+                f"mistral-pl, {kind}", (f"gguf-mistral-pl-{kind}",), f'GGUF {kind}, `solver = "gptq"`', ("search",)
+            )
             for kind in ("Q6_K", "Q5_K_M", "Q4_K_M", "Q3_K_M", "Q2_K")
         ),
         *(Compared(f"bielik-nano, {kind}", (f"gguf-nano-{kind}",)) for kind in ("Q4_K_M", "Q3_K_M", "Q2_K")),
     ),
-    "exl2": (Compared("mistral-pl", ("exl2-mistral-pl",), "EXL2", (3.0, 4.0)),),
+    "exl2": (Compared("mistral-pl", ("exl2-mistral-pl",), "EXL2", at_bits=(3.0, 4.0)),),
 }
 # by format's page: quantkit's own way, with one thing changed at a time
 PARTS = {
@@ -235,11 +245,11 @@ def readme_quality_table() -> str:
     rows = [["format, at equal size", "quantkit", "the packages"]]
     for compared in (each for page in QUALITIES.values() for each in page if each.in_readme):
         blocks = [block for _, block in _blocks(compared)]
-        if compared.at_bits is None:
-            rows.append([compared.in_readme, *_in_short([way for block in blocks for way in block])])
+        if not compared.at_bits:
+            rows.append([compared.in_readme, *_in_short([way for block in blocks for way in block], compared.beside)])
             continue
         for block in blocks:
-            if block[0].get("target") in compared.at_bits:
+            if block[0]["target"] in compared.at_bits:
                 rows.append([f"{compared.in_readme} {block[0]['target']} bits per weight", *_in_short(block)])
     return markdown(rows)
 
@@ -257,18 +267,20 @@ def _blocks(compared: Compared) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield found["environment"]["commit"][:7], block
 
 
-def _in_short(ways: list[dict[str, Any]]) -> list[str]:
+def _in_short(ways: list[dict[str, Any]], beside: tuple[str, ...] = ()) -> list[str]:
+    """Perplexity of the first way, with those of quantkit's others that are to stand beside it; and of the packages."""
     first, *others = ways
     ours: dict[str, str] = {}
     theirs = []
     for way in others:
         if way.get("engine") == "quantkit":
             name = re.sub("^quantkit,? ?", "", way["way"])
-            ours |= {name: f"{name} {way['ratio']:.4f}"} if name else {}
+            if name in beside:
+                ours.setdefault(name, f"{name} {way['ratio']:.4f}")
         else:
             theirs.append(f"{way['way']} {way['ratio']:.4f}{SAID[way['verdict'], way['kld_verdict']]}")
-    beside = f" ({'; '.join(ours.values())})" if ours else ""
-    return [f"{first['ratio']:.4f}{beside}", "; ".join(theirs)]
+    others_of_ours = f" ({'; '.join(ours.values())})" if ours else ""
+    return [f"{first['ratio']:.4f}{others_of_ours}", "; ".join(theirs)]
 
 
 def _difference(interval: list[float], verdict: str) -> str:

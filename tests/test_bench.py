@@ -48,14 +48,6 @@ SAID_LESS = {
     "growth-7b-layer.json": {"command"},
     "growth-7b-layer-plain.json": {"command"},
     "memory-gptq-2048-5632-20-float32.json": {"commit"},
-    "quality-awq-mistral-pl-4bit.json": {"command", "commit"},
-    "quality-awq-nano-4bit.json": {"command"},
-    "quality-hqq-half-mistral-pl-2bit.json": {"commit"},
-    "quality-hqq-half-mistral-pl-3bit.json": {"commit"},
-    "quality-hqq-half-mistral-pl-4bit.json": {"commit"},
-    "quality-hqq-half-nano-2bit.json": {"commit"},
-    "quality-hqq-half-nano-3bit.json": {"commit"},
-    "quality-hqq-half-nano-4bit.json": {"commit"},
 }
 
 

@@ -1,6 +1,8 @@
 """What the docs tell people to type is there."""
 
 import re
+from fnmatch import fnmatch
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,19 @@ def _code(text: str) -> list[str]:
 def test_links_between_pages_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text("utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_every_result_is_drawn_or_named():
+    """What no page tells of would go stale unseen."""
+    spec = spec_from_file_location("results", ROOT / "docs" / "results.py")
+    results = module_from_spec(spec)
+    spec.loader.exec_module(results)
+    judged = [each for tables in (results.QUALITIES, results.PARTS) for page in tables.values() for each in page]
+    drawn = {f"quality-{file}.json" for each in judged for file in each.files}
+    drawn |= {*results.FLOORS.values(), *(file for file, _ in results.GROWTHS.values())}
+    drawn |= {file for _, file in results.SPEEDS}
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    named = re.findall(r"`(?:bench/results/)?([\w*.-]+\.(?:json|svg))`", text)
+    found = {path.name for path in (ROOT / "bench" / "results").iterdir()}
+    assert drawn <= found
+    assert [name for name in sorted(found - drawn) if not any(fnmatch(name, pattern) for pattern in named)] == []
