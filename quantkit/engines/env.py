@@ -30,12 +30,15 @@ MARKER = "installed.json"
 INSTALL_LOG = "install.log"
 LAST_LINES = 12
 # runs a module, and ends with all that it has started once its standard input is closed: nothing is ever written there,
-# and whoever holds its other end may be killed
+# and whoever holds its other end may be killed; what it starts finds an empty one
 SUPERVISED = """
 import os, runpy, signal, sys, threading
 
+held = os.dup(0)
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
 def end():
-    os.read(0, 1)
+    os.read(held, 1)
     os.killpg(0, signal.SIGKILL)
 
 threading.Thread(target=end, daemon=True).start()

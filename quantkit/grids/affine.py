@@ -257,7 +257,7 @@ class AffineRule:
         return scale_O, (-low_O / scale_O).round_().clamp_(self.lowest_zero, self.highest_code)
 
     def _reaching(self, largest_O: Tensor) -> Tensor:
-        """Scales of symmetric grids with the largest magnitude half a step within their highest code's reach."""
+        """Scales of symmetric grids whose lowest code lies half a step beyond the largest magnitude."""
         return self._stored(largest_O * (2 / self.highest_code))
 
     def _stored(self, scale_O: Tensor) -> Tensor:

@@ -166,10 +166,11 @@ def test_a_failed_install_says_why_and_what_a_killed_one_left_is_thrown_away(tmp
 
 
 SLEEPING_BACKEND = """
-import os, time
+import os, sys, time
 from pathlib import Path
 
 def prepare_metadata_for_build_wheel(folder, settings=None):
+    assert sys.stdin.read() == "", "nobody types"
     Path(os.environ["TOLD"]).write_text(str(os.getpid()))
     time.sleep(600)
 """
