@@ -175,7 +175,9 @@ def prepare_metadata_for_build_wheel(folder, settings=None):
     time.sleep(600)
 """
 INSTALLING = """
-import dataclasses, sys
+import dataclasses, signal, sys
+# what is started in the background is deaf to it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from quantkit.engines.env import find_engine, install
 
 flags = ("--no-index", "--isolated", "--find-links", sys.argv[1])
@@ -205,9 +207,11 @@ def test_what_pip_has_started_ends_with_the_command(by, tmp_path, monkeypatch):
     backend = psutil.Process(int(told.read_text()))
     try:
         process.send_signal(by)
-        process.wait()
+        process.wait(60)
         assert psutil.wait_procs([backend], timeout=20)[1] == []
     finally:
+        process.kill()
+        process.wait()
         with suppress(psutil.NoSuchProcess):
             backend.kill()
 
