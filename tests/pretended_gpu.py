@@ -41,8 +41,7 @@ FACTS = {
     "device_count": 1,
     "get_device_name": NAME,
     "mem_get_info": (MEMORY, MEMORY),
-    "memory_reserved": 0,
-    "memory_allocated": 0,
+    "memory_stats_as_nested_dict": {f"{kind}_bytes": {"all": {"current": 0}} for kind in ("reserved", "allocated")},
     "max_memory_allocated": 0,
 }
 # interpreted Triton takes minutes for a build; the others are plain torch on the GPU's tensors

@@ -16,8 +16,11 @@ from quantkit.machine import host_free_bytes
 def free_bytes(device: torch.device) -> int:
     """Memory that is free for new tensors on a device right now, of other programs' and torch's own."""
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + unused
+        free = int(torch.cuda.mem_get_info(device)[0])
+        # as counted: torch.cuda.memory_reserved flattens and sorts all statistics first, and every tensor asks for this
+        counts = torch.cuda.memory_stats_as_nested_dict(device)
+        reserved, allocated = (counts[f"{kind}_bytes"]["all"]["current"] for kind in ("reserved", "allocated"))
+        return free + int(reserved - allocated)
     return host_free_bytes()
 
 

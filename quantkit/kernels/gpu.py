@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels import gpu_codes, reference
-from quantkit.kernels.gpu_rounding import MAGIC, PLAIN, inverse, nearest
+from quantkit.kernels.gpu_rounding import MAGIC, PLAIN, columns_whole, inverse, nearest
 from quantkit.kernels.levels import Levels
 
 ROWS = 16  # of one program of a panel: 128 channels of them fill the registers of four warps
@@ -177,7 +177,18 @@ def _rows_lie_whole(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
-@triton.jit
+@columns_whole(
+    "channels",
+    "rows",
+    "weight_stride",
+    "feedback_stride",
+    "upper_stride",
+    "step_stride",
+    "shift_stride",
+    "less_stride",
+    "codes_stride",
+    "error_stride",
+)
 def _solve_rows(  # type: ignore[no-untyped-def]
     weight, feedback, upper, step, shift, less, codes, error, lost, channels, rows,
     weight_stride, feedback_stride, upper_stride, step_stride, shift_stride, less_stride, codes_stride, error_stride,
@@ -194,13 +205,14 @@ def _solve_rows(  # type: ignore[no-untyped-def]
     weight_at, step_at, shift_at, less_at, codes_at, error_at = at, at, at, at, at, at
     upper_at = channel.to(tl.int64)
     for i in range(channels):
+        # all loads before the first sum: none is moved over the barriers of one, and memory is waited for once
         factor = tl.load(upper + upper_at, mask=here, other=0.0)
-        pivot = tl.sum(tl.where(channel == i, factor, 0.0), axis=0)
-        pulled = tl.sum(tl.where(channel[:, None] == i, pull, 0.0), axis=0)
         own = tl.load(weight + weight_at, mask=inside, other=0.0)
         size = tl.load(step + step_at, mask=inside, other=0.0)
         zero = tl.load(shift + shift_at, mask=inside, other=0.0)
         minus = tl.load(less + less_at, mask=inside, other=0.0)
+        pivot = tl.sum(tl.where(channel == i, factor, 0.0), axis=0)
+        pulled = tl.sum(tl.where(channel[:, None] == i, pull, 0.0), axis=0)
         wanted = own + pulled / pivot
         code = nearest(
             tl.where(size == 0, 0.0, (wanted + minus) / tl.where(size == 0, 1.0, size)) + zero, 0, TOP, MAGIC
@@ -224,7 +236,7 @@ def _solve_rows(  # type: ignore[no-untyped-def]
     tl.store(lost + at, total, mask=inside)
 
 
-@triton.jit
+@columns_whole("channels", "rows", "channel_stride", "row_stride")
 def _round_rows(  # type: ignore[no-untyped-def]
     weight, importance, scale, zero, error, channels, rows, channel_stride, row_stride,
     TOP: tl.constexpr, MAGIC: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
@@ -248,7 +260,7 @@ def _round_rows(  # type: ignore[no-untyped-def]
     tl.store(error + tried, total * (size * size), mask=inside)
 
 
-@triton.jit
+@columns_whole("channels", "rows", "candidates")
 def _choose_rows(  # type: ignore[no-untyped-def]
     weight, importance, scale, index, channels, rows, candidates, worth_turning,
     TOP: tl.constexpr, TURNED: tl.constexpr, MAGIC: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
@@ -292,7 +304,7 @@ def _choose_rows(  # type: ignore[no-untyped-def]
     tl.store(index + at, chosen, mask=inside)
 
 
-@triton.jit
+@columns_whole("channels", "rows", "channel_stride", "row_stride")
 def _moment_rows(  # type: ignore[no-untyped-def]
     weight, importance, scale, zero, moments, channels, rows, channel_stride, row_stride,
     TOP: tl.constexpr, MAGIC: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
@@ -366,7 +378,7 @@ def without_negative(solvable, slope, offset, sum_ll, sum_xl):  # type: ignore[n
     return tl.where(kept, slope, alone), tl.where(kept, offset, 0.0)
 
 
-@triton.jit
+@columns_whole("length", "blocks", "candidates", "refits")
 def _fit_ranges(  # type: ignore[no-untyped-def]
     x, w, step, less, best_step, best_less, length, blocks, candidates, refits,
     SIGNED: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr,
@@ -406,7 +418,7 @@ def _fit_ranges(  # type: ignore[no-untyped-def]
     tl.store(best_less + at, minus, mask=inside)
 
 
-@triton.jit
+@columns_whole("length", "blocks", "candidates")
 def _fit_offset(  # type: ignore[no-untyped-def]
     x, w, largest, codes, best_step, length, blocks, candidates,
     OFFSET: tl.constexpr, TOP: tl.constexpr, MAGIC: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr,

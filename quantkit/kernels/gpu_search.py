@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quantkit.kernels.gpu import COLUMNS, codes_of, error_of, line_through, without_negative
-from quantkit.kernels.gpu_rounding import MAGIC, PLAIN, inverse, nearest
+from quantkit.kernels.gpu_rounding import MAGIC, PLAIN, columns_whole, inverse, nearest
 from quantkit.kernels.levels import ABOVE, BELOW, BlockSearch
 
 ROUNDINGS = tl.constexpr(9)  # of the largest scale, see `quantkit.grids.blocks`
@@ -65,7 +65,7 @@ def _starts(search: BlockSearch, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(spans, device=device, dtype=torch.int32), torch.tensor(numbers, device=device)
 
 
-@triton.jit
+@columns_whole("columns", "weights", "starts", "refinements")
 def _search(  # type: ignore[no-untyped-def]
     x, w, span, divisor, d, dmin, scale, less, codes, columns, weights, starts, refinements,
     TOP: tl.constexpr, OFFSET: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, MIN_TOP: tl.constexpr,
