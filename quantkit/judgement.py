@@ -261,7 +261,9 @@ def judge(
             device_model(device),
         ]
     )
-    reference = run_reference(source.checkpoint, text, decoder, tokenizer, settings, fingerprint=key)
+    reference = run_reference(
+        source.checkpoint, text, decoder, tokenizer, settings, fingerprint=key, still_so=source.require_unchanged
+    )
     expected = reference_figures(reference, text)
     if odd := no_numbers(expected):
         raise RunFailedError(

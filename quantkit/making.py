@@ -46,6 +46,7 @@ from quantkit.provenance import (
     refuse_other_licence,
     refuse_other_recipe,
 )
+from quantkit.qtensor import Item
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, public_name
 from quantkit.report.card import keep
@@ -323,10 +324,14 @@ class Making:
             sinks=sinks,
         )
 
+        def keep(item: Item | None) -> None:
+            self.source.require_unchanged()
+            keeping.keep(item)
+
         def go_through() -> Iterator[None]:
             with behind:
                 # mapped, for a loop would hold on to an item while others take their turns
-                yield from map(keeping.keep, solved)
+                yield from map(keep, solved)
             self.progress.steps("quantize", len(names), len(names))
 
         return go_through()
@@ -369,6 +374,7 @@ class Making:
     def assemble(self) -> None:
         """Put the artifact together from its items, then in place, with record and card."""
         source, work, form = self.source, self._work, self.method.format
+        source.require_unchanged()
         self.progress.stage("writing the artifact")
         with timed(self._stages, "write"):
             if self.recipe.upstream is None:

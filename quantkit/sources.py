@@ -20,7 +20,7 @@ from quantkit.checkpoint.index import (
     require_one_head,
 )
 from quantkit.checkpoint.tokenizer import Tokenizer, load_tokenizer
-from quantkit.errors import RefusedError
+from quantkit.errors import RefusedError, RunFailedError
 from quantkit.files import hash_beside
 from quantkit.formats.sidecars import COPIED
 from quantkit.hub import fetch_checkpoint, fetch_header
@@ -46,6 +46,7 @@ class Source:
         revision: commit on the Hub, if it is from there.
         license: as its own model card states it: `license`, and `license_name` and `license_link` where it has them.
         hashes: waits for `sha256`.
+        stamps: size and time of the last change of each of these files, from before it was hashed.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +54,23 @@ class Source:
     revision: str | None
     license: dict[str, str]
     hashes: Callable[[], dict[str, str]]
+    stamps: dict[str, tuple[int, int]]
+
+    def require_unchanged(self) -> None:
+        """Asked after files were read, before what came of them is kept under the hashes of what they were.
+
+        Raises:
+            RunFailedError: a file was written since it was hashed.
+        """
+        folder = self.checkpoint.folder
+        changed = [name for name, stamp in self.stamps.items() if _stamp(folder / name) != stamp]
+        if changed:
+            raise RunFailedError(
+                f"the source changed while it was read: {', '.join(changed)}",
+                where=str(folder),
+                fix="see that nothing writes there (a download, an export), and run the same command again; what was "
+                "finished before is kept",
+            )
 
     @cached_property
     def sha256(self) -> dict[str, str]:
@@ -91,8 +109,19 @@ def open_source(model_id: str, revision: str | None, progress: Progress) -> Sour
     sidecars = [name for name in HASHED_SIDECARS if (folder / name).is_file()]
     # a quarter of the cores, for what is done meanwhile takes them all; two, for there may be nothing meanwhile
     threads = max(2, (os.cpu_count() or 1) // 4)
-    hashes = hash_beside(folder, [*checkpoint.tensors.files, *sidecars], threads=threads)
-    return Source(checkpoint, public_name(model_id), commit, stated_licence(folder), hashes)
+    names = [*checkpoint.tensors.files, *sidecars]
+    stamps = {name: _stamp(folder / name) for name in names}
+    hashes = hash_beside(folder, names, threads=threads)
+    return Source(checkpoint, public_name(model_id), commit, stated_licence(folder), hashes, stamps)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of the last change; of a file that is gone none that a file has."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def describe_checkpoint(model_id: str, revision: str | None, progress: Progress) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from transformers import AutoModelForCausalLM
 from quantkit.errors import RefusedError, RunFailedError, UnavailableError
 from quantkit.files import hash_files
 from quantkit.formats.sidecars import COPIED
+from quantkit.home import quantkit_home
 from quantkit.judgement import validate
 from quantkit.machine import peak_memory_bytes
 from quantkit.pipeline import build, plan
 from quantkit.progress import Progress
 from quantkit.recipe import Recipe
 from quantkit.report.record import read_record, write_record
+from quantkit.validation import reference
 from quantkit.workdir import work_folder
 from tests.commands import ROOT, forked
 from tests.tiny import WORDS, make_text, make_tiny
@@ -490,6 +493,46 @@ def test_an_engine_that_breaks_fails_the_gate_and_nothing_else_is_lost(recipe, t
     assert result["gate"] == {"passed": False, "failures": [f"gptqmodel: required, but {theirs['reason']}"]}
     assert judge([ours, theirs], {}, ["reference"], result["reference"]) == [f"gptqmodel: {theirs['reason']}"]
     assert read_record(out)["validation"] == result
+
+
+def of_its_own(recipe: Recipe, folder: Path) -> tuple[Recipe, Path]:
+    """The recipe on a copy of its model, and a shard of that."""
+    copied = Path(shutil.copytree(recipe.model.id, folder))
+    return changed(recipe, "model", id=str(copied)), next(copied.glob("*.safetensors"))
+
+
+def test_a_source_that_changes_under_a_build_ends_it_and_what_was_finished_before_counts(recipe, tmp_path):
+    whole = hashes(build(recipe, out=tmp_path / "whole", device=CPU, validated=False).out)
+    recipe, shard = of_its_own(recipe, tmp_path / "m")
+    good = shard.read_bytes()
+
+    def overwrite(facts) -> None:
+        if facts.name.startswith("model.layers.1."):
+            shard.write_bytes(good)  # the same bytes, as far as anyone who reads them can tell
+
+    with pytest.raises(RunFailedError, match=f"the source changed while it was read: {shard.name}") as caught:
+        build(recipe, out=tmp_path / "a", device=CPU, progress=Progress(linear=overwrite))
+    assert caught.value.where == str(tmp_path / "m")
+    steps: list[str] = []
+    heard = Progress(linear=lambda facts: steps.append(facts.name))
+    assert hashes(build(recipe, out=tmp_path / "a", device=CPU, validated=False, progress=heard).out) == whole
+    assert steps
+    assert not any(name.startswith("model.layers.0.") for name in steps), "finished before"
+
+
+def test_a_source_that_changes_while_it_is_judged_by_is_no_reference(recipe, tmp_path, monkeypatch):
+    recipe, shard = of_its_own(recipe, tmp_path / "m")
+    plain = reference.final_states
+
+    def states(*given, **settings):
+        os.utime(shard)
+        return plain(*given, **settings)
+
+    monkeypatch.setattr(reference, "final_states", states)
+    with pytest.raises(RunFailedError, match="the source changed while it was read"):
+        build(recipe, out=tmp_path / "a", device=CPU)
+    assert not list(quantkit_home().glob("cache/reference/*.safetensors"))
+    assert read_record(tmp_path / "a")["validation"] is None
 
 
 def test_a_source_that_gives_no_numbers_is_what_is_wrong(recipe, tmp_path, tiny_mistral):

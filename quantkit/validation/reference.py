@@ -5,6 +5,7 @@ What is kept are the final hidden states, not logits: logits are recomputed chun
 
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,11 +73,13 @@ def run_reference(
     settings: Settings,
     *,
     fingerprint: str,
+    still_so: Callable[[], None] = lambda: None,
 ) -> Judged:
     """`run`, or what an earlier call kept, if it can be read.
 
     Args:
         fingerprint: of everything that decides the result: model, text, settings, versions, device.
+        still_so: raises where the model is no longer what the fingerprint says; nothing is kept then.
     """
     folder = quantkit_home() / "cache" / "reference"
     states_path, answer_path = folder / f"{fingerprint}.safetensors", folder / f"{fingerprint}.json"
@@ -87,6 +90,7 @@ def run_reference(
             os.utime(states_path)
         return Judged(kept[0], decoder.head(head_tensors(source)), kept[1])
     judged = run(source, text, decoder, tokenizer, settings)
+    still_so()
     from safetensors.torch import save_file
 
     with disk_errors(folder, "choose a writable folder with QUANTKIT_HOME"), shared(folder):
