@@ -20,6 +20,7 @@ from quantkit.files import disk_errors, remove_partials, replacing, write_json
 JOURNAL = "journal.json"
 RECORD = "quantkit.json"
 REPLACED = "replaced"
+SHOWN = 10  # names of files in an error
 T = TypeVar("T")
 
 
@@ -55,6 +56,7 @@ class Workdir:
         self._identity = identity
         self._journal = journal
         self._opened = time.perf_counter()
+        self._there = _names(self.out)
         self.earlier_seconds = float(journal.get("seconds", 0.0))
         """Wall time of earlier runs, up to the last that they kept."""
 
@@ -142,12 +144,26 @@ class Workdir:
         """Put the finished artifact in place of `out`, then drop the work files and what was there before.
 
         A kill between the two renames leaves the earlier artifact in the work folder: `locked` brings it back.
+
+        Raises:
+            RunFailedError: files appeared in `out` since the work folder was opened.
         """
+        if appeared := sorted(_names(self.out) - self._there):
+            raise RunFailedError(
+                f"while the artifact was made there appeared in its place: {', '.join(appeared[:SHOWN])}",
+                where=str(self.out),
+                fix="move it elsewhere and run the same command again: what was finished is kept",
+            )
         with disk_errors(self.out):
             if self.out.exists():
                 self.out.replace(self.folder / REPLACED)
             self.artifact.replace(self.out)
         discard_work(self.out)
+
+
+def _names(folder: Path) -> set[str]:
+    """Of all that lies in a folder and below, from there; none where there is no folder."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
 def work_folder(out: Path) -> Path:

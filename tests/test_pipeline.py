@@ -495,6 +495,26 @@ def test_an_engine_that_breaks_fails_the_gate_and_nothing_else_is_lost(recipe, t
     assert read_record(out)["validation"] == result
 
 
+def test_what_appears_in_the_place_of_an_artifact_is_not_replaced(recipe, tmp_path):
+    out = tmp_path / "a"
+
+    def drop(facts) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "mine.txt").write_text("precious")
+
+    with pytest.raises(RunFailedError, match=r"there appeared in its place: mine\.txt") as caught:
+        build(recipe, out=out, device=CPU, validated=False, progress=Progress(linear=drop))
+    assert caught.value.where == str(out)
+    assert (out / "mine.txt").read_text() == "precious"
+    out.rename(tmp_path / "mine")
+    solved: list[str] = []
+    heard = Progress(linear=lambda facts: solved.append(facts.name))
+    done = build(recipe, out=out, device=CPU, validated=False, progress=heard)
+    assert solved == []
+    assert not (done.out / "mine.txt").exists()
+    assert hashes(done.out) == hashes(build(recipe, out=tmp_path / "b", device=CPU, validated=False).out)
+
+
 def of_its_own(recipe: Recipe, folder: Path) -> tuple[Recipe, Path]:
     """The recipe on a copy of its model, and a shard of that."""
     copied = Path(shutil.copytree(recipe.model.id, folder))
