@@ -46,7 +46,6 @@ from quantkit.provenance import (
     refuse_other_licence,
     refuse_other_recipe,
 )
-from quantkit.qtensor import Item
 from quantkit.ranks import ALONE, Ranks
 from quantkit.recipe import Recipe, public_name
 from quantkit.report.card import keep
@@ -171,10 +170,15 @@ class Making:
         with self.ranks.first_goes_first():
             self._texts = self._calibration_texts(once, fetched=True)
         engine = recipe.engine if self.method.engine is None else self.method.engine
-        # asked when it is needed: it waits for the hashes of the source
-        self._identity = cache(
-            partial(identity_of, recipe, self.source, self._texts, self.device, engine, self.method.read)
-        )
+        decided = cache(partial(identity_of, recipe, self.source, self._texts, self.device, engine, self.method.read))
+
+        def identity() -> dict[str, Any]:
+            # asked when it is needed: it waits for the hashes of the source; and whenever something is kept under them
+            found = decided()
+            self.source.require_unchanged()
+            return found
+
+        self._identity = identity
         if self.ranks.size > 1:
             self.ranks.require_alike(self._identity())
         self.record = self.ranks.from_first(partial(finished_record, self.job.out, self._identity, fresh=fresh))
@@ -324,14 +328,10 @@ class Making:
             sinks=sinks,
         )
 
-        def keep(item: Item | None) -> None:
-            self.source.require_unchanged()
-            keeping.keep(item)
-
         def go_through() -> Iterator[None]:
             with behind:
                 # mapped, for a loop would hold on to an item while others take their turns
-                yield from map(keep, solved)
+                yield from map(keeping.keep, solved)
             self.progress.steps("quantize", len(names), len(names))
 
         return go_through()
@@ -374,7 +374,6 @@ class Making:
     def assemble(self) -> None:
         """Put the artifact together from its items, then in place, with record and card."""
         source, work, form = self.source, self._work, self.method.format
-        source.require_unchanged()
         self.progress.stage("writing the artifact")
         with timed(self._stages, "write"):
             if self.recipe.upstream is None:

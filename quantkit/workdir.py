@@ -45,8 +45,8 @@ class Workdir:
 
     Args:
         out: the artifact's final folder.
-        identity: gives everything that decides the artifact's bytes, as a nested table; may take its time, and is not
-            asked before something is to be kept.
+        identity: gives everything that decides the artifact's bytes, as a nested table; may take its time the first
+            time. Asked whenever something is to be kept, so that it can refuse: what it names may have changed.
         journal: what an earlier run left, or an empty journal.
     """
 
@@ -102,8 +102,7 @@ class Workdir:
             self._write_journal()
 
     def _name_build(self) -> None:
-        if "identity" not in self._journal:
-            self._journal = {"identity": self._identity()} | self._journal
+        self._journal = {"identity": self._identity()} | self._journal
 
     def _write_journal(self) -> None:
         self._journal["seconds"] = self.earlier_seconds + time.perf_counter() - self._opened

@@ -26,6 +26,7 @@ from quantkit.report.record import read_record, write_record
 from quantkit.validation import reference
 from quantkit.workdir import work_folder
 from tests.commands import ROOT, forked
+from tests.interruption import until
 from tests.tiny import WORDS, make_text, make_tiny
 
 CPU = torch.device("cpu")
@@ -528,6 +529,8 @@ def test_a_source_that_changes_under_a_build_ends_it_and_what_was_finished_befor
 
     def overwrite(facts) -> None:
         if facts.name.startswith("model.layers.1."):
+            # written behind the solver
+            until(lambda: "layers.0" in (work_folder(tmp_path / "a") / "journal.json").read_text())
             shard.write_bytes(good)  # the same bytes, as far as anyone who reads them can tell
 
     with pytest.raises(RunFailedError, match=f"the source changed while it was read: {shard.name}") as caught:
@@ -538,6 +541,19 @@ def test_a_source_that_changes_under_a_build_ends_it_and_what_was_finished_befor
     assert hashes(build(recipe, out=tmp_path / "a", device=CPU, validated=False, progress=heard).out) == whole
     assert steps
     assert not any(name.startswith("model.layers.0.") for name in steps), "finished before"
+
+
+def test_what_was_measured_of_a_source_that_has_changed_is_not_kept(recipe, tmp_path):
+    recipe, shard = of_its_own(recipe, tmp_path / "m")
+    content = recipe.model_dump(mode="json", exclude={"quantize"}) | {"format": "exl2"}
+
+    def steps(what: str, done: int, total: int) -> None:
+        if (what, done) == ("measure", 2):
+            os.utime(shard)
+
+    with pytest.raises(RunFailedError, match="the source changed while it was read"):
+        build(Recipe.of(content), out=tmp_path / "a", device=CPU, progress=Progress(steps=steps))
+    assert [path.stem for path in (work_folder(tmp_path / "a") / "notes").iterdir()] == ["layers.0"]
 
 
 def test_a_source_that_changes_while_it_is_judged_by_is_no_reference(recipe, tmp_path, monkeypatch):
