@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from quantkit import keeping
-from quantkit.checkpoint.spill import Kept, Spill
+from quantkit.checkpoint.spill import Kept, Spill, free_bytes
 from quantkit.pipeline import Job, Progress, build, build_all, plan
 from quantkit.recipe_files import load_recipe
 from tests.interruption import interrupted
+from tests.pretended_gpu import MEMORY
 from tests.test_formats import hashes
 
 
@@ -79,6 +80,12 @@ def test_what_finds_no_room_waits_in_the_hosts_memory(free_bytes, own_recipe, gp
     done = build(recipe, out=tmp_path / "out", device=gpu, validated=False)
     assert set(left) == {free_bytes == 0}
     assert hashes(done.out) == hashes(whole.out)
+
+
+def test_what_torch_holds_and_does_not_use_is_free(pretended, monkeypatch):
+    counts = {f"{kind}_bytes": {"all": {"current": held}} for kind, held in (("reserved", 700), ("allocated", 200))}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: counts)
+    assert free_bytes(pretended) == MEMORY + 500
 
 
 def test_builds_that_go_together_give_the_bytes_of_each_alone(own_recipe, gpu, tmp_path):

@@ -166,11 +166,10 @@ def test_a_failed_install_says_why_and_what_a_killed_one_left_is_thrown_away(tmp
 
 
 SLEEPING_BACKEND = """
-import os, sys, time
+import os, time
 from pathlib import Path
 
 def prepare_metadata_for_build_wheel(folder, settings=None):
-    assert sys.stdin.read() == "", "nobody types"
     Path(os.environ["TOLD"]).write_text(str(os.getpid()))
     time.sleep(600)
 """
@@ -214,6 +213,17 @@ def test_what_pip_has_started_ends_with_the_command(by, tmp_path, monkeypatch):
         process.wait()
         with suppress(psutil.NoSuchProcess):
             backend.kill()
+
+
+def test_what_is_supervised_finds_nobody_typing():
+    """Its own standard input stays open as long as it is waited for; a module that reads one would wait as well."""
+    command = [sys.executable, "-I", "-c", env.SUPERVISED, "base64", "-e"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.wait(20) == 0
+            assert process.stdout.read() == b""
+        finally:
+            process.kill()
 
 
 def test_a_setting_that_the_engine_does_not_know_is_refused(fake, tiny_mistral, tmp_path):
