@@ -161,6 +161,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def floor_table() -> str:
+    """Seconds of every stage of a build, and its floor by arithmetic."""
     columns = []
     for file in FLOORS.values():
         found = {row["stage"]: row for row in json.loads((RESULTS / file).read_text(encoding="utf-8"))["stages"]}
@@ -175,6 +176,7 @@ def _against_floor(row: dict[str, Any] | None) -> str:
 
 
 def growth_table() -> str:
+    """What a build takes where one thing grows, the last over the first."""
     heading = ["what grows", "from, to", "operations", "seconds quantizing", "peak memory", "the same by the plan"]
     rows = []
     for title, (file, key) in GROWTHS.items():
@@ -195,6 +197,7 @@ def growth_table() -> str:
 
 
 def speed_table() -> str:
+    """Whole processes, each beside the first of its run."""
     rows = [["what is built", "by", "seconds", "times", "peak GB", "times", "rounds, processor, commit"]]
     for title, file in SPEEDS:
         found = json.loads((RESULTS / file).read_text(encoding="utf-8"))
